@@ -1,0 +1,51 @@
+# `make demo` and `make test` do their own set-up. Stamp files in the virtual environment remember each step,
+# so that a step is redone only when something it reads has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+
+.PHONY: help demo test lint build clean
+
+help: ## Say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(BUILT) ## Train, sample and judge a small model on handwritten digits; results in runs/demo
+	@$(BIN)/vaebm-fast demo
+
+test: $(BUILT) ## Run the tests
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check style, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+build: $(BUILT) ## Set up the virtual environment and compile the extension
+
+clean: ## Remove what was built, but neither the virtual environment nor runs/
+	rm -rf build *.egg-info vaebm_fast/*.so $(BUILT)
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(CREATED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "vaebm-fast needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+			"Name another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(INSTALLED): requirements.txt $(CREATED)
+	@echo "Installing the pinned dependencies into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+# Directories are listed too: theirs is the time stamp that a removed source changes.
+$(BUILT): pyproject.toml setup.py $(shell find csrc) $(INSTALLED)
+	@echo "Compiling the extension"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@

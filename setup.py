@@ -1,0 +1,76 @@
+"""Builds vaebm_fast._C: the C++ part always, the CUDA part where it can be. All static metadata is in pyproject.toml.
+
+VAEBM_CUDA=auto (default) builds the CUDA part when torch has CUDA and nvcc is there; 1 insists on it, 0 leaves it out.
+TORCH_CUDA_ARCH_LIST names GPU architectures; without it, those of the GPUs at hand, or 8.0 and 9.0 where there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError as error:
+    raise SystemExit(
+        f"vaebm-fast is compiled against torch, which Python could not import ({error}). "
+        "Install torch first, then run `pip install --no-build-isolation -e .`."
+    ) from error
+
+# The same bits on every machine: no fma unless the source says so. No errno and no traps, so that loops vectorise.
+CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp"]
+NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden"]
+
+
+def require_cpp_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler.split()[0]):
+        raise SystemExit(
+            f"vaebm-fast needs a C++ compiler, and {compiler!r} is not on the PATH. "
+            "Install one (on Debian or Ubuntu: `apt-get install g++`), or set CXX to yours."
+        )
+
+
+def why_no_cuda() -> str | None:
+    """What the CUDA part lacks, as the end of a sentence; None when it can be built."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch."
+    if CUDA_HOME is None or not shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")):
+        return f"nvcc was not found; install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME to it."
+    return None
+
+
+def builds_cuda() -> bool:
+    choice = os.environ.get("VAEBM_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"VAEBM_CUDA is {choice!r}; it must be auto, 0 or 1.")
+    missing = why_no_cuda()
+    if choice == "1" and missing:
+        raise SystemExit(f"VAEBM_CUDA=1 asks for the CUDA part, but {missing}")
+    return choice != "0" and missing is None
+
+
+def extension(with_cuda: bool) -> Extension:
+    csrc = Path("csrc")
+    sources = [csrc / "ops.cpp", *csrc.glob("cpu/*.cpp")]
+    if with_cuda:
+        sources += [*csrc.glob("cuda/*.cpp"), *csrc.glob("cuda/*.cu")]
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    kind = CUDAExtension if with_cuda else CppExtension
+    return kind(
+        "vaebm_fast._C",
+        sorted(map(str, sources)),
+        depends=sorted(map(str, csrc.glob("**/*.h"))),
+        define_macros=[("VAEBM_WITH_CUDA", str(int(with_cuda)))],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=["-fopenmp"],
+    )
+
+
+require_cpp_compiler()
+setup(ext_modules=[extension(builds_cuda())], cmdclass={"build_ext": BuildExtension})

@@ -1,0 +1,28 @@
+"""Checkpoints: published NVAE and VAEBM files, read safely, and our own format, atomic and hashed."""
+
+from vaebm_fast.checkpoint.nested import flatten, unflatten
+from vaebm_fast.checkpoint.networks import (
+    convert,
+    describe,
+    load_energy,
+    load_nvae,
+    load_training,
+    save_energy,
+    save_nvae,
+    save_training,
+)
+from vaebm_fast.checkpoint.store import CheckpointError
+
+__all__ = [
+    "CheckpointError",
+    "convert",
+    "describe",
+    "flatten",
+    "load_energy",
+    "load_nvae",
+    "load_training",
+    "save_energy",
+    "save_nvae",
+    "save_training",
+    "unflatten",
+]

@@ -1,0 +1,267 @@
+"""Networks in files: load either layout, save ours, describe, convert.
+
+A file is read and checked whole (keys, shapes, finite values) before its network is built: nothing is ever half loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaebm_fast.checkpoint import official, store
+from vaebm_fast.checkpoint.nested import flatten, unflatten
+from vaebm_fast.checkpoint.store import CheckpointError, Kind, Layout
+from vaebm_fast.config import ENERGY_ARCHS, EnergyConfig, NVAEConfig, energy_from_json, nvae_from_json, to_json
+from vaebm_fast.models import NVAE, EnergyNetwork
+
+_CALLED: Mapping[Kind, str] = {"nvae": "an NVAE", "energy": "an energy network", "training": "a training state"}
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """What a file says about a network: checked, on the CPU, not yet a module."""
+
+    layout: Layout
+    config: NVAEConfig | EnergyConfig
+    state: dict[str, Tensor]
+    info: dict[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        """Which of the two networks it is."""
+        return "nvae" if isinstance(self.config, NVAEConfig) else "energy"
+
+
+def load_nvae(path: str | Path, *, device: str | torch.device = "cpu") -> NVAE:
+    """The NVAE of a published file or of ours, in eval mode. Raises CheckpointError, in one sentence, if it cannot."""
+    file = _read(Path(path), "nvae")
+    assert isinstance(file.config, NVAEConfig)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # its fresh weights are replaced; the caller's random numbers stay as they are
+        vae = NVAE(file.config)
+    vae.load_state_dict(file.state)
+    return vae.to(device).eval()
+
+
+def load_energy(
+    path: str | Path, *, arch: str | None = None, image_size: int | None = None, device: str | torch.device = "cpu"
+) -> EnergyNetwork:
+    """The energy network of a published file or of ours, in eval mode. Raises CheckpointError if it cannot.
+
+    A published file's network is recognised from its keys; `arch` overrides that with a name of ENERGY_ARCHS or with
+    blocks such as "1-1d 1-2", `image_size` overrides the side in pixels that the name implies.
+    """
+    file = _read(Path(path), "energy", arch, image_size)
+    assert isinstance(file.config, EnergyConfig)
+    with torch.random.fork_rng(devices=[]):
+        energy = EnergyNetwork(file.config)
+    energy.load_state_dict(file.state)
+    return energy.to(device).eval()
+
+
+def save_nvae(vae: NVAE, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
+    """Write an NVAE in our layout, JSON values `info` beside it. Raises CheckpointError for non-finite weights too."""
+    _save(Path(path), vae.config, vae.state_dict(), info)
+
+
+def save_energy(energy: EnergyNetwork, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
+    """Write an energy network in our layout; `info` as in `save_nvae`."""
+    _save(Path(path), energy.config, energy.state_dict(), info)
+
+
+def save_training(state: Any, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
+    """Write nested training state (see `flatten`) in our layout; `info` as in `save_nvae`."""
+    tensors, structure = flatten(state)
+    store.save(path, tensors, {"kind": "training", "structure": structure, "info": dict(info or {})})
+
+
+def load_training(path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """(state, info) as `save_training` was given them, tensors on the CPU."""
+    tensors, meta = store.load(path)
+    with store.naming(Path(path)):
+        _require_kind(meta["kind"], "training")
+    return unflatten(tensors, meta["structure"]), meta["info"]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    arch: str | None = None,
+    image_size: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the network of `source`, in either layout, to `destination` in ours; the rest is as in `load_energy`.
+
+    Raises CheckpointError when `destination` exists and `overwrite` is not set, and always when the two are one file.
+    """
+    source, destination = Path(source), Path(destination)
+    if destination.exists():
+        if source.exists() and destination.samefile(source):
+            raise CheckpointError(f"{destination}: source and destination are the same file; name another destination.")
+        if not overwrite:
+            raise CheckpointError(f"{destination}: exists already; name another destination, or ask for overwriting.")
+    file = _read(source, None, arch, image_size)
+    info = {**file.info, "source_sha256": store.file_sha256(source)}
+    _save(destination, file.config, file.state, info)
+
+
+def describe(path: str | Path, *, arch: str | None = None, image_size: int | None = None) -> dict[str, Any]:
+    """What a checkpoint holds, as JSON values in the order to print them; the whole file is read and checked.
+
+    `noise_dimensions` counts the latents, and the pixels where those are Gaussian. `content_sha256` depends on the
+    configuration and the weights alone, so it survives conversion; `file_sha256` is that of the bytes.
+    """
+    path = Path(path)
+    if store.layout(path) == "published":
+        file = _from_published(path, None, arch, image_size)
+    else:
+        tensors, meta = store.load(path)
+        if meta["kind"] == "training":
+            return {**_training_facts(tensors), "info": meta["info"], "file_sha256": store.file_sha256(path)}
+        file = _from_ours(path, tensors, meta, None, arch, image_size)
+    config = file.config
+    return {
+        "kind": file.kind,
+        "layout": file.layout,
+        **(_nvae_facts(config) if isinstance(config, NVAEConfig) else _energy_facts(config)),
+        "parameters": sum(parameter.numel() for parameter in _skeleton(config).parameters()),
+        "info": file.info,
+        "file_sha256": store.file_sha256(path),
+        "content_sha256": store.digest(file.state, json.dumps(to_json(config), sort_keys=True)),
+    }
+
+
+def _training_facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    return {"kind": "training", "layout": "vaebm-fast", "tensors": len(tensors), "elements": elements}
+
+
+def _nvae_facts(config: NVAEConfig) -> dict[str, Any]:
+    latents = sum(map(prod, config.latent_shapes))
+    pixels = prod(config.image_shape) if config.likelihood == "gaussian" else 0
+    return {
+        "architecture": config.arch_instance,
+        "likelihood": config.likelihood,
+        "image_shape": list(config.image_shape),
+        "latent_shapes": [list(shape) for shape in config.latent_shapes],
+        "latent_dimensions": latents,
+        "noise_dimensions": latents + pixels,
+    }
+
+
+def _energy_facts(config: EnergyConfig) -> dict[str, Any]:
+    names = [name for name, arch in ENERGY_ARCHS.items() if arch.blocks == config.blocks]
+    blocks = (f"{b.in_channels}-{b.out_channels}{'d' * b.downsample}" for b in config.blocks)
+    return {
+        "architecture": names[0] if names else " ".join(blocks),
+        "width": config.width,
+        "image_shape": list(config.image_shape),
+    }
+
+
+def _read(path: Path, kind: Kind | None, arch: str | None = None, image_size: int | None = None) -> NetworkFile:
+    """The checked content of a network's file; `kind`, where the caller knows it, must be the file's."""
+    if store.layout(path) == "published":
+        return _from_published(path, kind, arch, image_size)
+    return _from_ours(path, *store.load(path), kind, arch, image_size)
+
+
+def _from_published(path: Path, kind: Kind | None, arch: str | None, image_size: int | None) -> NetworkFile:
+    with store.naming(path):
+        content = official.unpickle(path)
+        found = official.kind(content)
+        _require_kind(found, kind)
+        config: NVAEConfig | EnergyConfig
+        if found == "nvae":
+            config, state, info = official.read_nvae(content)
+        else:
+            config, state, info = official.read_energy(content, arch, image_size)
+        _check(config, state)
+    return NetworkFile("published", config, state, info)
+
+
+def _from_ours(
+    path: Path,
+    state: dict[str, Tensor],
+    meta: Mapping[str, Any],
+    kind: Kind | None,
+    arch: str | None,
+    image_size: int | None,
+) -> NetworkFile:
+    with store.naming(path):
+        _require_kind(meta["kind"], kind)
+        config: NVAEConfig | EnergyConfig
+        if meta["kind"] == "nvae":
+            config = nvae_from_json(meta["config"])
+        else:
+            config = energy_from_json(meta["config"])
+            if arch is not None and official.energy_blocks(arch) != config.blocks:
+                raise CheckpointError(f"the energy network in this file is not {arch}; leave the choice to the file.")
+            if image_size not in (None, config.image_size):
+                raise CheckpointError(f"its energy network takes {config.image_size}-pixel images, not {image_size}.")
+        _check(config, state)
+    return NetworkFile("vaebm-fast", config, state, meta["info"])
+
+
+def _save(
+    path: Path, config: NVAEConfig | EnergyConfig, state: dict[str, Tensor], info: Mapping[str, Any] | None
+) -> None:
+    with store.naming(path):
+        _require_finite(state)
+    kind: Kind = "nvae" if isinstance(config, NVAEConfig) else "energy"
+    store.save(path, state, {"kind": kind, "config": to_json(config), "info": dict(info or {})})
+
+
+def _require_kind(found: Kind, wanted: Kind | None) -> None:
+    if wanted is not None and found != wanted:
+        raise CheckpointError(f"this file holds {_CALLED[found]}, not {_CALLED[wanted]}.")
+
+
+def _skeleton(config: NVAEConfig | EnergyConfig) -> NVAE | EnergyNetwork:
+    """The network without memory for its weights: names, shapes and counts only."""
+    with torch.device("meta"):
+        return NVAE(config) if isinstance(config, NVAEConfig) else EnergyNetwork(config)
+
+
+def _check(config: NVAEConfig | EnergyConfig, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `state` has the keys and shapes of the network, and finite values."""
+    expected = _skeleton(config).state_dict()
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    if missing or unexpected:
+        parts = [f"it lacks {_few(missing)}"] * bool(missing) + [f"it has {_few(unexpected)} too many"] * bool(
+            unexpected
+        )
+        raise CheckpointError(f"its weights are not those of the network it describes: {'; '.join(parts)}.")
+    misfits = [
+        f"{key} (is {_form(state[key])}, must be {_form(value)})"
+        for key, value in expected.items()
+        if _form(state[key]) != _form(value)
+    ]
+    if misfits:
+        raise CheckpointError(f"its weights do not fit the network it describes: {_few(misfits)}.")
+    _require_finite(state)
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{'' if tensor.is_floating_point() else 'integer '}{list(tensor.shape)}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _require_finite(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        # aminmax carries NaN and needs no temporary: many times faster than isfinite(tensor).all()
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise CheckpointError(f"{name} has values that are infinite or not a number; take an earlier checkpoint.")

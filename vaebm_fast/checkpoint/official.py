@@ -1,0 +1,229 @@
+"""Published NVAE and VAEBM checkpoints: reading them safely, and what their arguments and keys say about the network.
+
+Owns the facts of the published layouts. Whether the tensors fit the network is checked in `networks`, for every layout.
+Errors here do not name the file; the caller does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaebm_fast.checkpoint.store import CheckpointError, Kind
+from vaebm_fast.config import ENERGY_ARCHS, EnergyBlock, EnergyConfig, NVAEConfig, parse_blocks
+
+_OLD_FILES_LACK: Mapping[str, Any] = {
+    "ada_groups": False,
+    "min_groups_per_scale": 1,
+    "num_mixture_dec": 10,
+    "num_x_bits": 8,
+}
+_SIDES = {"mnist": 32, "omniglot": 32, "stacked_mnist": 32, "cifar10": 32, "ffhq": 256}
+_BINARY = ("mnist", "omniglot")  # 28x28 images padded by 2 on each side
+_DERIVED = ("image_size", "image_channels", "likelihood", "num_mixture_dec", "uncounted_border")
+_COPIED = tuple(entry.name for entry in fields(NVAEConfig) if entry.name not in _DERIVED)
+
+
+def unpickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a `torch.save` file, zip or older; of Python objects only `argparse.Namespace` is allowed.
+
+    Raises CheckpointError for a damaged file, and for one whose pickle asks for anything else, which it names.
+    """
+    try:
+        _check_archive(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        asked = _refused(path, error)
+        if asked:
+            raise CheckpointError(
+                f"refused, because it asks Python for {asked}; a checkpoint needs only tensors and argparse.Namespace."
+            ) from error
+        raise CheckpointError("the file is cut off, damaged, or no checkpoint; download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"the file holds a {type(content).__name__}, not the dictionary of a checkpoint.")
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the zip's own CRC-32 of every record; torch.load accepts flipped bits silently. Older files have none."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(path) as archive:
+        record = archive.testzip()
+    if record is not None:
+        raise CheckpointError(f"the file is damaged: {record} does not match its checksum; download it again.")
+
+
+def _refused(path: Path, error: Exception) -> str:
+    """What the unpickler would not import: the name in its message or, for protocols it cannot read, a static scan."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named:
+        return named[1]
+    suspects = [name for name in _imports(path) if not name.startswith(("torch.", "argparse.", "collections."))]
+    return ", ".join(dict.fromkeys(suspects))
+
+
+def _imports(path: Path) -> list[str]:
+    """Names that the pickles of a file would import, in order, found without running them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            data = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+    else:
+        data = path.read_bytes()
+    names: list[str] = []
+    strings: list[str] = []
+    stream = io.BytesIO(data)
+    try:
+        while stream.tell() < len(data):
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "GLOBAL":
+                    names.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    except ValueError:  # no pickle, or past the last one
+        pass
+    return names
+
+
+def kind(content: Mapping[str, Any]) -> Kind:
+    """Which of the two published dictionaries this is."""
+    if "state_dict" in content:
+        return "nvae"
+    if "model" in content:
+        return "energy"
+    raise CheckpointError(
+        "this is neither an NVAE file (state_dict, args) nor an energy file (model); "
+        f"it has {', '.join(map(str, list(content)[:5])) or 'no entries'}."
+    )
+
+
+def read_nvae(content: Mapping[str, Any]) -> tuple[NVAEConfig, dict[str, Tensor], dict[str, Any]]:
+    """(configuration, float32 state dictionary, {dataset, epoch, global_step}) of an NVAE file's dictionary."""
+    args = content.get("args")
+    if not isinstance(args, argparse.Namespace):
+        raise CheckpointError("an NVAE file needs args, an argparse.Namespace, and this one has none.")
+    config = nvae_config(vars(args))
+    counters = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
+    return config, _network_state(content["state_dict"]), {"dataset": args.dataset, **counters}
+
+
+def nvae_config(args: Mapping[str, Any]) -> NVAEConfig:
+    """The network that an NVAE file's arguments describe; old files lack some of them."""
+    args = {**_OLD_FILES_LACK, **args}
+    missing = [name for name in ("dataset", *_COPIED) if name not in args]
+    if missing:
+        raise CheckpointError(f"its args lack {', '.join(missing)}, so the network cannot be rebuilt.")
+    dataset = str(args["dataset"])
+    side = _SIDES.get(dataset) or dataset.rpartition("_")[2]
+    if not str(side).isdecimal():
+        raise CheckpointError(f"its args name the dataset {dataset!r}, whose image size is not known.")
+    shape: dict[str, Any] = {"image_size": int(side), **{name: args[name] for name in _COPIED}}
+    if dataset in _BINARY:
+        return NVAEConfig(**shape, image_channels=1, likelihood="bernoulli", uncounted_border=2)
+    if args["num_mixture_dec"] == 1:
+        return NVAEConfig(**shape, likelihood="gaussian")
+    return NVAEConfig(**shape, likelihood="logistic_mixture", num_mixture_dec=args["num_mixture_dec"])
+
+
+def read_energy(
+    content: Mapping[str, Any], arch: str | None = None, image_size: int | None = None
+) -> tuple[EnergyConfig, dict[str, Tensor], dict[str, Any]]:
+    """(configuration, float32 state dictionary, {}) of an energy file's dictionary.
+
+    The network is recognised from the keys. `arch` overrides that with a name of ENERGY_ARCHS or a list of blocks
+    ("1-1d 1-2"), which then needs `image_size`, as the keys do not tell it; the keys must still fit.
+    """
+    state = _network_state(content["model"])
+    width, image_channels, signature = _energy_signature(state)
+    if arch is None:
+        names = [name for name, known in ENERGY_ARCHS.items() if _signature(known.blocks, width) == signature]
+        if len(names) != 1:
+            raise CheckpointError(
+                f"its blocks ({_describe(signature)}) fit {' and '.join(names) or 'no published energy network'}; "
+                f"name one with --energy-arch: {', '.join(ENERGY_ARCHS)}, or a list of blocks such as '1-1d 1-2'."
+            )
+        arch = names[0]
+    blocks = energy_blocks(arch)
+    if _signature(blocks, width) != signature:
+        raise CheckpointError(
+            f"its blocks ({_describe(signature)}) are not those of {arch} ({_describe(_signature(blocks, width))})."
+        )
+    if image_size is None and arch not in ENERGY_ARCHS:
+        raise CheckpointError(f"the blocks {arch!r} do not tell the side of the images; give image_size too.")
+    return EnergyConfig(image_size or ENERGY_ARCHS[arch].image_size, image_channels, width, blocks), state, {}
+
+
+def energy_blocks(arch: str) -> tuple[EnergyBlock, ...]:
+    """The blocks of a name in ENERGY_ARCHS, or of a list such as '1-1d 1-2'."""
+    if arch in ENERGY_ARCHS:
+        return ENERGY_ARCHS[arch].blocks
+    try:
+        return parse_blocks(arch)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{arch!r} is no energy network; there are {', '.join(ENERGY_ARCHS)}, or blocks such as '1-1d 1-2'."
+        ) from error
+
+
+_Signature = tuple[
+    tuple[int, int, bool], ...
+]  # per block: channels in, channels out, whether the skip has a convolution
+
+
+def _signature(blocks: Iterable[EnergyBlock], width: int) -> _Signature:
+    return tuple(
+        (width * b.in_channels, width * b.out_channels, b.downsample or b.in_channels != b.out_channels) for b in blocks
+    )
+
+
+def _energy_signature(state: Mapping[str, Tensor]) -> tuple[int, int, _Signature]:
+    """(width, image channels, block signature) that the keys and shapes of an energy network's state show."""
+
+    def channels(name: str) -> tuple[int, int]:
+        weight = state.get(name)
+        if weight is None or weight.ndim != 4:
+            raise CheckpointError(f"it lacks {name}, a convolution that every such energy network has.")
+        return weight.shape[1], weight.shape[0]
+
+    image_channels, width = channels("conv1.weight")
+    count = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    names = [f"blocks.{index}" for index in range(count)]
+    signature = tuple((*channels(f"{name}.conv1.weight"), f"{name}.skip.0.weight" in state) for name in names)
+    return width, image_channels, signature
+
+
+def _describe(signature: _Signature) -> str:
+    return ", ".join(f"{inside}-{out}{' with skip' if skip else ''}" for inside, out, skip in signature)
+
+
+def _network_state(state: Any) -> dict[str, Tensor]:
+    """Without DataParallel's `module.` and the stray `weight_normalized`; floating-point tensors become float32."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"its state dictionary is a {type(state).__name__}.")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"its state dictionary has {key!r}, a {type(value).__name__} and no tensor.")
+    prefix = "module." if state and all(key.startswith("module.") for key in state) else ""
+    return {
+        key.removeprefix(prefix): value.detach().float() if value.is_floating_point() else value.detach()
+        for key, value in state.items()
+        if key.rpartition(".")[2] != "weight_normalized"
+    }

@@ -1,0 +1,160 @@
+"""Our file format: safetensors with everything else as JSON in its metadata, written atomically and hashed.
+
+Owns bytes on disk: telling layouts apart by content, the atomic write, the SHA-256 that is checked on load. What the
+tensors mean is left to `networks` and `nested`.
+
+The metadata has two entries: `vaebm_fast`, the JSON text, and `sha256`, the digest of that text and of all tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Kind = Literal["nvae", "energy", "training"]
+Layout = Literal["vaebm-fast", "published"]
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read or written as asked; the message is one line for the user."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn ValueErrors and OSErrors of the body into CheckpointErrors that start with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def layout(path: Path) -> Layout:
+    """Whose layout the file's first bytes have; whatever is not recognised is left to the reader of published files.
+
+    Raises CheckpointError for a file that is missing, empty, a folder, a web page or a git-lfs pointer.
+    """
+    with naming(path):
+        if not path.exists():
+            raise CheckpointError("there is no such file.")
+        if not path.is_file():
+            raise CheckpointError("this is a folder or a device, not a checkpoint file.")
+        with path.open("rb") as file:
+            head = file.read(256)
+        if not head:
+            raise CheckpointError("the file is empty; it was not written or downloaded completely.")
+        if head[4:9] == b"\0\0\0\0{":  # safetensors: a 64-bit length, then a JSON object
+            return "vaebm-fast"
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+            raise CheckpointError("this is a web page (HTML or XML), not a checkpoint; download the file itself.")
+        if head.startswith(b"version https://git-lfs"):
+            raise CheckpointError("this is a git-lfs pointer, not the checkpoint; fetch the file with `git lfs pull`.")
+    return "published"
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write tensors and `meta` (JSON values, among them `kind`): `path` then holds the old file or the whole new one.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises CheckpointError, leaving the old file
+    as it was and no temporary, when the disk is full or the folder cannot be written.
+    """
+    path = Path(os.path.realpath(path))  # a symbolic link keeps pointing at what is written
+    text = json.dumps({**meta, "format_version": FORMAT_VERSION}, sort_keys=True)
+    stored = _storable(tensors)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        save_file(stored, temporary, {"vaebm_fast": text, "sha256": digest(stored, text)})
+        temporary.chmod(mode)  # the library makes files private to their owner; the umask decides here
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: could not be written ({error}); what was there before is unchanged.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and meta, as `save` was given them.
+
+    Raises CheckpointError when the file is cut off, was changed by as little as a bit, or was not written by `save`.
+    """
+    path = Path(path)
+    if layout(path) != "vaebm-fast":
+        raise CheckpointError(
+            f"{path}: this was not written by vaebm-fast; `vaebm-fast convert` reads published files."
+        )
+    with naming(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        except SafetensorError as error:
+            raise CheckpointError(f"the file is cut off or damaged ({error}); restore or download it again.") from error
+        if set(metadata) != {"vaebm_fast", "sha256"}:
+            raise CheckpointError(
+                "this is a safetensors file, but vaebm-fast did not write it: its metadata is missing."
+            )
+        if digest(tensors, metadata["vaebm_fast"]) != metadata["sha256"]:
+            raise CheckpointError("the file is damaged: it does not match its own SHA-256; restore it from a copy.")
+        meta = json.loads(metadata["vaebm_fast"])
+        if meta.pop("format_version") > FORMAT_VERSION:
+            raise CheckpointError("a newer vaebm-fast wrote this file; update this one to read it.")
+    return tensors, meta
+
+
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of `text`, then of every tensor in order of names: name, dtype, shape as a line of JSON, its bytes."""
+    sha = hashlib.sha256(json.dumps(text).encode() + b"\n")
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, as `sha256sum` prints it."""
+    sha = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, which is what safetensors takes."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return stored
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

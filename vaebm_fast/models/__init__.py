@@ -1,0 +1,7 @@
+"""NVAE, the energy networks and the joint model, in plain PyTorch that states what the fast paths must compute."""
+
+from vaebm_fast.models.energy import EnergyNetwork
+from vaebm_fast.models.nvae import NVAE
+from vaebm_fast.models.vaebm import VAEBM
+
+__all__ = ["NVAE", "VAEBM", "EnergyNetwork"]

@@ -1,0 +1,112 @@
+"""The joint model p(x) ~ p_VAE(x) exp(-E(x)) in the NVAE's noise space (VAEBM, arXiv:2010.00654, section 3).
+
+Owns the three potentials and their gradients in plain PyTorch: the slow twin of everything that runs a chain faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vaebm_fast.config import POTENTIALS, PRESETS, Potential
+from vaebm_fast.models.distributions import GaussianPixels
+from vaebm_fast.models.energy import EnergyNetwork
+from vaebm_fast.models.nvae import NVAE
+
+
+class VAEBM(nn.Module):
+    """An NVAE with Gaussian pixels and an energy network over the same images.
+
+    Raises ValueError when the two do not take the same images, or when the pixels are not Gaussian: the chain needs
+    x to be a differentiable function of Gaussian noise.
+    """
+
+    def __init__(self, vae: NVAE, energy: EnergyNetwork) -> None:
+        super().__init__()
+        if vae.image_shape != energy.image_shape:
+            raise ValueError(
+                f"The NVAE makes images of shape {vae.image_shape} (C, H, W) but the energy network takes "
+                f"{energy.image_shape}; load two files that belong together."
+            )
+        if vae.config.likelihood != "gaussian":
+            raise ValueError(
+                f"A VAEBM needs an NVAE with Gaussian pixels (num_mixture_dec = 1); this one has {vae.config.likelihood} pixels."
+            )
+        self.vae = vae
+        self.energy = energy
+
+    @classmethod
+    def from_preset(cls, name: str, seed: int = 0) -> VAEBM:
+        """The preset's two networks with random weights that depend on `seed` alone, in eval mode."""
+        if name not in PRESETS:
+            raise ValueError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
+        preset = PRESETS[name]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(NVAE(preset.nvae), EnergyNetwork(preset.energy))
+        return model.eval()
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """[(L, H, W), ...] per group, top first."""
+        return self.vae.latent_shapes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.vae.image_shape
+
+    def _pixels(self, logits: Tensor) -> GaussianPixels:
+        pixels = self.vae.pixels(logits)
+        assert isinstance(pixels, GaussianPixels)
+        return pixels
+
+    def mean_image(self, eps_z: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """The decoder's mean image in [0, 1], [N, C, H, W]: what a chain reports."""
+        return self._pixels(self.vae.decode(eps_z, temperature).logits).mean_image()
+
+    def image(self, eps_z: Sequence[Tensor], eps_x: Tensor, temperature: float = 1.0) -> Tensor:
+        """x(eps) = clamp(mu + sigma eps_x, -1, 1) / 2 + 1/2, [N, C, H, W]."""
+        return self._pixels(self.vae.decode(eps_z, temperature).logits).sample(eps_x)
+
+    def potential(
+        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential = "energy", temperature: float = 1.0
+    ) -> Tensor:
+        """U [N], differentiable in the noise.
+
+        "energy": E(x(eps)). "paper": E + |eps_z|^2 / 2 + |eps_x|^2 / 2, the right density in noise space (arXiv:2010.00654,
+        equation 8). "official": E - log p(z) - log p(x|z) with log sigma floored, what published checkpoints were
+        trained and sampled with.
+        """
+        if potential not in POTENTIALS:
+            raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+        if tuple(eps_x.shape[1:]) != self.image_shape or eps_x.shape[0] != eps_z[0].shape[0]:
+            raise ValueError(
+                f"eps_x has shape {tuple(eps_x.shape)}; this model needs {(eps_z[0].shape[0], *self.image_shape)}."
+            )
+        decoded = self.vae.decode(eps_z, temperature)
+        pixels = self._pixels(decoded.logits)
+        x = pixels.sample(eps_x)
+        u = self.energy(x)
+        if potential == "paper":
+            for eps in (*eps_z, eps_x):
+                u = u + 0.5 * (eps * eps).flatten(1).sum(1)
+        elif potential == "official":
+            u = u - decoded.log_p_z - pixels.log_prob(x)
+        return u
+
+    def energy_and_grad(
+        self,
+        eps_z: Sequence[Tensor],
+        eps_x: Tensor,
+        potential: Potential = "energy",
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """U [N] and its gradients: one tensor per latent group, then that of `eps_x`; nothing is added to `.grad`."""
+        with torch.enable_grad():
+            leaves = [eps.detach().requires_grad_() for eps in (*eps_z, eps_x)]
+            u = self.potential(leaves[:-1], leaves[-1], potential, temperature)
+            gradients = torch.autograd.grad(u.sum(), leaves)
+        return u.detach(), list(gradients)

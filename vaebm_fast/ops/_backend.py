@@ -1,0 +1,102 @@
+"""Which implementation an op runs: the one table of what exists, and the one place that decides.
+
+Every op has `reference` (plain PyTorch, any device). `auto` takes the best that exists for the tensors' device and is
+present on this machine; a backend asked for by name is that one or an error that says how to get it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+from vaebm_fast import _extension
+
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
+
+OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "philox_words": ("reference", "cpu", "cuda"),
+        "philox_normal": ("reference", "cpu", "cuda"),
+    }
+)
+
+_PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("cpu",), "cuda": ("cuda", "triton")})
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def why_absent(backend: str) -> str | None:
+    """What this machine lacks for a backend and how to get it, as a clause; None when it has everything."""
+    if backend == "cpu":
+        return _extension.why_missing()
+    if backend == "triton" and not _is_installed("triton"):
+        return "Triton is not installed; `pip install triton` installs it"
+    if backend == "cuda" and not _extension.is_available():
+        return _extension.why_missing()
+    if backend == "cuda" and not _extension.has_cuda():
+        return (
+            "the compiled part holds no CUDA kernels; with a CUDA build of torch and nvcc on the PATH, "
+            "`VAEBM_CUDA=1 pip install --no-build-isolation -e .` builds them"
+        )
+    return None
+
+
+def why_not(op: str, device: torch.device, backend: str) -> str | None:
+    """Why `op` cannot run with `backend` on tensors of `device`, as a clause; None when it can."""
+    if backend not in OP_BACKENDS[op]:
+        return f"{op} has no such implementation; it has {', '.join(OP_BACKENDS[op])}"
+    absent = why_absent(backend)
+    if absent or backend == "reference":
+        return absent
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    needed = "cpu" if backend == "cpu" else "cuda"
+    if device.type != needed:
+        return f"it runs on {needed} tensors and these are on {device}; move them with .to({needed!r})"
+    return None
+
+
+def choose(op: str, device: torch.device, backend: str) -> str:
+    """The backend that runs `op` on tensors of `device`: the best one for "auto", else the one named.
+
+    Raises ValueError for a name that does not exist, RuntimeError when the named backend cannot run here.
+    """
+    if backend == "auto":
+        usable = (name for name in _PREFERENCE.get(device.type, ()) if why_not(op, device, name) is None)
+        return next(usable, "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"Backend {backend!r} is not known; it is auto, {', '.join(BACKENDS)}.")
+    reason = why_not(op, device, backend)
+    if reason is not None:
+        raise RuntimeError(f"{op} cannot run with backend={backend!r}: {reason}.")
+    return backend
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """What `auto` picks for an op, and why each other implementation of it was passed over or could not be."""
+
+    op: str
+    backend: str
+    unusable: Mapping[str, str]
+
+
+def report(device: torch.device) -> list[OpReport]:
+    """One OpReport per op for tensors of `device`; `vaebm-fast info` prints it."""
+    reports = []
+    for op, backends in OP_BACKENDS.items():
+        reasons = {name: why_not(op, device, name) for name in backends}
+        unusable = {name: reason for name, reason in reasons.items() if reason is not None}
+        reports.append(OpReport(op, choose(op, device, "auto"), unusable))
+    return reports

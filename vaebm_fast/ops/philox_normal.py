@@ -1,0 +1,74 @@
+"""Counter-based noise: Philox4x32-10 words, and the normals and uniforms made of them.
+
+Element e of draw k for seed s is a function of (s, k, stream, e) alone and has the same bits on every backend;
+csrc/philox.h defines it. Which stream is for what, and how a flat vector is cut into tensors, is in `vaebm_fast.noise`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vaebm_fast import _extension, reference
+from vaebm_fast.ops._backend import Backend, choose
+
+MAX_NUMEL = 2**34
+
+
+def philox_words(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backend: Backend = "auto") -> Tensor:
+    """The words w[n, e] = Philox4x32-10(key = seeds[n], counter = (e // 4, draw, stream, 0))[e % 4], int32 [N, numel].
+
+    seeds: int64 [N], the bits of numbers in 0..2^64-1, one per image.
+    draw: int64 [] or [1] on the seeds' device; its low 32 bits count. A tensor: replays of a graph draw fresh noise.
+    stream: 0..2^32-1; separate streams are independent. numel: elements per image, at most 2^34.
+    An int32 holds the bits of a uint32. Not differentiable.
+    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    _check(seeds, draw, stream, numel)
+    if choose("philox_words", seeds.device, backend) == "reference":
+        return reference.philox_words(seeds, draw, stream=stream, numel=numel)
+    words: Tensor = torch.ops.vaebm_fast.philox_words(seeds, draw, stream, numel)
+    return words
+
+
+def philox_normal(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backend: Backend = "auto") -> Tensor:
+    """Standard normals z[n, e] by Box-Muller from the words of `philox_words`, float32 [N, numel]; same arguments.
+
+    (z0, z1) = sqrt(-2 log u) (cos, sin)(2 pi w1 / 2^32) with u = w0 / 2^32 + 2^-33; |z| < 6.77.
+    """
+    _check(seeds, draw, stream, numel)
+    if choose("philox_normal", seeds.device, backend) == "reference":
+        return reference.philox_normal(seeds, draw, stream=stream, numel=numel)
+    normals: Tensor = torch.ops.vaebm_fast.philox_normal(seeds, draw, stream, numel)
+    return normals
+
+
+def philox_uniform(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backend: Backend = "auto") -> Tensor:
+    """Uniforms (2 j + 1) / 2^24 in (0, 1), float32 [N, numel], with j the upper 23 bits of a word of `philox_words`."""
+    words = philox_words(seeds, draw, stream=stream, numel=numel, backend=backend)
+    return ((words >> 9) & 0x7FFFFF).mul_(2).add_(1).to(torch.float32).mul_(2.0**-24)
+
+
+def _check(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> None:
+    if seeds.dim() != 1 or seeds.dtype != torch.int64:
+        raise ValueError(f"seeds must be int64 [N], one per image; they are {seeds.dtype} {list(seeds.shape)}.")
+    if draw.numel() != 1 or draw.dtype != torch.int64:
+        raise ValueError(f"draw must be one int64 number; it is {draw.dtype} {list(draw.shape)}.")
+    if draw.device != seeds.device:
+        raise ValueError(f"draw is on {draw.device} but seeds are on {seeds.device}; move it there.")
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"stream is {stream}; it must be within 0..2^32-1.")
+    if not 0 <= numel <= MAX_NUMEL:
+        raise ValueError(f"numel is {numel}; it must be within 0..2^34.")
+
+
+if _extension.is_available():
+
+    @torch.library.register_fake("vaebm_fast::philox_words")
+    def _(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tensor:
+        return seeds.new_empty((seeds.shape[0], numel), dtype=torch.int32)
+
+    @torch.library.register_fake("vaebm_fast::philox_normal")
+    def _(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tensor:
+        return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)

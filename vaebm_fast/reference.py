@@ -1,0 +1,102 @@
+"""The slow twin of every op, in plain PyTorch: same names, same signatures, any device. Truth for the kernels.
+
+Eager PyTorch only: a compiler may contract a product and a sum into one fma, and the bits of the normals would change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def philox_words(seeds: Tensor, draw: Tensor, *, stream: int, numel: int) -> Tensor:
+    """Philox4x32-10 words, int32 [N, numel]; see `vaebm_fast.ops.philox_normal.philox_words`."""
+    words = _philox_quads(seeds, draw, stream, (numel + 3) // 4)
+    signed = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+    return signed.flatten(1)[:, :numel].contiguous()
+
+
+def philox_normal(seeds: Tensor, draw: Tensor, *, stream: int, numel: int) -> Tensor:
+    """Standard normals, float32 [N, numel]; see `vaebm_fast.ops.philox_normal.philox_normal`."""
+    words = _philox_quads(seeds, draw, stream, (numel + 3) // 4)
+    pairs = words.unflatten(2, (2, 2))  # [N, quads, 2 pairs, 2]
+    normals = _box_muller(pairs[..., 0], pairs[..., 1])
+    return normals.flatten(1)[:, :numel].contiguous()
+
+
+def _philox_quads(seeds: Tensor, draw: Tensor, stream: int, quads: int) -> Tensor:
+    """Words of counters (0..quads-1, draw, stream, 0) as int64 in 0..2^32-1, [N, quads, 4]."""
+    key0, key1 = (seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]  # [N, 1]
+    c0 = torch.arange(quads, device=seeds.device).expand(seeds.shape[0], quads)
+    c1 = (draw.reshape(()) & _MASK).expand_as(c0)
+    c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
+    for _ in range(10):
+        high0, low0 = _wide_product(0xD2511F53, c0)
+        high1, low1 = _wide_product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=2)
+
+
+def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a b for 32-bit a and b, in halves of a so that nothing leaves int64's range."""
+    upper, lower = (a >> 16) * b, (a & 0xFFFF) * b
+    return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & _MASK
+
+
+def _box_muller(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(-2 log u) (cos, sin)(2 pi b / 2^32) with u = a / 2^32 + 2^-33, on a new last axis of two."""
+    u = a.to(torch.float32) * 2.0**-32 + 2.0**-33
+    r = torch.sqrt((_log_of_unit(u) * -2.0).double()).float()  # fp32: torch's own square root is off by an ulp on a CPU
+    cosine, sine = _cos_sin_of_turns(b)
+    return torch.stack((r * cosine, r * sine), dim=-1)
+
+
+def _log_of_unit(u: Tensor) -> Tensor:
+    """log u for u in (0, 1]: log m by a polynomial for the m in [sqrt(1/2), sqrt 2) of u = 2^e m, plus e log 2."""
+    bits = u.view(torch.int32)
+    e = (bits - 0x3F3504F3) >> 23
+    t = (bits - (e << 23)).view(torch.float32) - 1.0
+    log_m = t + (t * t) * _horner(LOG_COEFFICIENTS, t)
+    exponent = e.to(torch.float32)
+    return exponent * LN2_HI + (exponent * LN2_LO + log_m)
+
+
+def _cos_sin_of_turns(turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 2 pi turns / 2^32 for int64 turns in 0..2^32-1, through the nearest quarter turn."""
+    quarter = (turns + 2**29) >> 30
+    x = (turns - (quarter << 30)).to(torch.float32) * RADIANS_PER_TURN
+    x2 = x * x
+    sine = x + (x * x2) * _horner(SIN_COEFFICIENTS, x2)
+    cosine = x2 * _horner(COS_COEFFICIENTS, x2) + 1.0
+    swap = (quarter & 1) == 1
+    cosine, sine = torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)
+    return (
+        torch.where(((quarter + 1) & 2) == 2, -cosine, cosine),
+        torch.where((quarter & 2) == 2, -sine, sine),
+    )
+
+
+def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    """The polynomial with these coefficients, highest power first; each step one product and one sum."""
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value
+
+
+# The coefficients of csrc/math.h. Every number is a float32 written with nine digits.
+LN2_HI, LN2_LO = 0.693359375, -2.12194440e-4
+RADIANS_PER_TURN = 2 * math.pi / 2**32
+# (log(1 + t) - t) / t^2 for 1 + t in [sqrt(1/2), sqrt 2)
+LOG_COEFFICIENTS = (
+    -0.0763640329, 0.127622008, -0.131596133, 0.142015815, -0.166234091, 0.200012416, -0.250008196, 0.333333313, -0.5,
+)  # fmt: skip
+# (sin x - x) / x^3 and (cos x - 1) / x^2 as functions of x^2, for |x| <= pi/4
+SIN_COEFFICIENTS = (-1.95182904e-4, 8.33218917e-3, -0.166666552)
+COS_COEFFICIENTS = (2.44323273e-5, -1.38873095e-3, 4.16666456e-2, -0.5)

@@ -1,0 +1,249 @@
+"""Stage 2: the energy network against its frozen NVAE, by contrastive divergence with short Langevin chains.
+
+`EnergyUpdate` is one optimiser step on given positives and negatives; `EnergyTrainer` adds the chains, the replay buffer
+and the data. Source: VAEBM (arXiv:2010.00654), sections 3.2 and appendix; persistent chains as in arXiv:1903.08689.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaebm_fast.checkpoint import save_energy
+from vaebm_fast.config import EnergyConfig, EnergyTraining, to_json
+from vaebm_fast.data import ImageSource
+from vaebm_fast.langevin import LangevinSampler
+from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
+from vaebm_fast.noise import Stream, normal, seed_tensor, uniform
+from vaebm_fast.replay import ReplayRing
+from vaebm_fast.training.guard import DivergenceGuard
+from vaebm_fast.training.spectral import SpectralRegulariser
+from vaebm_fast.training.stepdata import StepData, step_seeds
+
+
+@torch.no_grad()
+def clip_by_second_moment(optimizer: torch.optim.Adam) -> None:
+    """Clip every gradient entry to +-(3 sqrt(v / (1 - beta2^t)) + 0.1), v and t Adam's state before this step.
+
+    Parameters that Adam has not stepped yet are left alone. Du and Mordatch, arXiv:1903.08689, use the same bound.
+    """
+    for group in optimizer.param_groups:
+        beta2 = group["betas"][1]
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if not state or parameter.grad is None:
+                continue
+            bound = 3 * torch.sqrt(state["exp_avg_sq"] / (1 - beta2 ** state["step"])) + 0.1
+            torch.clamp(parameter.grad, -bound, bound, out=parameter.grad)
+
+
+class EnergyUpdate:
+    """One step of Adam on mean E(data) - mean E(negatives) + alpha_s * spectral, with the entry-wise clip."""
+
+    def __init__(self, energy: EnergyNetwork, training: EnergyTraining, *, seed: int = 0) -> None:
+        self.energy = energy
+        self.spectral_coeff = training.spectral_coeff
+        self._learning_rate = training.learning_rate
+        self.spectral = SpectralRegulariser(energy, seed=seed)
+        self.optimizer = torch.optim.Adam(
+            energy.parameters(),
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            eps=1e-8,
+            weight_decay=training.weight_decay,
+        )
+
+    def __call__(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
+        """Update on images [N, C, H, W] in [0, 1]; returns 0-dim tensors `loss` (without alpha_s), `spectral`, and both energies."""
+        energy_data = self.energy(positive).mean()
+        energy_negative = self.energy(negative).mean()
+        loss = energy_data - energy_negative
+        spectral = self.spectral() if self.spectral_coeff else torch.zeros_like(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + self.spectral_coeff * spectral).backward()
+        clip_by_second_moment(self.optimizer)
+        self.optimizer.step()
+        return {
+            "loss": loss.detach(),
+            "spectral": spectral.detach(),
+            "energy_data": energy_data.detach(),
+            "energy_negative": energy_negative.detach(),
+        }
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set the learning rate to `factor` times the configured one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self._learning_rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on."""
+        return {
+            "energy": self.energy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "spectral": self.spectral.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`'s state."""
+        self.energy.load_state_dict(state["energy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.spectral.load_state_dict(state["spectral"])
+
+
+class EnergyTrainer:
+    """Trains an energy network against a frozen NVAE: chains at the present energy give the negatives of each step."""
+
+    def __init__(
+        self,
+        vae: NVAE,
+        config: EnergyConfig,
+        training: EnergyTraining,
+        source: ImageSource,
+        *,
+        seed: int = 0,
+        horizontal_flip: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.training, self.seed = config, training, seed
+        self.device, self.total_steps = torch.device(device), training.iterations
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            energy = EnergyNetwork(config)
+        vae = vae.eval().requires_grad_(False)
+        self.model = VAEBM(vae, energy).to(self.device, memory_format=torch.channels_last)
+        self.update = EnergyUpdate(self.model.energy, training, seed=seed)
+        self.averaged = copy.deepcopy(self.model.energy).requires_grad_(False)
+        self._flip = horizontal_flip
+        self._data = StepData(
+            source,
+            training.batch_size,
+            seed=seed,
+            bits=vae.config.num_x_bits,
+            horizontal_flip=horizontal_flip,
+            device=self.device,
+        )
+        self.sampler = LangevinSampler(
+            self.model,
+            steps=training.steps,
+            step_size=training.step_size,
+            potential=training.potential,
+            device=self.device,
+        )
+        latent_dim = self.sampler.layout.latent_dim
+        self.buffer = ReplayRing(training.buffer.size, latent_dim, device=self.device) if training.buffer else None
+        self._guard = DivergenceGuard(
+            self.update, max_gap=training.max_energy_gap, max_rollbacks=training.max_rollbacks
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What a continuation must share with its checkpoint."""
+        return {
+            "stage": "energy",
+            "seed": self.seed,
+            "data": f"{self._data.source.name}, {len(self._data.source)} images",
+            "horizontal_flip": self._flip,
+            "energy": to_json(self.config),
+            **asdict(self.training),
+        }
+
+    def initialize(self) -> None:
+        """Data-dependent initialisation on the first `init_batches` batches taken as one."""
+        images = torch.cat([self._data(step) for step in range(self.training.init_batches)])
+        self.model.energy.initialize_from_data(images)
+        self.averaged.load_state_dict(self.model.energy.state_dict())
+
+    def start(self, step: int) -> Tensor:
+        """Starting states of a step's chains, [N, D]: N(0, I), some with latents from the replay buffer."""
+        count = self.training.batch_size
+        eps = normal(self._seeds(step), 0, Stream.TRAIN_CHAIN, self.sampler.layout.dim)
+        if self.buffer is None or len(self.buffer) == 0:
+            return eps
+        assert self.training.buffer is not None
+        annealed = min(1.0, step / max(self.training.buffer.anneal_steps, 1))
+        chance, place = uniform(
+            seed_tensor([self.seed], self.device), step, Stream.REPLAY, 2 * count
+        ).reshape(2, count)
+        kept = self.buffer.gather((place * len(self.buffer)).long())
+        chosen = (chance < self.training.buffer.max_probability * annealed)[:, None]
+        latent_dim = self.sampler.layout.latent_dim
+        eps[:, :latent_dim] = torch.where(chosen, kept, eps[:, :latent_dim])
+        return eps
+
+    def _seeds(self, step: int) -> Tensor:
+        return step_seeds(self.seed, step, self.training.batch_size, self.device)
+
+    def negatives(self, step: int) -> Tensor:
+        """Images [N, C, H, W] at the end of a step's chains; their latents go into the replay buffer."""
+        layout = self.sampler.layout
+        self.model.energy.requires_grad_(False)
+        chains = self.sampler.run(self._seeds(step), start=self.start(step), stream=Stream.TRAIN_CHAIN)
+        self.model.energy.requires_grad_(True)
+        if self.buffer is not None:
+            self.buffer.push(chains.eps[:, : layout.latent_dim])
+        if self.training.use_mean_negatives:
+            return chains.images
+        eps_z, eps_x = layout.split(chains.eps)
+        with torch.no_grad():
+            return self.model.image(eps_z, eps_x)
+
+    def step(self, step: int) -> dict[str, Tensor | float]:
+        """Chains, one update, one look at the energy gap; diverged updates are rolled back at half the learning rate."""
+        if step == 0:
+            self.initialize()
+        self._guard.before_step(step)
+        scalars = self.update(self._data(step), self.negatives(step))
+        if self._guard.after_step(step, float(scalars["loss"])):
+            self.update.scale_learning_rate(0.5 ** self._guard.rollbacks)
+            warnings.warn(
+                f"Energy training diverged at step {step}: rolled back to its last good state, learning rate halved.",
+                stacklevel=2,
+            )
+        self._average()
+        return scalars
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """averaged <- ema_decay * averaged + (1 - ema_decay) * present weights."""
+        pairs = zip(self.averaged.parameters(), self.model.energy.parameters(), strict=True)
+        for average, weight in pairs:
+            average.lerp_(weight, 1 - self.training.ema_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on."""
+        return {
+            "update": self.update.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "guard": self._guard.state_dict(),
+            "buffer": self.buffer.state_dict() if self.buffer is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`'s state."""
+        self.update.load_state_dict(state["update"])
+        self.averaged.load_state_dict(state["averaged"])
+        self._guard.load_state_dict(state["guard"])
+        if self.buffer is not None:
+            self.buffer.load_state_dict(state["buffer"])
+
+    def sample_images(self) -> Tensor:
+        """16 chains under the averaged network, their mean images, uint8 [16, H, W, C]."""
+        sampler = LangevinSampler(
+            VAEBM(self.model.vae, self.averaged),
+            steps=self.training.steps,
+            step_size=self.training.step_size,
+            potential=self.training.potential,
+            device=self.device,
+        )
+        return sampler.sample(range(16))
+
+    def export(self, out: Path) -> Path:
+        """Write energy.safetensors: the averaged network, which is the last one where `ema_decay` is 0."""
+        path = out / "energy.safetensors"
+        save_energy(self.averaged, path, {"steps": self.total_steps, "seed": self.seed})
+        return path
