@@ -61,23 +61,23 @@ def langevin_chain(
     step_size: float,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run `steps` Langevin steps from eps [N, D]; returns the final eps and the energies before each step, [T, N].
+    """Run `steps` Langevin steps from eps [N, D]; returns the final eps and U before each step, [T, N].
 
     `noise(k)` [N, D] is the noise of step k = 1, 2, ...; `on_step(k, eps)` sees the state after step k. The host waits
     once, at the end. Raises NonFiniteChainError when a state stopped being finite.
     """
-    energies, finite = [], []
+    potentials, finite = [], []
     for k in range(1, steps + 1):
         u, gradient = energy_and_grad(eps)
         eps = langevin_step(eps, gradient, noise(k), step_size)
-        energies.append(u)
+        potentials.append(u)
         finite.append(torch.isfinite(eps).all(dim=1))
         if on_step is not None:
             on_step(k, eps)
-    if not energies:
+    if not potentials:
         return eps, eps.new_empty(0, eps.shape[0])
     _raise_if_not_finite(torch.stack(finite))
-    return eps, torch.stack(energies)
+    return eps, torch.stack(potentials)
 
 
 def _raise_if_not_finite(finite: Tensor) -> None:
@@ -90,10 +90,10 @@ def _raise_if_not_finite(finite: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Chains:
-    """Finished chains: the state eps [N, D], the potential before each step [T, N], the mean images [N, C, H, W]."""
+    """Finished chains: the state eps [N, D], U before each step [T, N], the mean images [N, C, H, W]."""
 
     eps: Tensor
-    energies: Tensor
+    potentials: Tensor
     images: Tensor
 
 
@@ -142,12 +142,12 @@ class LangevinSampler:
             return normal(keys, k, stream, self.layout.dim)
 
         eps = noise(0) if start is None else start
-        eps, energies = langevin_chain(
+        eps, potentials = langevin_chain(
             self._energy_and_grad, eps, noise, steps=self.steps, step_size=self.step_size, on_step=on_step
         )
         with torch.no_grad():
             images = self.model.mean_image(self.layout.split(eps)[0], self.temperature)
-        return Chains(eps, energies, images)
+        return Chains(eps, potentials, images)
 
     def sample(self, seeds: Iterable[int], batch_size: int = 64) -> Tensor:
         """Images uint8 [N, H, W, C], one per seed; image i depends on seed i alone, whatever the batch."""
