@@ -47,7 +47,7 @@ def palette() -> Image.Image:
 
 
 def numbered(total: int, side: int = 4) -> ArraySource:
-    """The top row of image i holds i in its left corner; the second row holds 255 there, which tells a mirrored image."""
+    """Image i has i in the left corner of its top row and 255 below it, which tells it from its mirror image."""
     images = np.zeros((total, side, side, 1), np.uint8)
     images[:, 0, 0, 0] = np.arange(total)
     images[:, 1, 0, 0] = 255

@@ -127,21 +127,28 @@ class LangevinSampler:
         u, gradients = self.model.energy_and_grad(eps_z, eps_x, self.potential, self.temperature)
         return u, self.layout.join(gradients[:-1], gradients[-1])
 
+    def start(self, seeds: Iterable[int] | Tensor, stream: Stream = Stream.CHAIN) -> Tensor:
+        """The seeds' own starting states, N(0, I), [N, D]: draw 0 of their noise."""
+        return normal(self._keys(seeds), 0, stream, self.layout.dim)
+
+    def _keys(self, seeds: Iterable[int] | Tensor) -> Tensor:
+        return seeds if isinstance(seeds, Tensor) else seed_tensor(seeds, self.device)
+
     def run(
         self,
-        seeds: Iterable[int],
+        seeds: Iterable[int] | Tensor,
         *,
         start: Tensor | None = None,
         stream: Stream = Stream.CHAIN,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Chains:
-        """One batch of chains, one per seed, from `start` [N, D] or from the seeds' own N(0, I) (draw 0)."""
-        keys = seed_tensor(seeds, self.device)
+        """One batch of chains, one per seed (numbers, or `seed_tensor`'s int64 [N]), from `start` [N, D] or `self.start`."""
+        keys = self._keys(seeds)
 
         def noise(k: int) -> Tensor:
             return normal(keys, k, stream, self.layout.dim)
 
-        eps = noise(0) if start is None else start
+        eps = self.start(keys, stream) if start is None else start
         eps, potentials = langevin_chain(
             self._energy_and_grad, eps, noise, steps=self.steps, step_size=self.step_size, on_step=on_step
         )

@@ -7,12 +7,13 @@ Errors here do not name the file; the caller does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -75,32 +76,30 @@ def _refused(path: Path, error: Exception) -> str:
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named:
         return named[1]
-    suspects = [name for name in _imports(path) if not name.startswith(("torch.", "argparse.", "collections."))]
-    return ", ".join(dict.fromkeys(suspects))
+    usual = ("argparse.Namespace", "collections.OrderedDict")
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # damaged, or past the last pickle: the names so far are all there is
+        names.extend(_imports(path))
+    return ", ".join(dict.fromkeys(name for name in names if name not in usual and not name.startswith("torch.")))
 
 
-def _imports(path: Path) -> list[str]:
-    """Names that the pickles of a file would import, in order, found without running them."""
+def _imports(path: Path) -> Iterator[str]:
+    """Names that the pickles of a file import, in order, found without running them. Raises what reading raises."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             data = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
     else:
         data = path.read_bytes()
-    names: list[str] = []
     strings: list[str] = []
     stream = io.BytesIO(data)
-    try:
-        while stream.tell() < len(data):
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL":
-                    names.append(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.append(".".join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    except ValueError:  # no pickle, or past the last one
-        pass
-    return names
+    while stream.tell() < len(data):
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "GLOBAL":
+                yield str(argument).replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                yield ".".join(strings[-2:])
+            elif isinstance(argument, str):
+                strings.append(argument)
 
 
 def kind(content: Mapping[str, Any]) -> Kind:

@@ -20,7 +20,7 @@ from vaebm_fast.config import EnergyConfig, EnergyTraining, to_json
 from vaebm_fast.data import ImageSource
 from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
-from vaebm_fast.noise import Stream, normal, seed_tensor, uniform
+from vaebm_fast.noise import Stream, seed_tensor, uniform
 from vaebm_fast.replay import ReplayRing
 from vaebm_fast.training.guard import DivergenceGuard
 from vaebm_fast.training.spectral import SpectralRegulariser
@@ -161,7 +161,7 @@ class EnergyTrainer:
     def start(self, step: int) -> Tensor:
         """Starting states of a step's chains, [N, D]: N(0, I), some with latents from the replay buffer."""
         count = self.training.batch_size
-        eps = normal(self._seeds(step), 0, Stream.TRAIN_CHAIN, self.sampler.layout.dim)
+        eps = self.sampler.start(self._seeds(step), Stream.TRAIN_CHAIN)
         if self.buffer is None or len(self.buffer) == 0:
             return eps
         assert self.training.buffer is not None

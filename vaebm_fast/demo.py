@@ -1,0 +1,170 @@
+"""`vaebm-fast demo`: train a small VAEBM on handwritten digits on a CPU, sample it, and show what the energy changed.
+
+Everything is judged on x(eps), the model's samples, and on the decoder's means beside it; held-out digits are seen by
+neither network nor by the classifier that makes the features.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vaebm_fast.checkpoint import load_energy, load_nvae
+from vaebm_fast.config import PRESETS, Preset
+from vaebm_fast.data import ArraySource, digits, to_tensor
+from vaebm_fast.evaluation.digit_features import DigitClassifier, everything, train_digit_classifier
+from vaebm_fast.evaluation.fidelity import Features, frechet_distance
+from vaebm_fast.langevin import LangevinSampler, to_uint8
+from vaebm_fast.models import VAEBM
+from vaebm_fast.noise import Stream
+from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
+from vaebm_fast.training.figures import chain_picture, energy_figure, training_figure
+
+SAMPLES = 1000
+SAMPLING_SEEDS = 3
+KINDS = ("nvae", "vaebm", "floor")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and where its logs are."""
+
+    model: VAEBM
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Frechet distance to the held-out digits in the classifier's features."""
+
+    classifier: DigitClassifier
+    held_out: Features
+
+    def distance(self, images: Tensor) -> float:
+        """Of images [N, 1, 8, 8] in [0, 1]."""
+        return frechet_distance(self.classifier.features(images), self.held_out)
+
+
+def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[str, Any]:
+    """Train, sample, judge, draw; writes everything to `out` (whose earlier contents go) and returns the metrics."""
+    began = time.perf_counter()
+    if out.exists():
+        shutil.rmtree(out)
+    preset, source, held_out = PRESETS["digits"], digits(split="train"), digits(split="held_out")
+    classifier = train_digit_classifier(source)
+    judge = Judge(classifier, classifier.features(everything(held_out)[0]))
+    print(f"Classifier for the features: {classifier.accuracy(held_out):.1%} of the held-out digits right.")
+    frechet: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "nvae_mean", "vaebm_mean")}
+    for seed in range(train_seeds):
+        folder = out if train_seeds == 1 else out / f"train_seed_{seed}"
+        trained = _train(preset, source, folder, seed=seed, progress=progress)
+        print(f"Drawing {SAMPLES} samples with each of {SAMPLING_SEEDS} sampling seeds.")
+        for sampling_seed in range(SAMPLING_SEEDS):
+            for kind, distance in _judge(trained.model, preset, source, judge, sampling_seed).items():
+                frechet[kind].append(distance)
+        _draw(trained, preset, held_out)
+    metrics = {"frechet": frechet, "seconds": time.perf_counter() - began, "samples": SAMPLES}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    table = results_table(frechet)
+    (out / "results.md").write_text(table + "\n")
+    print(f"\n{table}\n\n{metrics['seconds']:.0f} s in all; pictures, curves and metrics.json are in {out}/.")
+    return metrics
+
+
+def _train(preset: Preset, source: ArraySource, folder: Path, *, seed: int, progress: bool) -> Trained:
+    """Both stages, each in a folder of its own."""
+
+    def options(name: str) -> RunOptions:
+        return RunOptions(folder / name, log_every=10, save_every=10**6, grid_every=10**6, progress=progress)
+
+    print(f"Stage 1: the NVAE, {preset.vae_training.epochs} epochs over {len(source)} digits (seed {seed}).")
+    vae_file = train(VAETrainer(preset.nvae, preset.vae_training, source, seed=seed), options("vae"))
+    if vae_file is None:
+        raise KeyboardInterrupt
+    vae = load_nvae(vae_file)
+    print(f"Stage 2: the energy network, {preset.energy_training.iterations} iterations.")
+    energy_file = train(EnergyTrainer(vae, preset.energy, preset.energy_training, source, seed=seed), options("energy"))
+    if energy_file is None:
+        raise KeyboardInterrupt
+    model = VAEBM(vae, load_energy(energy_file)).to(memory_format=torch.channels_last).requires_grad_(False)
+    return Trained(model, folder)
+
+
+def _sampler(model: VAEBM, preset: Preset) -> LangevinSampler:
+    sampling = preset.sampling
+    return LangevinSampler(
+        model, steps=sampling.steps, step_size=sampling.step_size, potential=sampling.potential
+    )
+
+
+def _judge(
+    model: VAEBM, preset: Preset, source: ArraySource, judge: Judge, sampling_seed: int
+) -> dict[str, float]:
+    """Frechet distances of one sampling seed: chain starts (the NVAE's samples), chain ends, and real digits."""
+    sampler = _sampler(model, preset)
+    seeds = range(sampling_seed * SAMPLES, (sampling_seed + 1) * SAMPLES)
+    layout = sampler.layout
+    with torch.no_grad():
+        start, end = sampler.start(seeds), sampler.run(seeds)
+        nvae_z, nvae_x = layout.split(start)
+        vaebm_z, vaebm_x = layout.split(end.eps)
+        images = {
+            "nvae": model.image(nvae_z, nvae_x),
+            "vaebm": model.image(vaebm_z, vaebm_x),
+            "nvae_mean": model.mean_image(nvae_z),
+            "vaebm_mean": end.images,
+        }
+    chosen = np.random.default_rng(sampling_seed).integers(len(source), size=SAMPLES)
+    images["floor"] = to_tensor(source.read(chosen))
+    return {kind: judge.distance(batch) for kind, batch in images.items()}
+
+
+def _draw(trained: Trained, preset: Preset, held_out: ArraySource) -> None:
+    """The picture of data, NVAE and chain; the energies along the chain; the training curves."""
+    model, sampler = trained.model, _sampler(trained.model, preset)
+    seeds, columns = range(200), 12
+    shown = {1 + preset.sampling.steps // 4, 1 + preset.sampling.steps // 2, preset.sampling.steps}
+    energies: list[Tensor] = []
+    rows: dict[str, Tensor] = {"data": torch.from_numpy(held_out.read(np.arange(columns)))}
+
+    @torch.no_grad()
+    def look(step: int, eps: Tensor) -> None:
+        x = model.image(*sampler.layout.split(eps))
+        energies.append(model.energy(x))
+        if step == 0 or step in shown:
+            name = "NVAE" if step == 0 else f"step {step}" if step < preset.sampling.steps else "VAEBM"
+            rows[name] = to_uint8(x[:columns])
+
+    look(0, sampler.start(seeds))
+    sampler.run(seeds, on_step=look)
+    with torch.no_grad():
+        data_energy = model.energy(everything(held_out)[0])
+    chain_picture(rows, trained.folder / "samples.png")
+    energy_figure(torch.stack(energies), data_energy, trained.folder / "energies.png")
+    training_figure(trained.folder, trained.folder / "training.png")
+
+
+def results_table(frechet: dict[str, list[float]]) -> str:
+    """The Frechet distances as a Markdown table: mean, spread, and every sampling seed."""
+    names = {
+        "nvae": "NVAE samples",
+        "vaebm": "VAEBM samples",
+        "nvae_mean": "NVAE, decoder means",
+        "vaebm_mean": "VAEBM, decoder means",
+        "floor": "real digits (training half)",
+    }
+    lines = ["| Frechet distance to held-out digits | mean | standard deviation | each |", "|---|---|---|---|"]
+    for kind, name in names.items():
+        values = frechet[kind]
+        each = " ".join(f"{value:.2f}" for value in values)
+        lines.append(f"| {name} | {statistics.mean(values):.2f} | {statistics.stdev(values):.2f} | {each} |")
+    return "\n".join(lines)
