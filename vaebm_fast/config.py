@@ -1,8 +1,8 @@
 """What a model, a training run and a preset are, as frozen dataclasses; `PRESETS` is the one table of named settings.
 
-Field names follow the arguments stored in published NVAE checkpoints where such an argument exists, so that what a user
-knows from there (`num_latent_scales`, `num_groups_per_scale`, ...) means the same here. This module owns names, defaults
-and their validation; it knows nothing of tensors.
+Field names follow the arguments stored in published NVAE checkpoints where such an argument exists, so that what a
+user knows from there (`num_latent_scales`, `num_groups_per_scale`, ...) means the same here. This module owns names,
+defaults and their validation; it knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _require(condition: bool, sentence: str) -> None:
 
 @dataclass(frozen=True)
 class NVAEConfig:
-    """Everything that shapes an NVAE. Sides in pixels; `num_groups_per_scale` counts at the scale of highest resolution.
+    """Everything that shapes an NVAE. Sides in pixels; `num_groups_per_scale` counts at the highest resolution.
 
     Raises ValueError, naming the field, when the numbers do not fit together.
     """
@@ -110,7 +110,8 @@ class NVAEConfig:
             if entry.type == "int":
                 least = smallest.get(entry.name, 1)
                 _require(
-                    isinstance(value, int) and value >= least, f"{entry.name} is {value!r}; it must be at least {least}."
+                    isinstance(value, int) and value >= least,
+                    f"{entry.name} is {value!r}; it must be at least {least}.",
                 )
         _require(1 <= self.num_x_bits <= 8, f"num_x_bits is {self.num_x_bits}; images are read with 1 to 8 bits.")
         _require(
@@ -183,7 +184,7 @@ class EnergyBlock:
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """A residual energy network: `width` is the unit m of all channel counts, `blocks` run in order after the first convolution."""
+    """A residual energy network: `blocks` run in order after a first convolution; `width` is the channel unit."""
 
     image_size: int
     image_channels: int
@@ -214,7 +215,7 @@ class EnergyConfig:
 
 
 def parse_blocks(text: str) -> tuple[EnergyBlock, ...]:
-    """Blocks from a line like `1-1d 1-1 1-2d`: input and output channels in units of the width, `d` where it downsamples."""
+    """Blocks from a line like `1-1d 1-1 1-2d`: in and out channels in units of the width, `d` where it downsamples."""
     blocks = []
     for word in text.replace(",", " ").split():
         numbers = word.removesuffix("d").split("-")
@@ -243,9 +244,7 @@ ENERGY_ARCHS: Mapping[str, EnergyArch] = MappingProxyType(
         "cifar32": EnergyArch(32, 128, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2")),
         "celeba64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-4 4-4d 4-4")),
         "lsun64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2 2-2d 2-4 4-4 4-4d 4-4")),
-        "celeba256": EnergyArch(
-            256, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2 2-4d 4-4 4-4d 4-4 4-8d 8-8")
-        ),
+        "celeba256": EnergyArch(256, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2 2-4d 4-4 4-4d 4-4 4-8d 8-8")),
     }
 )
 
@@ -338,7 +337,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model with the settings that train and sample it; batch sizes are per GPU, for the given number of them."""
+    """A named model with the settings that train and sample it; batch sizes are per GPU, for the number given here."""
 
     name: str
     nvae: NVAEConfig
@@ -434,17 +433,17 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 energy=EnergyConfig(8, 1, 32, parse_blocks("1-1d 1-1 1-2d 2-2")),
                 vae_training=VAETraining(epochs=60, mixed_precision=False),
                 energy_training=EnergyTraining(
-                    iterations=300,
-                    learning_rate=1.5e-4,
+                    iterations=250,
+                    learning_rate=1e-4,
                     beta1=0.5,
                     steps=10,
-                    step_size=0.2,
+                    step_size=0.15,
                     potential="paper",
                     use_mean_negatives=False,
                     ema_decay=0.98,
                     max_energy_gap=100.0,
                 ),
-                sampling=Sampling(steps=10, step_size=0.2, potential="paper"),
+                sampling=Sampling(steps=10, step_size=0.15, potential="paper"),
                 horizontal_flip=False,
                 vae_gpus=1,
             ),

@@ -25,7 +25,7 @@ from vaebm_fast.evaluation.digit_features import DigitClassifier, everything, tr
 from vaebm_fast.evaluation.fidelity import Features, frechet_distance
 from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models import VAEBM
-from vaebm_fast.noise import Stream
+from vaebm_fast.models.layers import channels_last
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
 from vaebm_fast.training.figures import chain_picture, energy_figure, training_figure
 
@@ -95,20 +95,16 @@ def _train(preset: Preset, source: ArraySource, folder: Path, *, seed: int, prog
     energy_file = train(EnergyTrainer(vae, preset.energy, preset.energy_training, source, seed=seed), options("energy"))
     if energy_file is None:
         raise KeyboardInterrupt
-    model = VAEBM(vae, load_energy(energy_file)).to(memory_format=torch.channels_last).requires_grad_(False)
+    model = channels_last(VAEBM(vae, load_energy(energy_file))).requires_grad_(False)
     return Trained(model, folder)
 
 
 def _sampler(model: VAEBM, preset: Preset) -> LangevinSampler:
     sampling = preset.sampling
-    return LangevinSampler(
-        model, steps=sampling.steps, step_size=sampling.step_size, potential=sampling.potential
-    )
+    return LangevinSampler(model, steps=sampling.steps, step_size=sampling.step_size, potential=sampling.potential)
 
 
-def _judge(
-    model: VAEBM, preset: Preset, source: ArraySource, judge: Judge, sampling_seed: int
-) -> dict[str, float]:
+def _judge(model: VAEBM, preset: Preset, source: ArraySource, judge: Judge, sampling_seed: int) -> dict[str, float]:
     """Frechet distances of one sampling seed: chain starts (the NVAE's samples), chain ends, and real digits."""
     sampler = _sampler(model, preset)
     seeds = range(sampling_seed * SAMPLES, (sampling_seed + 1) * SAMPLES)

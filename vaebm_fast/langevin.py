@@ -142,7 +142,7 @@ class LangevinSampler:
         stream: Stream = Stream.CHAIN,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Chains:
-        """One batch of chains, one per seed (numbers, or `seed_tensor`'s int64 [N]), from `start` [N, D] or `self.start`."""
+        """One batch of chains from `start` [N, D], or from `self.start`; seeds as numbers or as `seed_tensor`'s [N]."""
         keys = self._keys(seeds)
 
         def noise(k: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Normal latents and the three pixel distributions: Gaussian, discretised logistic mixture, Bernoulli.
 
-Images are in [0, 1] where a method takes or returns one; `mean` and `sigma` keep the distribution's own unit, which each
-class states. Randomness is always passed in. Sources: NVAE (arXiv:2007.03898), VAEBM (arXiv:2010.00654),
+Images are in [0, 1] where a method takes or returns one; `mean` and `sigma` keep the distribution's own unit, which
+each class states. Randomness is always passed in. Sources: NVAE (arXiv:2007.03898), VAEBM (arXiv:2010.00654),
 PixelCNN++ (arXiv:1701.05517) for the mixture.
 """
 

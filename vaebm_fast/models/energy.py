@@ -26,9 +26,7 @@ class EnergyResidualBlock(nn.Module):
         self.conv1 = WNConv2d(in_channels, out_channels, 3)
         self.conv2 = WNConv2d(out_channels, out_channels, 3)
         needs_conv = downsample or in_channels != out_channels
-        self.skip = (
-            nn.Sequential(WNConv2d(in_channels, out_channels, 1, bias=False)) if needs_conv else nn.Sequential()
-        )
+        self.skip = nn.Sequential(WNConv2d(in_channels, out_channels, 1, bias=False)) if needs_conv else nn.Sequential()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(activation(self.conv1(x))) + self.skip(x)
@@ -66,7 +64,6 @@ class EnergyNetwork(nn.Module):
         return self.linear(x.sum(dim=(2, 3))).squeeze(1)
 
     def initialize_from_data(self, x: Tensor) -> None:
-        """Data-dependent initialisation of every convolution on a batch x in [0, 1]; the linear layer keeps its weights."""
+        """Data-dependent initialisation of every convolution on a batch x in [0, 1]; the linear layer is left alone."""
         convs = [module for module in self.modules() if isinstance(module, WNConv2d)]
         initialize_from_data(convs, lambda: self(x))
-

@@ -40,7 +40,7 @@ def masked_conv(
     mirror: bool = False,
     init_scale: float = 1.0,
 ) -> WNConv2d:
-    """A weight-normalised convolution that is autoregressive in raster order over pixels and, within one, over channels.
+    """A weight-normalised convolution, autoregressive in raster order over pixels and, within one, over channels.
 
     `mirror` flips the mask in H and W only, which reverses the pixel order and keeps the channel order.
     """

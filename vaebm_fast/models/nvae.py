@@ -88,9 +88,7 @@ class NVAE(nn.Module):
             for index in range(config.num_preprocess_cells):
                 last = index == config.num_preprocess_cells - 1
                 out_channels, resample = (2 * channels, "down") if last else (channels, "none")
-                self.pre_process.append(
-                    Cell(plan.preprocess, channels, out_channels, resample=resample, use_se=use_se)
-                )
+                self.pre_process.append(Cell(plan.preprocess, channels, out_channels, resample=resample, use_se=use_se))
                 channels = out_channels
 
         enc_channels = self._build_encoder(channels)
@@ -129,9 +127,7 @@ class NVAE(nn.Module):
                     self.enc_tower.append(EncoderCombiner(dec_channels, channels))
                 channels_per_group.append(channels)
             if not last_scale:
-                self.enc_tower.append(
-                    Cell(plan.encoder, channels, 2 * channels, resample="down", use_se=config.use_se)
-                )
+                self.enc_tower.append(Cell(plan.encoder, channels, 2 * channels, resample="down", use_se=config.use_se))
                 channels *= 2
         return channels_per_group[::-1]
 
@@ -151,9 +147,7 @@ class NVAE(nn.Module):
                         self.dec_tower.append(Cell(plan.decoder, channels, channels, use_se=config.use_se))
                 self.dec_tower.append(DecoderCombiner(channels, config.num_latent_per_group))
             if scale < config.num_latent_scales - 1:
-                self.dec_tower.append(
-                    Cell(plan.decoder, channels, channels // 2, resample="up", use_se=config.use_se)
-                )
+                self.dec_tower.append(Cell(plan.decoder, channels, channels // 2, resample="up", use_se=config.use_se))
                 channels //= 2
         return channels
 
@@ -168,7 +162,7 @@ class NVAE(nn.Module):
         return self.config.image_shape
 
     def _top_down(self, batch: int, latent: Callable[[int, Tensor | None], Tensor]) -> Tensor:
-        """The decoder: `latent(g, s)` gives group g's z from the feature s that conditions its prior (None at the top)."""
+        """The decoder: `latent(g, s)` gives group g's z from the feature s behind its prior (None at the top)."""
         z = latent(0, None)
         if self.config.is_vanilla:
             s = self.stem_decoder(z)
@@ -259,7 +253,9 @@ class NVAE(nn.Module):
         VAEBM's -2 by default, None for NVAE's own training loss.
         """
         if tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(f"x has shape {tuple(x.shape)}; this NVAE takes [N, C, H, W] = {('N', *self.image_shape)}.")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; this NVAE takes [N, C, H, W] = {('N', *self.image_shape)}."
+            )
         if eps_q is None:
             eps_q = [torch.randn(x.shape[0], *shape, dtype=x.dtype, device=x.device) for shape in self.latent_shapes]
         noise = eps_q
@@ -311,7 +307,7 @@ class NVAE(nn.Module):
         return torch.logsumexp(torch.stack(log_weights), dim=0) - math.log(len(log_weights))
 
     def initialize_from_data(self, x: Tensor, eps_q: Sequence[Tensor] | None = None) -> None:
-        """Data-dependent initialisation of the `res_elu` cells of a fresh network, on a first batch; arguments of `elbo`."""
+        """Data-dependent initialisation of a fresh network's `res_elu` cells on a first batch; arguments of `elbo`."""
         cells = [module for module in self.modules() if isinstance(module, ActivatedConv)]
         convs = [cell.conv_0 for cell in cells if cell.primitive == "res_elu"]
         if convs:

@@ -32,7 +32,8 @@ class VAEBM(nn.Module):
             )
         if vae.config.likelihood != "gaussian":
             raise ValueError(
-                f"A VAEBM needs an NVAE with Gaussian pixels (num_mixture_dec = 1); this one has {vae.config.likelihood} pixels."
+                "A VAEBM needs an NVAE with Gaussian pixels (num_mixture_dec = 1); this one has "
+                f"{vae.config.likelihood} pixels."
             )
         self.vae = vae
         self.energy = energy
@@ -76,9 +77,9 @@ class VAEBM(nn.Module):
     ) -> Tensor:
         """U [N], differentiable in the noise.
 
-        "energy": E(x(eps)). "paper": E + |eps_z|^2 / 2 + |eps_x|^2 / 2, the right density in noise space (arXiv:2010.00654,
-        equation 8). "official": E - log p(z) - log p(x|z) with log sigma floored, what published checkpoints were
-        trained and sampled with.
+        "energy": E(x(eps)). "paper": E + |eps_z|^2 / 2 + |eps_x|^2 / 2, the right density in noise space
+        (arXiv:2010.00654, equation 8). "official": E - log p(z) - log p(x|z) with log sigma floored, what published
+        checkpoints were trained and sampled with.
         """
         if potential not in POTENTIALS:
             raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")

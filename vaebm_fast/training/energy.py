@@ -1,13 +1,14 @@
 """Stage 2: the energy network against its frozen NVAE, by contrastive divergence with short Langevin chains.
 
-`EnergyUpdate` is one optimiser step on given positives and negatives; `EnergyTrainer` adds the chains, the replay buffer
-and the data. Source: VAEBM (arXiv:2010.00654), sections 3.2 and appendix; persistent chains as in arXiv:1903.08689.
+`EnergyUpdate` is one optimiser step on given positives and negatives; `EnergyTrainer` adds the chains, the replay
+buffer and the data. Source: VAEBM (arXiv:2010.00654), section 3.2 and appendix; persistent chains: arXiv:1903.08689.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vaebm_fast.config import EnergyConfig, EnergyTraining, to_json
 from vaebm_fast.data import ImageSource
 from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
+from vaebm_fast.models.layers import channels_last
 from vaebm_fast.noise import Stream, seed_tensor, uniform
 from vaebm_fast.replay import ReplayRing
 from vaebm_fast.training.guard import DivergenceGuard
@@ -60,7 +62,7 @@ class EnergyUpdate:
         )
 
     def __call__(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """Update on images [N, C, H, W] in [0, 1]; returns 0-dim tensors `loss` (without alpha_s), `spectral`, and both energies."""
+        """Update on images [N, C, H, W] in [0, 1]; returns `loss` (no alpha_s term), `spectral`, mean energies."""
         energy_data = self.energy(positive).mean()
         energy_negative = self.energy(negative).mean()
         loss = energy_data - energy_negative
@@ -116,7 +118,7 @@ class EnergyTrainer:
             torch.manual_seed(seed)
             energy = EnergyNetwork(config)
         vae = vae.eval().requires_grad_(False)
-        self.model = VAEBM(vae, energy).to(self.device, memory_format=torch.channels_last)
+        self.model = channels_last(VAEBM(vae, energy).to(self.device))
         self.update = EnergyUpdate(self.model.energy, training, seed=seed)
         self.averaged = copy.deepcopy(self.model.energy).requires_grad_(False)
         self._flip = horizontal_flip
@@ -166,9 +168,7 @@ class EnergyTrainer:
             return eps
         assert self.training.buffer is not None
         annealed = min(1.0, step / max(self.training.buffer.anneal_steps, 1))
-        chance, place = uniform(
-            seed_tensor([self.seed], self.device), step, Stream.REPLAY, 2 * count
-        ).reshape(2, count)
+        chance, place = uniform(seed_tensor([self.seed], self.device), step, Stream.REPLAY, 2 * count).reshape(2, count)
         kept = self.buffer.gather((place * len(self.buffer)).long())
         chosen = (chance < self.training.buffer.max_probability * annealed)[:, None]
         latent_dim = self.sampler.layout.latent_dim
@@ -192,14 +192,14 @@ class EnergyTrainer:
         with torch.no_grad():
             return self.model.image(eps_z, eps_x)
 
-    def step(self, step: int) -> dict[str, Tensor | float]:
-        """Chains, one update, one look at the energy gap; diverged updates are rolled back at half the learning rate."""
+    def step(self, step: int) -> Mapping[str, Tensor]:
+        """Chains, one update, one look at the energy gap; what diverged is rolled back at half the learning rate."""
         if step == 0:
             self.initialize()
         self._guard.before_step(step)
         scalars = self.update(self._data(step), self.negatives(step))
         if self._guard.after_step(step, float(scalars["loss"])):
-            self.update.scale_learning_rate(0.5 ** self._guard.rollbacks)
+            self.update.scale_learning_rate(0.5**self._guard.rollbacks)
             warnings.warn(
                 f"Energy training diverged at step {step}: rolled back to its last good state, learning rate halved.",
                 stacklevel=2,

@@ -1,7 +1,7 @@
 """The loop around both training stages: progress, logs, sample grids, checkpoints, resuming.
 
-A `Trainee` knows how to do one step; a step depends on the trainee's state and the step's number alone (all randomness is
-counter-based), so running the same command again continues bit for bit where the last checkpoint stands.
+A `Trainee` knows how to do one step; a step depends on the trainee's state and the step's number alone (all randomness
+is counter-based), so running the same command again continues bit for bit where the last checkpoint stands.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _resume(trainee: Trainee, path: Path) -> int:
     if differing:
         changes = "; ".join(f"{name}: {saved['settings'].get(name)} -> {settings.get(name)}" for name in differing)
         raise CheckpointError(
-            f"{path} belongs to a run with other settings ({changes}). Use the same settings to continue it, or another "
-            "output folder to start anew."
+            f"{path} belongs to a run with other settings ({changes}). Use the same settings to continue it, or "
+            "another output folder to start anew."
         )
     trainee.load_state_dict(saved["state"])
     return int(saved["step"])

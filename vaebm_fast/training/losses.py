@@ -22,7 +22,7 @@ def kl_coeff(step: int, total_steps: int, anneal_portion: float, const_portion: 
 
 
 def kl_alpha(groups_per_scale: Sequence[int]) -> Tensor:
-    """Balancing weight of every group, top first, [G]: (2^i)^2 / (groups of its scale), i = 0 at the top, over its minimum.
+    """Balancing weights, top first, [G]: (2^i)^2 / (groups of its scale), i = 0 at the top, over their minimum.
 
     `groups_per_scale` has the highest resolution first, as in `NVAEConfig.groups_per_scale`.
     """
@@ -51,9 +51,7 @@ def regulariser_coeff(kl_coefficient: float, training: VAETraining) -> float:
     final = training.weight_decay_norm
     if not training.weight_decay_norm_anneal:
         return final
-    return math.exp(
-        (1 - kl_coefficient) * math.log(training.weight_decay_norm_init) + kl_coefficient * math.log(final)
-    )
+    return math.exp((1 - kl_coefficient) * math.log(training.weight_decay_norm_init) + kl_coefficient * math.log(final))
 
 
 def batchnorm_loss(module: nn.Module) -> Tensor:

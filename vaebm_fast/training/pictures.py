@@ -14,9 +14,7 @@ def tile(images: Tensor, columns: int, *, pad: int = 1) -> Tensor:
     """uint8 [N, H, W, C] laid out row by row on a white sheet with `columns` columns, uint8 [h, w, C]."""
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)
-    sheet = torch.full(
-        (rows * (height + pad) + pad, columns * (width + pad) + pad, channels), 255, dtype=torch.uint8
-    )
+    sheet = torch.full((rows * (height + pad) + pad, columns * (width + pad) + pad, channels), 255, dtype=torch.uint8)
     for index, image in enumerate(images):
         top = pad + index // columns * (height + pad)
         left = pad + index % columns * (width + pad)

@@ -29,8 +29,8 @@ def power_iteration(weight: Tensor, u: Tensor, v: Tensor, iterations: int) -> tu
 class SpectralRegulariser:
     """Sum of u'Wv over every convolution of a module, W its effective weight as [Cout, rest]; gradient through W only.
 
-    The first call makes `first_iterations` power steps, later ones `iterations`. Singular vectors start from a generator
-    seeded with `seed`.
+    The first call makes `first_iterations` power steps, later ones `iterations`. Singular vectors start from a
+    generator seeded with `seed`.
     """
 
     def __init__(self, module: nn.Module, *, seed: int = 0, iterations: int = 4, first_iterations: int = 40) -> None:
@@ -68,7 +68,9 @@ class SpectralRegulariser:
         if not self.started:
             return {}
         return {
-            side: {name: table[shape][i] for shape, names in self._names_by_shape.items() for i, name in enumerate(names)}
+            side: {
+                name: table[shape][i] for shape, names in self._names_by_shape.items() for i, name in enumerate(names)
+            }
             for side, table in vectors.items()
         }
 

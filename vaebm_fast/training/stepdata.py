@@ -33,9 +33,7 @@ class StepData:
         self._batches = self._from(0)
 
     def _from(self, step: int) -> Iterator[Tensor]:
-        return batches(
-            self.source, self.batch_size, seed=self.seed, start_iteration=step, horizontal_flip=self._flip
-        )
+        return batches(self.source, self.batch_size, seed=self.seed, start_iteration=step, horizontal_flip=self._flip)
 
     def __call__(self, step: int) -> Tensor:
         if step != self._next_step:

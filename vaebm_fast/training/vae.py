@@ -1,7 +1,7 @@
 """Stage 1: the NVAE, by its evidence lower bound with annealed, balanced KL and smoothness regularisers.
 
-`VAEUpdate` is one optimiser step on a given batch and its noise; `VAETrainer` adds data and noise. Source: NVAE (arXiv:2007.03898), sections 3.2, 3.3 and
-appendix A.
+`VAEUpdate` is one optimiser step on a given batch and its noise; `VAETrainer` adds data and noise. Source: NVAE
+(arXiv:2007.03898), sections 3.2, 3.3 and appendix A.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vaebm_fast.checkpoint import save_nvae
 from vaebm_fast.config import NVAEConfig, VAETraining, to_json
 from vaebm_fast.data import ImageSource, batches_per_epoch
 from vaebm_fast.langevin import to_uint8
+from vaebm_fast.models.layers import channels_last
 from vaebm_fast.models.nvae import NVAE
 from vaebm_fast.noise import NoiseLayout, Stream, normal
 from vaebm_fast.training.losses import (
@@ -111,7 +112,7 @@ class VAETrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vae = NVAE(config)
-        self.vae = vae.to(self.device, memory_format=torch.channels_last)
+        self.vae = channels_last(vae.to(self.device))
         steps_per_epoch = batches_per_epoch(source, training.batch_size)
         self.total_steps = training.epochs * steps_per_epoch
         self.update = VAEUpdate(
