@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vaebm_fast.config import Potential
+from vaebm_fast.config import POTENTIALS, Potential
 from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
 
 EnergyAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -114,6 +114,8 @@ class LangevinSampler:
             raise ValueError(f"steps is {steps}; a chain has 0 steps or more.")
         if not (step_size > 0 and math.isfinite(step_size)):
             raise ValueError(f"step_size is {step_size}; it must be a positive number.")
+        if potential not in POTENTIALS:
+            raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
         self.model = model
         self.steps = steps
         self.step_size = step_size
@@ -142,8 +144,14 @@ class LangevinSampler:
         stream: Stream = Stream.CHAIN,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Chains:
-        """One batch of chains from `start` [N, D], or from `self.start`; seeds as numbers or as `seed_tensor`'s [N]."""
+        """One batch of chains from `start` [N, D], or from `self.start`; seeds as numbers or as `seed_tensor`'s [N].
+
+        Raises ValueError when `start` has another shape, NonFiniteChainError as `langevin_chain` does.
+        """
         keys = self._keys(seeds)
+        needed = (keys.shape[0], self.layout.dim)
+        if start is not None and tuple(start.shape) != needed:
+            raise ValueError(f"start has shape {tuple(start.shape)}; {needed[0]} seeds of this model need {needed}.")
 
         def noise(k: int) -> Tensor:
             return normal(keys, k, stream, self.layout.dim)
@@ -158,6 +166,8 @@ class LangevinSampler:
 
     def sample(self, seeds: Iterable[int], batch_size: int = 64) -> Tensor:
         """Images uint8 [N, H, W, C], one per seed; image i depends on seed i alone, whatever the batch."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         everything = list(seeds)
         batches = [everything[at : at + batch_size] for at in range(0, len(everything), batch_size)]
         channels, height, width = self.model.image_shape

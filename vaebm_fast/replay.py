@@ -29,7 +29,11 @@ class ReplayRing:
         return min(self._pushed, self.capacity)
 
     def push(self, states: Tensor) -> None:
-        """Store states [N, D], N at most the capacity."""
+        """Store states [N, D], N at most the capacity. Raises ValueError where they do not fit."""
+        if states.dim() != 2 or states.shape[1] != self._states.shape[1]:
+            raise ValueError(
+                f"states have shape {tuple(states.shape)}; this replay buffer takes [N, {self._states.shape[1]}]."
+            )
         count = states.shape[0]
         if count > self.capacity:
             raise ValueError(f"{count} states do not fit a replay buffer of {self.capacity}.")

@@ -3,7 +3,8 @@
 Owns bytes on disk: telling layouts apart by content, the atomic write, the SHA-256 that is checked on load. What the
 tensors mean is left to `networks` and `nested`.
 
-The metadata has two entries: `vaebm_fast`, the JSON text, and `sha256`, the digest of that text and of all tensors.
+The metadata has one entry, `vaebm_fast`: the SHA-256 of the JSON text and of all tensors, a space, the JSON text. One,
+because safetensors writes several in no fixed order, and the same content shall give the same file.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
-        save_file(stored, temporary, {"vaebm_fast": text, "sha256": digest(stored, text)})
+        save_file(stored, temporary, {"vaebm_fast": f"{digest(stored, text)} {text}"})
         temporary.chmod(mode)  # the library makes files private to their owner; the umask decides here
         _sync(temporary)
         os.replace(temporary, path)
@@ -108,13 +109,14 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         except SafetensorError as error:
             raise CheckpointError(f"the file is cut off or damaged ({error}); restore or download it again.") from error
-        if set(metadata) != {"vaebm_fast", "sha256"}:
+        if set(metadata) != {"vaebm_fast"}:
             raise CheckpointError(
                 "this is a safetensors file, but vaebm-fast did not write it: its metadata is missing."
             )
-        if digest(tensors, metadata["vaebm_fast"]) != metadata["sha256"]:
+        sha256, _, text = metadata["vaebm_fast"].partition(" ")
+        if digest(tensors, text) != sha256:
             raise CheckpointError("the file is damaged: it does not match its own SHA-256; restore it from a copy.")
-        meta = json.loads(metadata["vaebm_fast"])
+        meta = json.loads(text)
         if meta.pop("format_version") > FORMAT_VERSION:
             raise CheckpointError("a newer vaebm-fast wrote this file; update this one to read it.")
     return tensors, meta

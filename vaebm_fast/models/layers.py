@@ -248,6 +248,8 @@ class DownSkip(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         quarter = out_channels // 4
+        if quarter == 0:
+            raise ValueError(f"A cell that halves the resolution makes 4 channels or more, not {out_channels}.")
         self.conv_1 = WNConv2d(in_channels, quarter, 1, stride=2)
         self.conv_2 = WNConv2d(in_channels, quarter, 1, stride=2)
         self.conv_3 = WNConv2d(in_channels, quarter, 1, stride=2)

@@ -83,10 +83,9 @@ class VAEBM(nn.Module):
         """
         if potential not in POTENTIALS:
             raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
-        if tuple(eps_x.shape[1:]) != self.image_shape or eps_x.shape[0] != eps_z[0].shape[0]:
-            raise ValueError(
-                f"eps_x has shape {tuple(eps_x.shape)}; this model needs {(eps_z[0].shape[0], *self.image_shape)}."
-            )
+        needed = (self.vae.check_noise(eps_z), *self.image_shape)
+        if tuple(eps_x.shape) != needed:
+            raise ValueError(f"eps_x has shape {tuple(eps_x.shape)}; this model needs {needed} [N, C, H, W].")
         decoded = self.vae.decode(eps_z, temperature)
         pixels = self._pixels(decoded.logits)
         x = pixels.sample(eps_x)
@@ -105,9 +104,13 @@ class VAEBM(nn.Module):
         potential: Potential = "energy",
         temperature: float = 1.0,
     ) -> tuple[Tensor, list[Tensor]]:
-        """U [N] and its gradients: one tensor per latent group, then that of `eps_x`; nothing is added to `.grad`."""
-        with torch.enable_grad():
-            leaves = [eps.detach().requires_grad_() for eps in (*eps_z, eps_x)]
+        """U [N] and its gradients: one tensor per latent group, then that of `eps_x`; nothing is added to `.grad`.
+
+        Works under `torch.no_grad` and `torch.inference_mode` too; the latter's tensors are copied to be differentiated.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            noise = [eps.clone() if eps.is_inference() else eps.detach() for eps in (*eps_z, eps_x)]
+            leaves = [eps.requires_grad_() for eps in noise]
             u = self.potential(leaves[:-1], leaves[-1], potential, temperature)
             gradients = torch.autograd.grad(u.sum(), leaves)
         return u.detach(), list(gradients)

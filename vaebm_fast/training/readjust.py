@@ -1,0 +1,75 @@
+"""Batch normalisation readjusted to a sampling temperature, and its cache beside the checkpoint.
+
+Below temperature 1 the decoder sees other statistics than in training; NVAE (arXiv:2007.03898, section 4) therefore
+runs the generator in training mode at that temperature before it samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vaebm_fast.checkpoint import CheckpointError, describe, load_nvae, save_nvae
+from vaebm_fast.models import NVAE
+from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
+
+
+@torch.no_grad()
+def readjust_batch_norm(
+    vae: NVAE, temperature: float, *, batches: int = 500, batch_size: int = 16, seed: int = 0
+) -> NVAE:
+    """Update the decoder's running statistics on `batches` batches drawn at `temperature`; the NVAE, in eval mode.
+
+    In place, with the layers' own momentum. Raises FloatingPointError naming the statistic and the batch when one
+    is not finite; the NVAE then has its former statistics back.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0.")
+    layout, device = NoiseLayout(vae.latent_shapes, vae.image_shape), vae.prior_ftr0.device
+    before = {name: buffer.clone() for name, buffer in vae.named_buffers()}
+    vae.train()
+    try:
+        for batch in range(batches):
+            seeds = seed_tensor(range(seed, seed + batch_size), device)
+            noise = normal(seeds, batch, Stream.READJUST, layout.dim)
+            vae.decode(layout.split(noise)[0], temperature)
+            _require_finite_statistics(vae, batch, temperature)
+    except FloatingPointError:
+        for name, buffer in vae.named_buffers():
+            buffer.copy_(before[name])
+        raise
+    finally:
+        vae.eval()
+    return vae
+
+
+def _require_finite_statistics(vae: NVAE, batch: int, temperature: float) -> None:
+    statistics = {name: buffer for name, buffer in vae.named_buffers() if "running_" in name}
+    finite = torch.stack([torch.isfinite(buffer).all() for buffer in statistics.values()])
+    if not bool(finite.all()):
+        name = list(statistics)[int((~finite).nonzero()[0])]
+        raise FloatingPointError(
+            f"Batch {batch} of the readjustment at temperature {temperature:g} made {name} non-finite; "
+            "sample at temperature 1, or at a higher one than this."
+        )
+
+
+def load_readjusted_nvae(path: str | Path, temperature: float, *, batches: int = 500) -> NVAE:
+    """The NVAE of a file, readjusted to `temperature`, in eval mode; the work is done once per file and temperature.
+
+    The result is kept beside the file as `<name>.bn-t<temperature>.safetensors` and used again as long as it was made
+    from the same weights with the same number of batches.
+    """
+    path = Path(path)
+    cache = path.with_name(f"{path.stem}.bn-t{temperature:g}.safetensors")
+    made_from = {"source": describe(path)["content_sha256"], "temperature": temperature, "batches": batches}
+    if cache.exists():
+        try:
+            if describe(cache)["info"] == made_from:
+                return load_nvae(cache)
+        except CheckpointError:
+            pass  # a damaged cache is made again
+    vae = readjust_batch_norm(load_nvae(path), temperature, batches=batches)
+    save_nvae(vae, cache, made_from)
+    return vae
