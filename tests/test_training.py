@@ -234,10 +234,10 @@ def test_averaged_network_is_exported_and_zero_decay_exports_the_last_weights(tm
         assert torch.equal(loaded.state_dict()[name], tensor)
     averaged = energy_trainer(ema_decay=0.9)
     averaged.step(0)
-    start = averaged.averaged.linear.weight.clone()
+    start = averaged.update.averaged.linear.weight.clone()
     averaged.step(1)
     expected = 0.9 * start + 0.1 * averaged.model.energy.linear.weight
-    assert torch.allclose(averaged.averaged.linear.weight, expected, atol=1e-7)
+    assert torch.allclose(averaged.update.averaged.linear.weight, expected, atol=1e-7)
 
 
 def test_metrics_are_json_lines_with_every_scalar(tmp_path: Path) -> None:

@@ -55,10 +55,12 @@ class Judge:
 
 
 def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[str, Any]:
-    """Train, sample, judge, draw; writes everything to `out` (whose earlier contents go) and returns the metrics."""
+    """Train, sample, judge, draw; writes everything to `out` and returns the metrics.
+
+    An earlier demo's results in `out` go; a folder that holds anything else is refused with a ValueError.
+    """
     began = time.perf_counter()
-    if out.exists():
-        shutil.rmtree(out)
+    _clear(out)
     preset, source, held_out = PRESETS["digits"], digits(split="train"), digits(split="held_out")
     classifier = train_digit_classifier(source)
     judge = Judge(classifier, classifier.features(everything(held_out)[0]))
@@ -78,6 +80,18 @@ def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[
     (out / "results.md").write_text(table + "\n")
     print(f"\n{table}\n\n{metrics['seconds']:.0f} s in all; pictures, curves and metrics.json are in {out}/.")
     return metrics
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo's results; anything else in the folder is refused, not removed."""
+    own = ("vae", "energy", "samples.png", "energies.png", "training.png", "metrics.json", "results.md")
+    found = sorted(out.iterdir()) if out.exists() else []
+    foreign = [path.name for path in found if path.name not in own and not path.name.startswith("train_seed_")]
+    if foreign:
+        raise ValueError(f"{out} holds {foreign[0]}, which no demo wrote; name another folder with --out.")
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _train(preset: Preset, source: ArraySource, folder: Path, *, seed: int, progress: bool) -> Trained:

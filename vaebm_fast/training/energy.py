@@ -46,12 +46,17 @@ def clip_by_second_moment(optimizer: torch.optim.Adam) -> None:
 
 
 class EnergyUpdate:
-    """One step of Adam on mean E(data) - mean E(negatives) + alpha_s * spectral, with the entry-wise clip."""
+    """One step of Adam on mean E(data) - mean E(negatives) + alpha_s * spectral, with the entry-wise clip.
+
+    `averaged` follows the weights: averaged <- ema_decay * averaged + (1 - ema_decay) * weights after each step.
+    """
 
     def __init__(self, energy: EnergyNetwork, training: EnergyTraining, *, seed: int = 0) -> None:
         self.energy = energy
         self.spectral_coeff = training.spectral_coeff
         self._learning_rate = training.learning_rate
+        self._ema_decay = training.ema_decay
+        self.averaged = copy.deepcopy(energy).requires_grad_(False)
         self.spectral = SpectralRegulariser(energy, seed=seed)
         self.optimizer = torch.optim.Adam(
             energy.parameters(),
@@ -71,12 +76,24 @@ class EnergyUpdate:
         (loss + self.spectral_coeff * spectral).backward()
         clip_by_second_moment(self.optimizer)
         self.optimizer.step()
+        self._average()
         return {
             "loss": loss.detach(),
             "spectral": spectral.detach(),
             "energy_data": energy_data.detach(),
             "energy_negative": energy_negative.detach(),
         }
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        pairs = zip(self.averaged.parameters(), self.energy.parameters(), strict=True)
+        for average, weight in pairs:
+            average.lerp_(weight, 1 - self._ema_decay)
+
+    def initialize_from_data(self, images: Tensor) -> None:
+        """Data-dependent initialisation of the network, from which the average starts too."""
+        self.energy.initialize_from_data(images)
+        self.averaged.load_state_dict(self.energy.state_dict())
 
     def scale_learning_rate(self, factor: float) -> None:
         """Set the learning rate to `factor` times the configured one."""
@@ -87,6 +104,7 @@ class EnergyUpdate:
         """Everything the next step depends on."""
         return {
             "energy": self.energy.state_dict(),
+            "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "spectral": self.spectral.state_dict(),
         }
@@ -94,6 +112,7 @@ class EnergyUpdate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state."""
         self.energy.load_state_dict(state["energy"])
+        self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.spectral.load_state_dict(state["spectral"])
 
@@ -120,7 +139,6 @@ class EnergyTrainer:
         vae = vae.eval().requires_grad_(False)
         self.model = channels_last(VAEBM(vae, energy).to(self.device))
         self.update = EnergyUpdate(self.model.energy, training, seed=seed)
-        self.averaged = copy.deepcopy(self.model.energy).requires_grad_(False)
         self._flip = horizontal_flip
         self._data = StepData(
             source,
@@ -157,8 +175,7 @@ class EnergyTrainer:
     def initialize(self) -> None:
         """Data-dependent initialisation on the first `init_batches` batches taken as one."""
         images = torch.cat([self._data(step) for step in range(self.training.init_batches)])
-        self.model.energy.initialize_from_data(images)
-        self.averaged.load_state_dict(self.model.energy.state_dict())
+        self.update.initialize_from_data(images)
 
     def start(self, step: int) -> Tensor:
         """Starting states of a step's chains, [N, D]: N(0, I), some with latents from the replay buffer."""
@@ -204,21 +221,12 @@ class EnergyTrainer:
                 f"Energy training diverged at step {step}: rolled back to its last good state, learning rate halved.",
                 stacklevel=2,
             )
-        self._average()
         return scalars
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """averaged <- ema_decay * averaged + (1 - ema_decay) * present weights."""
-        pairs = zip(self.averaged.parameters(), self.model.energy.parameters(), strict=True)
-        for average, weight in pairs:
-            average.lerp_(weight, 1 - self.training.ema_decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on."""
         return {
             "update": self.update.state_dict(),
-            "averaged": self.averaged.state_dict(),
             "guard": self._guard.state_dict(),
             "buffer": self.buffer.state_dict() if self.buffer is not None else None,
         }
@@ -226,7 +234,6 @@ class EnergyTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`'s state."""
         self.update.load_state_dict(state["update"])
-        self.averaged.load_state_dict(state["averaged"])
         self._guard.load_state_dict(state["guard"])
         if self.buffer is not None:
             self.buffer.load_state_dict(state["buffer"])
@@ -234,7 +241,7 @@ class EnergyTrainer:
     def sample_images(self) -> Tensor:
         """16 chains under the averaged network, their mean images, uint8 [16, H, W, C]."""
         sampler = LangevinSampler(
-            VAEBM(self.model.vae, self.averaged),
+            VAEBM(self.model.vae, self.update.averaged),
             steps=self.training.steps,
             step_size=self.training.step_size,
             potential=self.training.potential,
@@ -245,5 +252,5 @@ class EnergyTrainer:
     def export(self, out: Path) -> Path:
         """Write energy.safetensors: the averaged network, which is the last one where `ema_decay` is 0."""
         path = out / "energy.safetensors"
-        save_energy(self.averaged, path, {"steps": self.total_steps, "seed": self.seed})
+        save_energy(self.update.averaged, path, {"steps": self.total_steps, "seed": self.seed})
         return path

@@ -1,0 +1,1 @@
+"""Benchmarks: one file, one question, written at its top with the baseline. Results are kept in `results/`."""
