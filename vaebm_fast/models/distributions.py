@@ -19,6 +19,11 @@ VAEBM_LOG_SIGMA_FLOOR = -2.0
 LOG_2PI = math.log(2 * math.pi)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, widened to float32 from half precision: log densities cancel too much there. Mixed precision needs this."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def soft_clamp5(x: Tensor) -> Tensor:
     """5 tanh(x / 5): the identity near 0, bounded by 5."""
     return 5.0 * torch.tanh(x / 5.0)
@@ -34,6 +39,7 @@ class Normal:
     @classmethod
     def from_raw(cls, mu: Tensor, log_sigma: Tensor, temperature: float = 1.0) -> Normal:
         """From unconstrained parameters: mu = 5 tanh(mu/5), sigma = (exp(5 tanh(log_sigma/5)) + 0.01) * temperature."""
+        mu, log_sigma = at_least_float32(mu), at_least_float32(log_sigma)
         sigma = torch.exp(soft_clamp5(log_sigma)) + SIGMA_MIN
         return cls(soft_clamp5(mu), sigma if temperature == 1.0 else sigma * temperature)
 

@@ -22,6 +22,7 @@ from vaebm_fast.models.distributions import (
     LogisticMixturePixels,
     Normal,
     PixelDistribution,
+    at_least_float32,
 )
 from vaebm_fast.models.flows import PairedFlow
 from vaebm_fast.models.layers import (
@@ -218,6 +219,7 @@ class NVAE(nn.Module):
 
     def pixels(self, logits: Tensor) -> PixelDistribution:
         """The distribution over images that the decoder's `logits` describe."""
+        logits = at_least_float32(logits)
         if self.config.likelihood == "gaussian":
             return GaussianPixels(logits)
         if self.config.likelihood == "bernoulli":

@@ -19,7 +19,7 @@ from vaebm_fast.training.pictures import tile
 def chain_picture(rows: Mapping[str, Tensor], path: Path) -> None:
     """One labelled row of images, uint8 [N, H, W, C], per entry, top to bottom."""
     columns = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(len(rows), 1, figsize=(0.75 * columns + 1, 0.8 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(0.75 * columns + 1, 0.72 * len(rows)), squeeze=False)
     for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
         sheet = tile(images, columns).numpy()
         axis.imshow(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet, cmap="gray", vmin=0, vmax=255)
@@ -64,5 +64,5 @@ def training_figure(folder: Path, path: Path) -> None:
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)

@@ -36,6 +36,11 @@ class RunOptions:
     grid_every: int = 500
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("log_every", "save_every", "grid_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it counts steps and must be at least 1.")
+
 
 class Trainee(Protocol):
     """One training stage."""
