@@ -1,4 +1,4 @@
-"""The demo, shortened: every file it promises, and metrics in the promised form. That it improves is docs/results.md's."""
+"""The demo, shortened: the files it promises, and metrics in the promised form. What it achieves is in docs/results.md."""
 
 from __future__ import annotations
 

@@ -17,10 +17,11 @@ from vaebm_fast.config import PRESETS, EnergyTraining, NVAEConfig, ReplayBuffer,
 from vaebm_fast.data import digits
 from vaebm_fast.evaluation.likelihood import evaluate_likelihood
 from vaebm_fast.models import NVAE, EnergyNetwork
+from vaebm_fast.models.nvae import bits_per_dim
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
 from vaebm_fast.training.energy import clip_by_second_moment
 from vaebm_fast.training.guard import DivergedError, DivergenceGuard
-from vaebm_fast.training.losses import balanced_kl, bits_per_dim, kl_alpha, kl_coeff, learning_rate
+from vaebm_fast.training.losses import balanced_kl, kl_alpha, kl_coeff, learning_rate
 from vaebm_fast.training.readjust import load_readjusted_nvae, readjust_batch_norm
 from vaebm_fast.training.spectral import SpectralRegulariser, power_iteration
 

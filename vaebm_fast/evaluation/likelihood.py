@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from vaebm_fast.data import ImageSource, quantise, to_tensor
-from vaebm_fast.models import NVAE
+from vaebm_fast.models.nvae import NVAE, bits_per_dim
 from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
-from vaebm_fast.training.losses import bits_per_dim
 
 
 @dataclass(frozen=True)

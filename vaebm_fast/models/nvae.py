@@ -69,6 +69,11 @@ def num_logits(config: NVAEConfig) -> int:
     return 10 * config.num_mixture_dec
 
 
+def bits_per_dim(nats: Tensor, image_shape: Sequence[int]) -> Tensor:
+    """nats / (ln 2 * C * H * W), for a loss per image."""
+    return nats / (math.log(2) * math.prod(image_shape))
+
+
 class NVAE(nn.Module):
     """An NVAE of any published layout; built with fresh weights, in training mode like every nn.Module."""
 

@@ -1,4 +1,4 @@
-"""The scalars of both training stages: KL annealing and balancing, regulariser weights, bits per dimension.
+"""The scalars of both training stages: KL annealing and balancing, regulariser weights, learning rate.
 
 Pure functions of steps and tensors. Source: NVAE (arXiv:2007.03898), section 3.3 and appendix A.
 """
@@ -58,11 +58,6 @@ def batchnorm_loss(module: nn.Module) -> Tensor:
     """Sum over batch normalisations of max |gamma|."""
     gammas = [m.weight for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     return torch.stack([gamma.abs().max() for gamma in gammas]).sum() if gammas else torch.zeros(())
-
-
-def bits_per_dim(nats: Tensor, image_shape: Sequence[int]) -> Tensor:
-    """nats / (ln 2 * C * H * W), for a loss per image."""
-    return nats / (math.log(2) * math.prod(image_shape))
 
 
 def learning_rate(step: int, total_steps: int, steps_per_epoch: int, training: VAETraining) -> float:

@@ -19,11 +19,10 @@ from vaebm_fast.config import NVAEConfig, VAETraining, to_json
 from vaebm_fast.data import ImageSource, batches_per_epoch
 from vaebm_fast.langevin import to_uint8
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.models.nvae import NVAE
+from vaebm_fast.models.nvae import NVAE, bits_per_dim
 from vaebm_fast.noise import NoiseLayout, Stream, normal
 from vaebm_fast.training.losses import (
     batchnorm_loss,
-    bits_per_dim,
     kl_alpha,
     kl_coeff,
     learning_rate,
