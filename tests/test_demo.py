@@ -1,4 +1,4 @@
-"""The demo, shortened: the files it promises, and metrics in the promised form. What it achieves is in docs/results.md."""
+"""The demo, shortened: the files it promises and metrics in the promised form. docs/results.md has what it achieves."""
 
 from __future__ import annotations
 

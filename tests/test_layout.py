@@ -26,7 +26,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("frozen",),
     ("models", "noise"),
     ("ops",),
-    ("config", "reference", "triton_kernels", "_extension"),
+    ("config", "reference", "triton_kernels", "_extension", "_command"),
     ("_C",),  # loaded by _extension alone
 )
 ROW_OF = {unit: row for row, units in enumerate(ROWS) for unit in units}

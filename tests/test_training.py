@@ -333,3 +333,39 @@ def test_presets_hold_the_published_settings() -> None:
     assert celeba256.nvae.num_x_bits == 5 and celeba256.vae_training.weight_decay_norm_anneal
     assert isinstance(celeba256.nvae, NVAEConfig) and isinstance(celeba256.energy_training, EnergyTraining)
     assert EnergyNetwork(TINY_ENERGY).image_shape == TINY.image_shape
+
+
+def test_resuming_energy_training_with_another_nvae_is_refused(tmp_path: Path) -> None:
+    def trainer(seed: int) -> EnergyTrainer:
+        torch.manual_seed(seed)
+        training = replace(PRESETS["digits"].energy_training, iterations=2, batch_size=8, steps=1)
+        return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, SOURCE)
+
+    train(trainer(0), RunOptions(tmp_path, **QUIET))
+    with pytest.raises(CheckpointError, match="nvae_sha256"):
+        train(trainer(1), RunOptions(tmp_path, **QUIET))
+
+
+def test_divergence_for_good_exports_the_last_good_network(tmp_path: Path) -> None:
+    trainer = energy_trainer(max_energy_gap=1e-6, max_rollbacks=0)
+    with pytest.raises(DivergedError):
+        train(trainer, RunOptions(tmp_path, **QUIET))
+    exported = vf.load_energy(tmp_path / "energy.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in exported.state_dict().values())
+
+
+def test_a_garbled_log_does_not_stop_a_run(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    train(energy_trainer(), RunOptions(tmp_path, **QUIET))
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 3, "lo\n\x00\x00garbage\n[1, 2]\n')
+    train(energy_trainer(), RunOptions(tmp_path, **QUIET))
+    assert log.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"iterations": 0}, {"step_size": -1.0}, {"beta1": 1.0}, {"buffer": ReplayBuffer(size=4)}]
+)
+def test_settings_that_cannot_train_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EnergyTraining(**wrong)  # type: ignore[arg-type]

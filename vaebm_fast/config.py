@@ -63,12 +63,21 @@ def _require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
+def _require_positive(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value > 0, f"{name} is {value}; it must be above 0.")
+
+
+def _require_not_negative(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value >= 0, f"{name} is {value}; it must not be negative.")
+
+
 @dataclass(frozen=True)
 class NVAEConfig:
-    """Everything that shapes an NVAE. Sides in pixels; `num_groups_per_scale` counts at the highest resolution.
-
-    Raises ValueError, naming the field, when the numbers do not fit together.
-    """
+    """Everything that shapes an NVAE. Sides in pixels; `num_groups_per_scale` counts at the highest resolution."""
 
     image_size: int
     image_channels: int = 3
@@ -189,7 +198,7 @@ class EnergyConfig:
     image_size: int
     image_channels: int
     width: int
-    blocks: tuple[EnergyBlock, ...]
+    blocks: tuple[EnergyBlock, ...]  # such as 1-1d 1-1 1-2d: channels in and out, d where it downsamples
 
     def __post_init__(self) -> None:
         _require(len(self.blocks) > 0, "An energy network needs at least one block.")
@@ -223,6 +232,11 @@ def parse_blocks(text: str) -> tuple[EnergyBlock, ...]:
             raise ValueError(f"Energy block {word!r} is not of the form IN-OUT or IN-OUTd, such as 1-2d.")
         blocks.append(EnergyBlock(int(numbers[0]), int(numbers[1]), word.endswith("d")))
     return tuple(blocks)
+
+
+def format_blocks(blocks: tuple[EnergyBlock, ...]) -> str:
+    """The line that `parse_blocks` reads as these blocks."""
+    return " ".join(f"{block.in_channels}-{block.out_channels}{'d' * block.downsample}" for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -293,6 +307,11 @@ class VAETraining:
     mixed_precision: bool = True  # bfloat16 autocast
     log_sigma_floor: float | None = None  # NVAE trains its Gaussian pixels without the floor that VAEBM adds
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "epochs", "batch_size", "learning_rate", "adamax_eps", "kl_anneal_portion")
+        _require_not_negative(self, "learning_rate_min", "warmup_epochs", "weight_decay", "kl_const_portion")
+        _require_positive(self, "kl_const_coeff", "weight_decay_norm", "weight_decay_norm_init")
+
 
 @dataclass(frozen=True)
 class ReplayBuffer:
@@ -301,6 +320,11 @@ class ReplayBuffer:
     size: int = 10_000
     max_probability: float = 0.6
     anneal_steps: int = 5_000
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "size")
+        _require_not_negative(self, "anneal_steps")
+        _require(0 <= self.max_probability <= 1, f"max_probability is {self.max_probability}; it is between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -323,6 +347,16 @@ class EnergyTraining:
     ema_decay: float = 0.0  # of the weights that are exported and sampled; 0 exports the last weights
     max_energy_gap: float = 1e4  # |mean E(data) - mean E(negatives)| beyond which training counts as diverged
     max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "iterations", "batch_size", "learning_rate", "steps", "step_size", "init_batches")
+        _require_positive(self, "max_energy_gap")
+        _require_not_negative(self, "weight_decay", "spectral_coeff", "max_rollbacks")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1.")
+        size = self.buffer.size if self.buffer else self.batch_size
+        _require(size >= self.batch_size, f"A replay buffer of {size} cannot take a batch of {self.batch_size}.")
 
 
 @dataclass(frozen=True)

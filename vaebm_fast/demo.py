@@ -60,6 +60,8 @@ def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[
     An earlier demo's results in `out` go; a folder that holds anything else is refused with a ValueError.
     """
     began = time.perf_counter()
+    if train_seeds < 1:
+        raise ValueError(f"train_seeds is {train_seeds}; at least one training is needed.")
     _clear(out)
     preset, source, held_out = PRESETS["digits"], digits(split="train"), digits(split="held_out")
     classifier = train_digit_classifier(source)

@@ -2,6 +2,7 @@
 
 from vaebm_fast.checkpoint.nested import flatten, unflatten
 from vaebm_fast.checkpoint.networks import (
+    content_sha256,
     convert,
     describe,
     load_energy,
@@ -15,6 +16,7 @@ from vaebm_fast.checkpoint.store import CheckpointError
 
 __all__ = [
     "CheckpointError",
+    "content_sha256",
     "convert",
     "describe",
     "flatten",

@@ -18,7 +18,15 @@ from torch import Tensor
 from vaebm_fast.checkpoint import official, store
 from vaebm_fast.checkpoint.nested import flatten, unflatten
 from vaebm_fast.checkpoint.store import CheckpointError, Kind, Layout
-from vaebm_fast.config import ENERGY_ARCHS, EnergyConfig, NVAEConfig, energy_from_json, nvae_from_json, to_json
+from vaebm_fast.config import (
+    ENERGY_ARCHS,
+    EnergyConfig,
+    NVAEConfig,
+    energy_from_json,
+    format_blocks,
+    nvae_from_json,
+    to_json,
+)
 from vaebm_fast.models import NVAE, EnergyNetwork
 
 _CALLED: Mapping[Kind, str] = {"nvae": "an NVAE", "energy": "an energy network", "training": "a training state"}
@@ -136,8 +144,17 @@ def describe(path: str | Path, *, arch: str | None = None, image_size: int | Non
         "parameters": sum(parameter.numel() for parameter in _skeleton(config).parameters()),
         "info": file.info,
         "file_sha256": store.file_sha256(path),
-        "content_sha256": store.digest(file.state, json.dumps(to_json(config), sort_keys=True)),
+        "content_sha256": _content_sha256(config, file.state),
     }
+
+
+def content_sha256(network: NVAE | EnergyNetwork) -> str:
+    """SHA-256 of a network's configuration and weights; `describe` gives the same for its file."""
+    return _content_sha256(network.config, network.state_dict())
+
+
+def _content_sha256(config: NVAEConfig | EnergyConfig, state: Mapping[str, Tensor]) -> str:
+    return store.digest(state, json.dumps(to_json(config), sort_keys=True))
 
 
 def _training_facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -160,9 +177,8 @@ def _nvae_facts(config: NVAEConfig) -> dict[str, Any]:
 
 def _energy_facts(config: EnergyConfig) -> dict[str, Any]:
     names = [name for name, arch in ENERGY_ARCHS.items() if arch.blocks == config.blocks]
-    blocks = (f"{b.in_channels}-{b.out_channels}{'d' * b.downsample}" for b in config.blocks)
     return {
-        "architecture": names[0] if names else " ".join(blocks),
+        "architecture": names[0] if names else format_blocks(config.blocks),
         "width": config.width,
         "image_shape": list(config.image_shape),
     }

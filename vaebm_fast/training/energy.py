@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaebm_fast.checkpoint import save_energy
+from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.config import EnergyConfig, EnergyTraining, to_json
 from vaebm_fast.data import ImageSource
 from vaebm_fast.langevin import LangevinSampler
@@ -137,6 +137,7 @@ class EnergyTrainer:
             torch.manual_seed(seed)
             energy = EnergyNetwork(config)
         vae = vae.eval().requires_grad_(False)
+        self._nvae_sha256 = content_sha256(vae)
         self.model = channels_last(VAEBM(vae, energy).to(self.device))
         self.update = EnergyUpdate(self.model.energy, training, seed=seed)
         self._flip = horizontal_flip
@@ -165,6 +166,7 @@ class EnergyTrainer:
         """What a continuation must share with its checkpoint."""
         return {
             "stage": "energy",
+            "nvae_sha256": self._nvae_sha256,
             "seed": self.seed,
             "data": f"{self._data.source.name}, {len(self._data.source)} images",
             "horizontal_flip": self._flip,

@@ -55,8 +55,8 @@ class DivergenceGuard:
         if self.rollbacks > self._max_rollbacks:
             raise DivergedError(
                 f"Energy training diverged again at step {step} (|energy gap| above {self._max_gap:g}) after "
-                f"{self._max_rollbacks} rollbacks; the last good network is kept. Lower the learning rate or the step "
-                "size."
+                f"{self._max_rollbacks} rollbacks; the last good network is exported. Lower the learning rate or the "
+                "step size."
             )
         return True
 

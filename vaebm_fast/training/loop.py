@@ -10,7 +10,7 @@ import json
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaebm_fast.checkpoint import CheckpointError, load_training, save_training
+from vaebm_fast.training.guard import DivergedError
 from vaebm_fast.training.pictures import save_grid
 
 Scalars = Mapping[str, Tensor | float]
@@ -68,7 +69,7 @@ def train(trainee: Trainee, options: RunOptions) -> Path | None:
     """Run the trainee to its last step, or continue it; returns the exported network's path.
 
     SIGINT and SIGTERM finish the step, save, and return None. Raises CheckpointError when `out` holds a run with other
-    settings, FloatingPointError when a logged scalar is not finite.
+    settings, FloatingPointError when a scalar is not finite, DivergedError after exporting the last good network.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     start = _resume(trainee, options.out / STATE_FILE)
@@ -76,7 +77,11 @@ def train(trainee: Trainee, options: RunOptions) -> Path | None:
         bar = tqdm(range(start, trainee.total_steps), initial=start, total=trainee.total_steps,
                    disable=not options.progress, unit="step")  # fmt: skip
         for step in bar:
-            scalars = trainee.step(step)
+            try:
+                scalars = trainee.step(step)
+            except DivergedError:
+                trainee.export(options.out)
+                raise
             done, last = step + 1, step + 1 == trainee.total_steps
             if done % options.log_every == 0 or last:
                 values = log.write(done, scalars)
@@ -86,8 +91,6 @@ def train(trainee: Trainee, options: RunOptions) -> Path | None:
             if done % options.save_every == 0 or last or stopped():
                 _save(trainee, options.out / STATE_FILE, done)
             if stopped() and not last:
-                bar.close()
-                print(f"Stopped after step {done} of {trainee.total_steps}; run the same command again to continue.")
                 return None
     return trainee.export(options.out)
 
@@ -121,8 +124,8 @@ class _Log:
         from torch.utils.tensorboard import SummaryWriter
 
         path = out / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [record for record in _records(path) if record["step"] <= start]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
@@ -143,10 +146,13 @@ class _Log:
         self._board.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Complete lines of a log; a last line that a crash cut short is dropped."""
-    text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a log; lines that a crash cut short or garbled are dropped."""
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
 
 
 @contextmanager

@@ -55,14 +55,19 @@ def _require_finite_statistics(vae: NVAE, batch: int, temperature: float) -> Non
         )
 
 
+def readjusted_path(path: str | Path, temperature: float) -> Path:
+    """Where the readjusted NVAE of a file is kept."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.bn-t{temperature:g}.safetensors")
+
+
 def load_readjusted_nvae(path: str | Path, temperature: float, *, batches: int = 500) -> NVAE:
     """The NVAE of a file, readjusted to `temperature`, in eval mode; the work is done once per file and temperature.
 
     The result is kept beside the file as `<name>.bn-t<temperature>.safetensors` and used again as long as it was made
     from the same weights with the same number of batches.
     """
-    path = Path(path)
-    cache = path.with_name(f"{path.stem}.bn-t{temperature:g}.safetensors")
+    path, cache = Path(path), readjusted_path(path, temperature)
     made_from = {"source": describe(path)["content_sha256"], "temperature": temperature, "batches": batches}
     if cache.exists():
         try:
