@@ -106,7 +106,7 @@ class VAEBM(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """U [N] and its gradients: one tensor per latent group, then that of `eps_x`; nothing is added to `.grad`.
 
-        Works under `torch.no_grad` and `torch.inference_mode` too; the latter's tensors are copied to be differentiated.
+        Works under `torch.no_grad` and `torch.inference_mode` too; tensors of the latter are copied first.
         """
         with torch.inference_mode(False), torch.enable_grad():
             noise = [eps.clone() if eps.is_inference() else eps.detach() for eps in (*eps_z, eps_x)]
