@@ -23,6 +23,7 @@ from vaebm_fast.config import PRESETS, Preset
 from vaebm_fast.data import ArraySource, digits, to_tensor
 from vaebm_fast.evaluation.digit_features import DigitClassifier, everything, train_digit_classifier
 from vaebm_fast.evaluation.fidelity import Features, frechet_distance
+from vaebm_fast.frozen import freeze
 from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models import VAEBM
 from vaebm_fast.models.layers import channels_last
@@ -117,7 +118,9 @@ def _train(preset: Preset, source: ArraySource, folder: Path, *, seed: int, prog
 
 def _sampler(model: VAEBM, preset: Preset) -> LangevinSampler:
     sampling = preset.sampling
-    return LangevinSampler(model, steps=sampling.steps, step_size=sampling.step_size, potential=sampling.potential)
+    return LangevinSampler(
+        freeze(model), steps=sampling.steps, step_size=sampling.step_size, potential=sampling.potential
+    )
 
 
 def _judge(model: VAEBM, preset: Preset, source: ArraySource, judge: Judge, sampling_seed: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -27,6 +28,24 @@ def philox_normal(seeds: Tensor, draw: Tensor, *, stream: int, numel: int) -> Te
     pairs = words.unflatten(2, (2, 2))  # [N, quads, 2 pairs, 2]
     normals = _box_muller(pairs[..., 0], pairs[..., 1])
     return normals.flatten(1)[:, :numel].contiguous()
+
+
+def depthwise_swish(h: Tensor, weight: Tensor, bias: Tensor, *, upsample: bool = False) -> Tensor:
+    """Depthwise convolution of swish(h); see `vaebm_fast.ops.depthwise_swish.depthwise_swish`."""
+    s = F.silu(h)
+    if upsample:
+        s = F.interpolate(s, scale_factor=2, mode="nearest")
+    return F.conv2d(s, weight.permute(2, 0, 1)[:, None], bias, padding=weight.shape[0] // 2, groups=h.shape[1])
+
+
+def depthwise_swish_backward(dy: Tensor, h: Tensor, weight: Tensor, *, upsample: bool = False) -> Tensor:
+    """Its gradient for h; see `vaebm_fast.ops.depthwise_swish.depthwise_swish_backward`."""
+    flipped = weight.flip(0, 1).permute(2, 0, 1)[:, None]
+    ds = F.conv2d(dy, flipped, padding=weight.shape[0] // 2, groups=h.shape[1])
+    if upsample:
+        ds = F.avg_pool2d(ds, 2) * 4
+    sigmoid = torch.sigmoid(h)
+    return ds * (sigmoid * (1 + h * (1 - sigmoid)))
 
 
 def _philox_quads(seeds: Tensor, draw: Tensor, stream: int, quads: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.config import EnergyConfig, EnergyTraining, to_json
 from vaebm_fast.data import ImageSource
+from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import channels_last
@@ -118,7 +119,10 @@ class EnergyUpdate:
 
 
 class EnergyTrainer:
-    """Trains an energy network against a frozen NVAE: chains at the present energy give the negatives of each step."""
+    """Trains an energy network against a frozen NVAE: chains at the present energy give the negatives of each step.
+
+    The chains run on the compiled pair, whose energy half is folded anew after each update.
+    """
 
     def __init__(
         self,
@@ -149,17 +153,22 @@ class EnergyTrainer:
             horizontal_flip=horizontal_flip,
             device=self.device,
         )
-        self.sampler = LangevinSampler(
-            self.model,
-            steps=training.steps,
-            step_size=training.step_size,
-            potential=training.potential,
-            device=self.device,
-        )
+        self._frozen = freeze(self.model)
+        self.sampler = self._sampler_of(self._frozen)
         latent_dim = self.sampler.layout.latent_dim
         self.buffer = ReplayRing(training.buffer.size, latent_dim, device=self.device) if training.buffer else None
         self._guard = DivergenceGuard(
             self.update, max_gap=training.max_energy_gap, max_rollbacks=training.max_rollbacks
+        )
+
+    def _sampler_of(self, frozen: FrozenVAEBM) -> LangevinSampler:
+        training = self.training
+        return LangevinSampler(
+            frozen,
+            steps=training.steps,
+            step_size=training.step_size,
+            potential=training.potential,
+            device=self.device,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -200,16 +209,14 @@ class EnergyTrainer:
     def negatives(self, step: int) -> Tensor:
         """Images [N, C, H, W] at the end of a step's chains; their latents go into the replay buffer."""
         layout = self.sampler.layout
-        self.model.energy.requires_grad_(False)
+        self._frozen.refresh()
         chains = self.sampler.run(self._seeds(step), start=self.start(step), stream=Stream.TRAIN_CHAIN)
-        self.model.energy.requires_grad_(True)
         if self.buffer is not None:
             self.buffer.push(chains.eps[:, : layout.latent_dim])
         if self.training.use_mean_negatives:
             return chains.images
-        eps_z, eps_x = layout.split(chains.eps)
         with torch.no_grad():
-            return self.model.image(eps_z, eps_x)
+            return self._frozen.image(*layout.split(chains.eps))
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         """Chains, one update, one look at the energy gap; what diverged is rolled back at half the learning rate."""
@@ -242,14 +249,7 @@ class EnergyTrainer:
 
     def sample_images(self) -> Tensor:
         """16 chains under the averaged network, their mean images, uint8 [16, H, W, C]."""
-        sampler = LangevinSampler(
-            VAEBM(self.model.vae, self.update.averaged),
-            steps=self.training.steps,
-            step_size=self.training.step_size,
-            potential=self.training.potential,
-            device=self.device,
-        )
-        return sampler.sample(range(16))
+        return self._sampler_of(freeze(VAEBM(self.model.vae, self.update.averaged))).sample(range(16))
 
     def export(self, out: Path) -> Path:
         """Write energy.safetensors: the averaged network, which is the last one where `ema_decay` is 0."""

@@ -1,0 +1,186 @@
+"""Frozen residual cells: skip(x) + 0.1 * SE(ops(x)) with everything linear folded together.
+
+In both kinds the 0.1 is in the last convolution (and out of the gate's first layer), and the skip's upsampling follows
+its 1x1: bilinear x2 mixes pixels, the 1x1 channels, so they commute and the 1x1 runs on a quarter of the pixels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaebm_fast.frozen import fold
+from vaebm_fast.frozen.fold import Affine, Conv
+from vaebm_fast.frozen.part import Part, slots
+from vaebm_fast.frozen.units import (
+    SqueezeExcite,
+    depthwise_swish,
+    depthwise_swish_phases,
+    interleave,
+    pointwise,
+    se_gate_residual,
+    swish_pointwise,
+)
+from vaebm_fast.models.layers import (
+    RESIDUAL_SCALE,
+    SE,
+    ActivatedConv,
+    BatchNorm,
+    Cell,
+    ConvBNSwish,
+    DownSkip,
+    InvertedResidual,
+)
+
+
+class InvertedResidualWeights(NamedTuple):
+    """1x1 to the hidden channels, depthwise (the four phases of it in an "up" cell), 1x1 back."""
+
+    expand: Conv
+    depthwise: Conv
+    project: Conv
+    skip: Conv | None
+    se: SqueezeExcite | None
+
+
+class ActivatedConvsWeights(NamedTuple):
+    """What precedes the first activation, and the 3x3 of every op."""
+
+    norm: Affine | None
+    convs: tuple[Conv, ...]
+    skip: Conv | None
+    se: SqueezeExcite | None
+
+
+def freeze_cell(name: str, cell: Cell, dtype: torch.dtype) -> InvertedResidualCell | ActivatedConvsCell:
+    """The frozen form of `cell`; `name` is for messages."""
+    if isinstance(cell._ops[0], InvertedResidual):
+        return InvertedResidualCell(name, cell, cell._ops[0], dtype)
+    return ActivatedConvsCell(name, cell, dtype)
+
+
+class InvertedResidualCell(Part[InvertedResidualWeights]):
+    """s = W2 swish(Wd * swish(W1 x + b1) + bd) + b2; y = skip(x) + gate(s) s.
+
+    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish.
+    """
+
+    def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype) -> None:
+        self._cell, self._op, self._resample = cell, op, _resample(cell)
+        super().__init__(name, slots(cell), dtype)
+
+    def fold(self) -> InvertedResidualWeights:
+        norm, expand, depthwise, project, last = list(self._op.conv)[-5:]
+        assert isinstance(norm, BatchNorm) and isinstance(project, nn.Conv2d) and isinstance(last, BatchNorm)
+        middle = _fold_conv_norm(depthwise)
+        if self._resample == "up":
+            middle = Conv(fold.nearest_phases(middle.weight), middle.bias)
+        end = fold.then_affine(fold.convolution(project), fold.batch_norm(last.bn))
+        return InvertedResidualWeights(
+            expand=fold.of_affine(_fold_conv_norm(expand), fold.batch_norm(norm.bn)),
+            depthwise=middle,
+            project=fold.scaled(end, RESIDUAL_SCALE),
+            skip=_fold_skip(self._cell),
+            se=_fold_se(self._cell),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        w = self.weights
+        h = pointwise(x, w.expand)
+        if self._resample == "up":
+            phases = depthwise_swish_phases(h, w.depthwise)
+            s = interleave([swish_pointwise(phase, w.project) for phase in phases])
+        else:
+            h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
+            s = swish_pointwise(h, w.project)
+        return se_gate_residual(s, _run_skip(x, w.skip, self._resample), w.se)
+
+
+class ActivatedConvsCell(Part[ActivatedConvsWeights]):
+    """`res_*` ops: activation, 3x3, activation, 3x3; every BN but the first is in the convolution before it.
+
+    The first stays in front of its activation: the skip reads the same x without it. In an "up" cell the first 3x3 is a
+    4x4 transposed convolution.
+    """
+
+    def __init__(self, name: str, cell: Cell, dtype: torch.dtype) -> None:
+        self._cell, self._resample = cell, _resample(cell)
+        self._ops = [op for op in cell._ops if isinstance(op, ActivatedConv)]
+        if self._resample == "up" and self._ops[0].primitive == "res_bnswish5":
+            raise ValueError(f"{name} upsamples before a dilated convolution, which no published decoder does.")
+        self._activations = [F.elu if op.primitive in ("res_elu", "res_bnelu") else F.silu for op in self._ops]
+        super().__init__(name, slots(cell), dtype)
+
+    def fold(self) -> ActivatedConvsWeights:
+        norms = [_fold_norm(op) for op in self._ops]
+        convs = [fold.convolution(op.conv_0) for op in self._ops]
+        for index, norm in enumerate(norms[1:]):
+            convs[index] = convs[index] if norm is None else fold.then_affine(convs[index], norm)
+        convs[-1] = fold.scaled(convs[-1], RESIDUAL_SCALE)
+        if self._resample == "up":
+            convs[0] = Conv(fold.nearest_transposed(convs[0].weight), convs[0].bias)
+        return ActivatedConvsWeights(norms[0], tuple(convs), _fold_skip(self._cell), _fold_se(self._cell))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        w, s = self.weights, x
+        if w.norm is not None:
+            s = s * w.norm.scale[:, None, None] + w.norm.shift[:, None, None]
+        for op, activation, conv in zip(self._ops, self._activations, w.convs, strict=True):
+            s = activation(s)
+            if self._resample == "up" and conv is w.convs[0]:
+                s = F.conv_transpose2d(s, conv.weight, conv.bias, stride=2, padding=1)
+            else:
+                live = op.conv_0
+                s = F.conv2d(s, conv.weight, conv.bias, live.stride, live.padding, live.dilation)
+        return se_gate_residual(s, _run_skip(x, w.skip, self._resample), w.se)
+
+
+def _resample(cell: Cell) -> str:
+    if isinstance(cell.skip, nn.Identity):
+        return "none"
+    return "down" if isinstance(cell.skip, DownSkip) else "up"
+
+
+def _fold_conv_norm(layer: nn.Module) -> Conv:
+    """Convolution and BN of a ConvBNSwish; its swish belongs to what reads the result."""
+    assert isinstance(layer, ConvBNSwish)
+    conv, norm = layer.conv
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    return fold.then_affine(fold.convolution(conv), fold.batch_norm(norm))
+
+
+def _fold_norm(op: ActivatedConv) -> Affine | None:
+    if op.primitive == "res_elu":
+        return None
+    return fold.batch_norm(op.bn.bn if op.primitive == "res_bnelu" else op.bn_act)
+
+
+def _fold_skip(cell: Cell) -> Conv | None:
+    if isinstance(cell.skip, nn.Identity):
+        return None
+    if isinstance(cell.skip, DownSkip):
+        return fold.down_skip(cell.skip)
+    assert isinstance(cell.skip, nn.Sequential)
+    conv = cell.skip[1]
+    assert isinstance(conv, nn.Conv2d)
+    return fold.convolution(conv)
+
+
+def _run_skip(x: Tensor, conv: Conv | None, resample: str) -> Tensor:
+    if conv is None:
+        return x
+    if resample == "down":
+        return F.conv2d(F.silu(x), conv.weight, conv.bias, stride=2)
+    return F.interpolate(pointwise(x, conv), scale_factor=2, mode="bilinear", align_corners=True)
+
+
+def _fold_se(cell: Cell) -> SqueezeExcite | None:
+    """The gate's layers for a branch that holds the cell's 0.1 already."""
+    if not isinstance(cell.se, SE):
+        return None
+    first, _, second, _ = cell.se.se
+    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    return SqueezeExcite(first.weight / RESIDUAL_SCALE, first.bias, second.weight, second.bias)

@@ -1,0 +1,152 @@
+"""The frozen decoder: cells folded, combiners split in two sums, and what no noise reaches computed once.
+
+The first combiner reads `prior_ftr0`, a parameter, and the first z: its part of the former is a constant image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaebm_fast.frozen import fold
+from vaebm_fast.frozen.cells import ActivatedConvsCell, InvertedResidualCell, freeze_cell
+from vaebm_fast.frozen.fold import Conv
+from vaebm_fast.frozen.part import Part, Slot, slots
+from vaebm_fast.frozen.units import gaussian_latent, pointwise
+from vaebm_fast.models.layers import Cell, DecoderCombiner, WNConv2d
+from vaebm_fast.models.nvae import NVAE
+
+
+class EntryWeights(NamedTuple):
+    """The constant image [1, C, H, W] (vanilla form: [1, C, 1, 1]) and the 1x1 of the first z."""
+
+    constant: Tensor
+    latent: Conv
+
+
+class CombinerWeights(NamedTuple):
+    """The two halves of a combiner: the feature's, with the bias, and z's."""
+
+    feature: Conv
+    latent: Conv
+
+
+class ActivatedConvWeights(NamedTuple):
+    """One convolution."""
+
+    conv: Conv
+
+
+class Entry(Part[EntryWeights]):
+    """The first feature, constant + W z: of `prior_ftr0` and the first combiner, or of `stem_decoder`."""
+
+    def __init__(self, vae: NVAE, dtype: torch.dtype) -> None:
+        self._vae = vae
+        watched: list[Slot] = (
+            slots(vae.stem_decoder)
+            if vae.config.is_vanilla
+            else [*slots(vae.dec_tower[0]), (vae._parameters, "prior_ftr0")]
+        )
+        super().__init__("vae's first combiner", watched, dtype)
+
+    def fold(self) -> EntryWeights:
+        if self._vae.config.is_vanilla:
+            stem = fold.convolution(self._vae.stem_decoder)
+            assert stem.bias is not None
+            return EntryWeights(stem.bias[None, :, None, None], Conv(stem.weight, None))
+        combiner = self._vae.dec_tower[0]
+        assert isinstance(combiner, DecoderCombiner)
+        prior = self._vae.prior_ftr0[None]
+        feature, latent = fold.split_input(fold.convolution(combiner.conv), prior.shape[1])
+        return EntryWeights(pointwise(prior, feature), latent)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return pointwise(z, self.weights.latent).add_(self.weights.constant)
+
+
+class Combiner(Part[CombinerWeights]):
+    """The 1x1 of cat(s, z) as W_s s + b + W_z z."""
+
+    def __init__(self, name: str, combiner: DecoderCombiner, dtype: torch.dtype) -> None:
+        self._conv = combiner.conv
+        super().__init__(name, slots(combiner), dtype)
+
+    def fold(self) -> CombinerWeights:
+        return CombinerWeights(*fold.split_input(fold.convolution(self._conv), self._conv.out_channels))
+
+    def __call__(self, s: Tensor, z: Tensor) -> Tensor:
+        return pointwise(s, self.weights.feature).add_(pointwise(z, self.weights.latent))
+
+
+class ActivatedConv(Part[ActivatedConvWeights]):
+    """ELU, then a convolution: the head of a prior (1x1) and of the image (3x3)."""
+
+    def __init__(self, name: str, layers: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(layers, nn.Sequential) and isinstance(layers[1], WNConv2d)
+        self._conv = layers[1]
+        super().__init__(name, slots(layers), dtype)
+
+    def fold(self) -> ActivatedConvWeights:
+        return ActivatedConvWeights(fold.convolution(self._conv))
+
+    def __call__(self, s: Tensor) -> Tensor:
+        conv = self.weights.conv
+        return F.conv2d(F.elu(s), conv.weight, conv.bias, padding=self._conv.padding)
+
+
+class LatentStep(NamedTuple):
+    """A latent group below the top: its prior's parameters from the feature, and how its z joins the feature."""
+
+    prior: ActivatedConv
+    combiner: Combiner
+
+
+class FrozenDecoder:
+    """Logits, and log p(z) where asked for, from noise; differentiable in the noise alone."""
+
+    def __init__(self, vae: NVAE, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._entry = Entry(vae, dtype)
+        tower = [] if vae.config.is_vanilla else list(vae.dec_tower)[1:]
+        groups = iter(enumerate(vae.dec_sampler))
+        self._steps: list[LatentStep | InvertedResidualCell | ActivatedConvsCell] = []
+        for index, module in enumerate(tower, start=1):
+            name = f"vae.dec_tower.{index}"
+            if isinstance(module, DecoderCombiner):
+                group, sampler = next(groups)
+                prior = ActivatedConv(f"vae.dec_sampler.{group}", sampler, dtype)
+                self._steps.append(LatentStep(prior, Combiner(name, module, dtype)))
+            elif isinstance(module, Cell):
+                self._steps.append(freeze_cell(name, module, dtype))
+        for index, cell in enumerate(vae.post_process):
+            assert isinstance(cell, Cell)
+            self._steps.append(freeze_cell(f"vae.post_process.{index}", cell, dtype))
+        self._image_head = ActivatedConv("vae.image_conditional", vae.image_conditional, dtype)
+
+    @property
+    def parts(self) -> list[Part[Any]]:
+        """Every part that holds weights."""
+        steps = [part for step in self._steps for part in (step if isinstance(step, LatentStep) else (step,))]
+        return [self._entry, *steps, self._image_head]
+
+    def __call__(
+        self, eps_z: Sequence[Tensor], temperature: float, *, with_log_p: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [N, K, H, W] and log p(z) [N], or None, of z_g = mu_g + temperature sigma_g eps_g."""
+        noise = iter(eps_z)
+
+        def latent(parameters: Tensor | None) -> Tensor:
+            z, log_p = gaussian_latent(parameters, next(noise), temperature, with_log_p=with_log_p)
+            if log_p is not None:
+                log_ps.append(log_p)
+            return z.to(self._dtype)
+
+        log_ps: list[Tensor] = []
+        s = self._entry(latent(None))
+        for step in self._steps:
+            s = step.combiner(s, latent(step.prior(s))) if isinstance(step, LatentStep) else step(s)
+        return self._image_head(s), torch.stack(log_ps).sum(0) if with_log_p else None

@@ -1,0 +1,126 @@
+"""The frozen energy network: weight norm carried out, act's 1/1.1 in the weights behind it, pooling in the kernels.
+
+A block computes act(pool(conv2(act(conv1(x))) + skip(x))), act = swish / 1.1. Frozen, what flows between blocks is
+u = 1.1 x, a plain swish; 3x3 and average pool are one 4x4 at stride 2, and the 1x1 skip follows its own pool.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaebm_fast.frozen import fold
+from vaebm_fast.frozen.fold import Conv
+from vaebm_fast.frozen.part import Part, slots
+from vaebm_fast.frozen.units import energy_epilogue, pointwise
+from vaebm_fast.models.energy import EnergyNetwork, EnergyResidualBlock
+from vaebm_fast.models.layers import WNConv2d
+
+ACTIVATION_SCALE = 1 / 1.1
+
+
+class StemWeights(NamedTuple):
+    """The first convolution."""
+
+    conv: Conv
+
+
+class BlockWeights(NamedTuple):
+    """Both convolutions of a block, and its skip's where that is not the identity."""
+
+    conv1: Conv
+    conv2: Conv
+    skip: Conv | None
+
+
+class HeadWeights(NamedTuple):
+    """The linear layer, [1, C] and [1]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class FrozenStem(Part[StemWeights]):
+    """u = swish(conv1(x)) of images x in [0, 1]."""
+
+    def __init__(self, conv: WNConv2d, dtype: torch.dtype) -> None:
+        self._conv = conv
+        super().__init__("energy.conv1", slots(conv), dtype)
+
+    def fold(self) -> StemWeights:
+        return StemWeights(fold.convolution(self._conv))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv = self.weights.conv
+        return energy_epilogue(F.conv2d(x, conv.weight, conv.bias, padding=1))
+
+
+class FrozenBlock(Part[BlockWeights]):
+    """u -> swish([pool] (conv2(swish(conv1 u)) + skip(u))), every 1/1.1 in a weight or in the skip's scale."""
+
+    def __init__(self, name: str, block: EnergyResidualBlock, dtype: torch.dtype) -> None:
+        self._block = block
+        self._downsample = block.downsample
+        super().__init__(name, slots(block), dtype)
+
+    def fold(self) -> BlockWeights:
+        block = self._block
+        conv1, conv2 = (fold.of_scaled(fold.convolution(c), ACTIVATION_SCALE) for c in (block.conv1, block.conv2))
+        if self._downsample:
+            conv2 = Conv(fold.pooled(conv2.weight), conv2.bias)
+        skip = None
+        if len(block.skip) > 0:
+            assert isinstance(block.skip[0], WNConv2d)
+            skip = fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE)
+        return BlockWeights(conv1, conv2, skip)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        w = self.weights
+        h = energy_epilogue(F.conv2d(u, w.conv1.weight, w.conv1.bias, padding=1))
+        y = F.conv2d(h, w.conv2.weight, w.conv2.bias, stride=2 if self._downsample else 1, padding=1)
+        if w.skip is None:
+            return energy_epilogue(y, u, ACTIVATION_SCALE)
+        return energy_epilogue(y, pointwise(F.avg_pool2d(u, 2) if self._downsample else u, w.skip))
+
+
+class FrozenHead(Part[HeadWeights]):
+    """E [N] from the last block's u: linear(sum_hw u / 1.1), in at least single precision."""
+
+    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype) -> None:
+        self._linear = energy.linear
+        super().__init__("energy.linear", slots(energy.linear), torch.promote_types(dtype, torch.float32))
+
+    def fold(self) -> HeadWeights:
+        return HeadWeights(self._linear.weight * ACTIVATION_SCALE, self._linear.bias)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        w = self.weights
+        return F.linear(u.sum(dim=(2, 3), dtype=w.weight.dtype), w.weight, w.bias).squeeze(1)
+
+
+class FrozenEnergy:
+    """E(x) [N] for images x [N, C, H, W] in [0, 1], differentiable in x alone."""
+
+    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._stem = FrozenStem(energy.conv1, dtype)
+        self._blocks = [
+            FrozenBlock(f"energy.blocks.{index}", block, dtype)
+            for index, block in enumerate(energy.blocks)
+            if isinstance(block, EnergyResidualBlock)
+        ]
+        self._head = FrozenHead(energy, dtype)
+
+    @property
+    def parts(self) -> list[Part[Any]]:
+        """Every part that holds weights."""
+        return [self._stem, *self._blocks, self._head]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        u = self._stem(x.to(self._dtype))
+        for block in self._blocks:
+            u = block(u)
+        return self._head(u)

@@ -1,0 +1,110 @@
+"""A part of a frozen network: folded weights that stay at one place in memory, and the live tensors behind them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Weights = TypeVar("Weights", bound=tuple[Any, ...])
+Slot = tuple[dict[str, Any], str]  # where a module keeps a tensor: replaced tensors are seen too
+
+
+class StaleWeightsError(RuntimeError):
+    """The live weights are not those that were folded."""
+
+
+def slots(module: nn.Module) -> list[Slot]:
+    """Where every real-valued parameter and buffer of `module` and its submodules is kept."""
+    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    return [
+        (table, key)
+        for table in tables
+        for key, tensor in table.items()
+        if tensor is not None and tensor.is_floating_point()
+    ]
+
+
+def tensors_of(weights: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors of a nested named tuple, in order; None is passed over."""
+    for entry in weights:
+        if isinstance(entry, Tensor):
+            yield entry
+        elif entry is not None:
+            yield from tensors_of(entry)
+
+
+def _map(function: Callable[[Tensor], Tensor], entry: Any) -> Any:
+    """A nested named tuple with `function` of every tensor."""
+    if entry is None or isinstance(entry, Tensor):
+        return None if entry is None else function(entry)
+    return getattr(entry, "_make", tuple)(_map(function, inner) for inner in entry)
+
+
+class Part(ABC, Generic[Weights]):
+    """A subclass says in `fold` what its weights are made of, and in `__call__` what they compute.
+
+    `weights` is a (nested) named tuple of tensors without gradients. A subclass calls `super().__init__` last, when
+    everything that `fold` reads is there.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, name: str, watched: list[Slot], dtype: torch.dtype) -> None:
+        self.name = name
+        self._watched = watched
+        self.weights: Weights = _map(lambda tensor: _own_copy(tensor, dtype), self.fold())
+        self._signature = self._live_signature()
+
+    @abstractmethod
+    def fold(self) -> Weights:
+        """Fold the live weights, in their own precision."""
+
+    def _live_signature(self) -> list[tuple[int, int]]:
+        """Address and version counter of every live tensor; in-place edits raise the counter."""
+        live = [table[key] for table, key in self._watched]
+        return [(tensor.data_ptr(), tensor._version) for tensor in live]
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a live tensor was edited or replaced since it was folded."""
+        return self._live_signature() != self._signature
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refold(self) -> None:
+        """Fold anew into the same memory."""
+        for kept, fresh in zip(tensors_of(self.weights), tensors_of(self.fold()), strict=True):
+            if fresh.device != kept.device:
+                raise ValueError(
+                    f"{self.name} is on {fresh.device} but was frozen on {kept.device}; freeze the model again."
+                )
+            kept.copy_(fresh)
+        self._signature = self._live_signature()
+
+    def forget(self) -> None:
+        """Count as stale until the next `refold`."""
+        self._signature = []
+
+
+def _own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in `dtype`; kernels and feature maps in NHWC order."""
+    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    return tensor.detach().to(dtype, copy=True).contiguous(memory_format=layout)
+
+
+def require_finite(parts: list[Part[Any]]) -> None:
+    """Raise ValueError naming the parts whose weights are not finite; one wait for the device in all."""
+    if not parts:
+        return
+    sums = [torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors_of(part.weights)]) for part in parts]
+    finite = torch.stack([torch.isfinite(values).all() for values in sums]).tolist()
+    broken = [part for part, fine in zip(parts, finite, strict=True) if not fine]
+    for part in broken:
+        part.forget()
+    if broken:
+        names = ", ".join(part.name for part in broken)
+        raise ValueError(f"The weights of {names} are not finite once folded; load or roll back to finite weights.")

@@ -1,0 +1,94 @@
+"""The few computations a frozen pair is made of, in plain PyTorch, differentiable in their inputs by autograd.
+
+Each names one pass that a kernel can make at once. Weights never ask for gradients. All images [N, C, H, W], NHWC in
+memory; noise and everything made of it before a network sees it keeps the noise's precision, networks have their own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaebm_fast.frozen.fold import Conv
+from vaebm_fast.models.distributions import LOG_2PI, GaussianPixels, Normal
+
+
+class SqueezeExcite(NamedTuple):
+    """The two linear layers of a gate: [hidden, C], [hidden], [C, hidden], [C]."""
+
+    weight_in: Tensor
+    bias_in: Tensor
+    weight_out: Tensor
+    bias_out: Tensor
+
+
+def pointwise(x: Tensor, conv: Conv) -> Tensor:
+    """W x + b at every pixel: a 1x1 convolution."""
+    return F.conv2d(x, conv.weight, conv.bias)
+
+
+def swish_pointwise(x: Tensor, conv: Conv) -> Tensor:
+    """W swish(x) + b at every pixel."""
+    return pointwise(F.silu(x), conv)
+
+
+def depthwise_swish(h: Tensor, conv: Conv, stride: int = 1) -> Tensor:
+    """KxK (group) convolution of swish(h), bias added; outside the frame the activation is 0, not swish(0 + bias)."""
+    groups = h.shape[1] // conv.weight.shape[1]
+    return F.conv2d(F.silu(h), conv.weight, conv.bias, stride, (conv.weight.shape[-1] - 1) // 2, groups=groups)
+
+
+def depthwise_swish_phases(h: Tensor, conv: Conv) -> list[Tensor]:
+    """The four phases, 2 p + q, of a (group) convolution of swish(nearest_x2(h)); kernels of `fold.nearest_phases`.
+
+    h [N, C, H, W]; four [N, C, H, W], the pixels (2 i + p, 2 j + q) of the result. They stay apart because the 1x1
+    behind does not mix pixels: `interleave` joins the narrow tensors that come out of it.
+    """
+    activated = F.silu(h)
+    groups, padding = h.shape[1] // conv.weight.shape[2], conv.weight.shape[-1] // 2
+    return [F.conv2d(activated, phase, conv.bias, 1, padding, groups=groups) for phase in conv.weight]
+
+
+def interleave(phases: list[Tensor]) -> Tensor:
+    """[N, C, 2 H, 2 W] whose pixel (2 i + p, 2 j + q) is pixel (i, j) of phase 2 p + q."""
+    return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2).contiguous(memory_format=torch.channels_last)
+
+
+def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None) -> Tensor:
+    """skip + sigmoid(MLP(mean_hw s)) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the MLP."""
+    if se is None:
+        return s.add_(skip)
+    hidden = F.relu(F.linear(s.mean(dim=(2, 3)), se.weight_in, se.bias_in))
+    gate = torch.sigmoid(F.linear(hidden, se.weight_out, se.bias_out))
+    return torch.addcmul(skip, s, gate[:, :, None, None])
+
+
+def gaussian_latent(
+    parameters: Tensor | None, eps: Tensor, temperature: float, *, with_log_p: bool
+) -> tuple[Tensor, Tensor | None]:
+    """z = mu + temperature * sigma * eps, and log p(z) [N] in nats where asked for.
+
+    parameters: raw means and log sigmas [N, 2 L, H, W]; None is the top prior, all zeros: mu = 0, sigma = 1.01.
+    (z - mu) / (temperature * sigma) is eps, so log p(z) = -sum(eps^2 + log 2 pi) / 2 - sum log(temperature * sigma).
+    """
+    raw = (eps.new_zeros(1, 1, 1, 1),) * 2 if parameters is None else parameters.to(eps.dtype).chunk(2, dim=1)
+    prior = Normal.from_raw(raw[0], raw[1], temperature)
+    z = prior.sample(eps)
+    if not with_log_p:
+        return z, None
+    return z, (-0.5 * (eps * eps + LOG_2PI) - torch.log(prior.sigma)).flatten(1).sum(1)
+
+
+def pixel_head(logits: Tensor, eps_x: Tensor, *, with_log_p: bool) -> tuple[Tensor, Tensor | None]:
+    """x = clamp(mu + sigma eps_x, -1, 1) / 2 + 1/2 and log p(x|z) [N] with log sigma floored at -2, in nats."""
+    pixels = GaussianPixels(logits.to(eps_x.dtype))
+    x = pixels.sample(eps_x)
+    return x, pixels.log_prob(x) if with_log_p else None
+
+
+def energy_epilogue(y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
+    """swish(y + skip_scale * skip): what follows a convolution of the energy network."""
+    return F.silu(y if skip is None else y.add_(skip, alpha=skip_scale))

@@ -1,0 +1,135 @@
+"""Depthwise convolution of a swish, the middle of an inverted residual, and its gradient for the input.
+
+The weight and bias are frozen: they have no gradient here. Folding batch norm into them is in `vaebm_fast.frozen`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaebm_fast import _extension, reference
+from vaebm_fast.ops._backend import Backend, choose
+
+
+def pack_depthwise(weight: Tensor) -> Tensor:
+    """The weight [C, 1, K, K] of a depthwise `Conv2d` as the contiguous [K, K, C] that the ops below take; a copy.
+
+    Raises ValueError for a weight of another shape.
+    """
+    if weight.dim() != 4 or weight.shape[1] != 1:
+        raise ValueError(f"A depthwise weight is [C, 1, K, K]; this one is {list(weight.shape)}.")
+    return weight[:, 0].permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+
+
+def depthwise_swish(
+    h: Tensor, weight: Tensor, bias: Tensor, *, upsample: bool = False, backend: Backend = "auto"
+) -> Tensor:
+    """y[n, c, i, j] = bias[c] + sum_{k, l} weight[k, l, c] s[n, c, i + k - K//2, j + l - K//2], s = h sigmoid(h).
+
+    s is zero outside the image. With `upsample`, s is first enlarged to [N, C, 2H, 2W], every pixel to 2x2 equal ones.
+    h: [N, C, H, W], best in channels_last (others are copied into it). weight: [K, K, C], K odd, of `pack_depthwise`.
+    bias: [C]. Returns [N, C, H, W], or [N, C, 2H, 2W] with `upsample`, channels_last.
+    All of one floating dtype; the compiled backends compute in float32 only.
+    Moves 4 bytes per element of h and of y; 2 K^2 FLOP per element of y, with `upsample` 2 ((K + 1) / 2)^2: the taps
+    that fall on one source pixel are summed beforehand.
+    Differentiable once, in h alone: h is saved, its sigmoid is computed again.
+    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    """
+    _check(h, weight)
+    _check_like(h, bias=bias)
+    if bias.shape != h.shape[1:2]:
+        raise ValueError(f"bias must be [C] with the C = {h.shape[1]} of h; it is {list(bias.shape)}.")
+    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+        raise ValueError("depthwise_swish has no gradient for weight and bias; give it weight.detach(), bias.detach().")
+    if _choose("depthwise_swish", h, backend) == "reference":
+        return reference.depthwise_swish(h, weight, bias, upsample=upsample)
+    y: Tensor = torch.ops.vaebm_fast.depthwise_swish(h, weight, bias, upsample)
+    return y
+
+
+def depthwise_swish_backward(
+    dy: Tensor, h: Tensor, weight: Tensor, *, upsample: bool = False, backend: Backend = "auto"
+) -> Tensor:
+    """dh = swish'(h) ds with ds[a, b] = sum_{k, l} weight[k, l] dy[a + K//2 - k, b + K//2 - l], dy zero outside.
+
+    The vector-Jacobian product of `depthwise_swish`; swish' = s (1 + h (1 - s)), s = sigmoid(h). With `upsample`, ds is
+    summed over the 2x2 pixels that came of one. dy: the shape of the output; the rest as there. Returns dh, channels_last,
+    with 4 bytes moved per element of dy, of h and of dh.
+    """
+    _check(h, weight)
+    _check_like(h, dy=dy)
+    scale = 2 if upsample else 1
+    expected = [h.shape[0], h.shape[1], scale * h.shape[2], scale * h.shape[3]]
+    if list(dy.shape) != expected:
+        raise ValueError(f"dy must have the shape of the output, {expected}; it is {list(dy.shape)}.")
+    if _choose("depthwise_swish_backward", h, backend) == "reference":
+        return reference.depthwise_swish_backward(dy, h, weight, upsample=upsample)
+    dh: Tensor = torch.ops.vaebm_fast.depthwise_swish_backward(dy, h, weight, upsample)
+    return dh
+
+
+def _check(h: Tensor, weight: Tensor) -> None:
+    if h.dim() != 4 or not h.is_floating_point():
+        raise ValueError(f"h must be floating point [N, C, H, W]; it is {h.dtype} {list(h.shape)}.")
+    _check_like(h, weight=weight)
+    if weight.dim() != 3 or weight.shape[2] != h.shape[1]:
+        raise ValueError(
+            f"weight must be [K, K, C] with the C = {h.shape[1]} of h, as pack_depthwise makes it; "
+            f"it is {list(weight.shape)}."
+        )
+    if weight.shape[0] != weight.shape[1] or weight.shape[0] % 2 == 0:
+        raise ValueError(f"The window is {weight.shape[0]}x{weight.shape[1]}; it must be square and odd.")
+
+
+def _check_like(h: Tensor, **others: Tensor) -> None:
+    for name, other in others.items():
+        if other.device != h.device:
+            raise ValueError(f"{name} is on {other.device} but h is on {h.device}; move it there.")
+        if other.dtype != h.dtype:
+            raise ValueError(f"{name} is {other.dtype} but h is {h.dtype}; convert one of them.")
+
+
+def _choose(op: str, h: Tensor, backend: Backend) -> str:
+    chosen = choose(op, h.device, backend)
+    if chosen != "reference" and h.dtype != torch.float32:
+        raise ValueError(f"{op} with backend={chosen!r} takes float32, not {h.dtype}; ask for backend='reference'.")
+    return chosen
+
+
+if _extension.is_available():
+
+    @torch.library.register_fake("vaebm_fast::depthwise_swish")
+    def _(h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> Tensor:
+        scale = 2 if upsample else 1
+        N, C, H, W = h.shape
+        return torch.empty(
+            (N, C, scale * H, scale * W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last
+        )
+
+    @torch.library.register_fake("vaebm_fast::depthwise_swish_backward")
+    def _(dy: Tensor, h: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+        return torch.empty(h.shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
+
+    def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+        h, weight, _, ctx.upsample = inputs
+        ctx.save_for_backward(h, weight)
+
+    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            raise RuntimeError("depthwise_swish has no gradient for weight and bias; detach them.")
+        h, weight = ctx.saved_tensors
+        return torch.ops.vaebm_fast.depthwise_swish_backward(dy, h, weight, ctx.upsample), None, None, None
+
+    def _save_nothing(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+        pass
+
+    def _no_second_derivative(ctx: Any, ddh: Tensor) -> tuple[None, None, None, None]:
+        raise RuntimeError("depthwise_swish is differentiable once; backend='reference' has further derivatives.")
+
+    torch.library.register_autograd("vaebm_fast::depthwise_swish", _backward, setup_context=_save)
+    torch.library.register_autograd(
+        "vaebm_fast::depthwise_swish_backward", _no_second_derivative, setup_context=_save_nothing
+    )
