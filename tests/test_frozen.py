@@ -202,6 +202,12 @@ def test_noise_may_lie_in_memory_in_any_order() -> None:
     assert torch.equal(u, other_u) and largest_error(other, gradients) == 0
 
 
+def test_an_empty_batch_is_a_batch() -> None:
+    frozen = tiny().freeze()
+    u, gradients = frozen.energy_and_grad(*noise_of(frozen, batch=0), "official")
+    assert u.shape == (0,) and [tuple(g.shape[1:]) for g in gradients] == [*frozen.latent_shapes, frozen.image_shape]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradients_come_under_no_grad_and_inference_mode_and_reach_nothing_else(mode: Any) -> None:
     model = tiny()

@@ -35,8 +35,8 @@ class CombinerWeights(NamedTuple):
     latent: Conv
 
 
-class ActivatedConvWeights(NamedTuple):
-    """One convolution."""
+class EluConvWeights(NamedTuple):
+    """The convolution behind the ELU."""
 
     conv: Conv
 
@@ -82,7 +82,7 @@ class Combiner(Part[CombinerWeights]):
         return pointwise(s, self.weights.feature).add_(pointwise(z, self.weights.latent))
 
 
-class ActivatedConv(Part[ActivatedConvWeights]):
+class EluConv(Part[EluConvWeights]):
     """ELU, then a convolution: the head of a prior (1x1) and of the image (3x3)."""
 
     def __init__(self, name: str, layers: nn.Module, dtype: torch.dtype) -> None:
@@ -90,8 +90,8 @@ class ActivatedConv(Part[ActivatedConvWeights]):
         self._conv = layers[1]
         super().__init__(name, slots(layers), dtype)
 
-    def fold(self) -> ActivatedConvWeights:
-        return ActivatedConvWeights(fold.convolution(self._conv))
+    def fold(self) -> EluConvWeights:
+        return EluConvWeights(fold.convolution(self._conv))
 
     def __call__(self, s: Tensor) -> Tensor:
         conv = self.weights.conv
@@ -101,7 +101,7 @@ class ActivatedConv(Part[ActivatedConvWeights]):
 class LatentStep(NamedTuple):
     """A latent group below the top: its prior's parameters from the feature, and how its z joins the feature."""
 
-    prior: ActivatedConv
+    prior: EluConv
     combiner: Combiner
 
 
@@ -118,14 +118,14 @@ class FrozenDecoder:
             name = f"vae.dec_tower.{index}"
             if isinstance(module, DecoderCombiner):
                 group, sampler = next(groups)
-                prior = ActivatedConv(f"vae.dec_sampler.{group}", sampler, dtype)
+                prior = EluConv(f"vae.dec_sampler.{group}", sampler, dtype)
                 self._steps.append(LatentStep(prior, Combiner(name, module, dtype)))
             elif isinstance(module, Cell):
                 self._steps.append(freeze_cell(name, module, dtype))
         for index, cell in enumerate(vae.post_process):
             assert isinstance(cell, Cell)
             self._steps.append(freeze_cell(f"vae.post_process.{index}", cell, dtype))
-        self._image_head = ActivatedConv("vae.image_conditional", vae.image_conditional, dtype)
+        self._image_head = EluConv("vae.image_conditional", vae.image_conditional, dtype)
 
     @property
     def parts(self) -> list[Part[Any]]:

@@ -54,7 +54,9 @@ def depthwise_swish_phases(h: Tensor, conv: Conv) -> list[Tensor]:
 
 def interleave(phases: list[Tensor]) -> Tensor:
     """[N, C, 2 H, 2 W] whose pixel (2 i + p, 2 j + q) is pixel (i, j) of phase 2 p + q."""
-    return F.pixel_shuffle(torch.stack(phases, dim=2).flatten(1, 2), 2).contiguous(memory_format=torch.channels_last)
+    nhwc = [phase.permute(0, 2, 3, 1) for phase in phases]
+    rows = [torch.stack(pair, dim=3).flatten(2, 3) for pair in (nhwc[:2], nhwc[2:])]  # [N, H, 2 W, C] each
+    return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None) -> Tensor:
