@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vaebm_fast as vf
+from vaebm_fast import _extension
 from vaebm_fast.config import CELL_PLANS, POTENTIALS, EnergyBlock, EnergyConfig, NVAEConfig, Potential
 from vaebm_fast.frozen import FrozenVAEBM, StaleWeightsError, freeze
 from vaebm_fast.frozen.part import Part, tensors_of
@@ -386,7 +387,11 @@ def test_precisions_backends_and_potentials_that_do_not_exist_are_refused() -> N
         model.freeze(backend="fast")
     with pytest.raises(RuntimeError, match="no 'triton' implementation"):
         model.freeze(backend="triton")
-    assert model.freeze(backend="reference").backend == model.freeze().backend == "reference"
+    assert model.freeze(backend="reference").backend == "reference"
+    assert model.freeze().backend == ("cpu" if _extension.is_available() else "reference")
+    assert model.freeze(dtype=torch.bfloat16).backend == "reference"
+    with pytest.raises(ValueError, match="float32"):
+        model.freeze(dtype=torch.bfloat16, backend="cpu")
     with pytest.raises(ValueError, match="Potential 'kinetic' is not known"):
         model.freeze().energy_and_grad(*noise_of(model), "kinetic")
 
@@ -424,3 +429,27 @@ def test_noise_of_another_shape_precision_or_device_is_refused() -> None:
         frozen.energy_and_grad(eps_z, eps_x.double())
     with pytest.raises(ValueError, match="on meta; this pair takes noise in torch.float32 on cpu"):
         frozen.mean_image([eps_z[0].to("meta"), *eps_z[1:]])
+
+
+@pytest.mark.skipif(not _extension.is_available(), reason="the compiled part is not built")
+@pytest.mark.parametrize("arch", CELL_PLANS)
+def test_compiled_and_reference_pairs_agree(arch: str) -> None:
+    """Inverted residuals run the compiled depthwise but for groups and stride 2; every other cell is the same code."""
+    config = NVAEConfig(
+        image_size=16,
+        arch_instance=arch,
+        num_latent_scales=2,
+        num_groups_per_scale=2,
+        num_latent_per_group=2,
+        num_channels_enc=8,
+        num_channels_dec=8,
+    )
+    blocks = (EnergyBlock(1, 1, True),)
+    model = vf.VAEBM(vf.NVAE(config), vf.EnergyNetwork(EnergyConfig(16, 3, 4, blocks))).eval()
+    eps_z = [torch.randn(2, *shape) for shape in model.latent_shapes]
+    eps_x = torch.randn(2, *model.image_shape)
+    u, gradients = model.freeze(backend="cpu").energy_and_grad(eps_z, eps_x, "official")
+    expected_u, expected = model.freeze(backend="reference").energy_and_grad(eps_z, eps_x, "official")
+    torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=1e-3)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, reference) < 1e-5

@@ -205,7 +205,7 @@ def test_a_frozen_cell_is_the_cell(primitives: tuple[str, ...], resample: str, u
     out_channels = {"none": 8, "up": 4, "down": 16}[resample]
     cell = disturb(Cell(primitives, 8, out_channels, resample=resample, use_se=use_se))
     assert isinstance(cell, Cell)
-    frozen = freeze_cell("cell", cell, torch.float64)
+    frozen = freeze_cell("cell", cell, torch.float64, "reference")
     for sides in [(2, 4)] if resample == "down" else [(1, 1), (2, 3), (5, 4)]:
         x = torch.randn(2, 8, *sides, requires_grad=True)
         actual, expected = frozen(x), cell(x)
@@ -228,4 +228,4 @@ def test_a_dilated_convolution_behind_an_upsampling_is_refused() -> None:
     cell = disturb(Cell(("res_bnswish5", "res_bnswish"), 8, 4, resample="up", use_se=False))
     assert isinstance(cell, Cell)
     with pytest.raises(ValueError, match="vae.dec_tower.3 upsamples before a dilated convolution"):
-        freeze_cell("vae.dec_tower.3", cell, torch.float64)
+        freeze_cell("vae.dec_tower.3", cell, torch.float64, "reference")

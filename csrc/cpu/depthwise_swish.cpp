@@ -39,8 +39,8 @@ struct Cut {
   Tile tile(int64_t index, const Image& image) const {
     const int64_t channel = index % tiles_deep * channels, left = index / tiles_deep % tiles_across * columns;
     const int64_t top = index / tiles_deep / tiles_across * rows;
-    return {top,     std::min(top + rows, image.cell_rows),      // rows
-            left,    std::min(left + columns, image.cell_columns),  // columns
+    return {top,     std::min(top + rows, image.cell_rows),
+            left,    std::min(left + columns, image.cell_columns),
             channel, std::min(channels, image.C - channel)};
   }
 };

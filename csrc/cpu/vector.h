@@ -29,33 +29,34 @@ VF_INLINE void store(float* to, Vec value, int lanes) {
   }
 }
 
-// 1 + exp(-x) for |x| <= 87, the relative error of exp below 2^-22.5; an x beyond counts as -87 or 87.
+// exp(-x) for |x| <= 87; an x beyond counts as -87 or 87.
 //
-// -x log2 e = n + f with n whole and |f| <= 1/2; 2^f is a polynomial (minimax, 2^-25.9), 2^n goes into exponent bits.
-VF_INLINE Vec one_plus_exp_minus(Vec x) {
+// -x = n ln 2 + r with n whole and |r| <= ln 2 / 2; ln 2 is in two parts, the first of 9 bits, so that its product with
+// n is exact without fma too. exp r is a polynomial (minimax, 2^-28.2), and 2^n is added to its exponent bits.
+VF_INLINE Vec exp_minus(Vec x) {
   const Vec limit = broadcast(87.0f), magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds to a whole number
   x = x < limit ? x : limit;
   x = x > -limit ? x : -limit;
   const Vec shifted = fma(x, broadcast(-1.44269502f), magic);
   const Vec n = shifted - magic;
-  Vec f = fma(x, broadcast(-1.44269502f), -n);
-  f = fma(x, broadcast(-1.92596303e-8f), f);
-  Vec p = broadcast(1.53575238e-4f);
-  p = fma(p, f, broadcast(1.33989053e-3f));
-  p = fma(p, f, broadcast(9.61842295e-3f));
-  p = fma(p, f, broadcast(5.55033237e-2f));
-  p = fma(p, f, broadcast(2.40226477e-1f));
-  p = fma(p, f, broadcast(6.93147182e-1f));
-  p = fma(p, f, broadcast(1.0f));
+  Vec r = fma(n, broadcast(-0.693359375f), -x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(1.38214685e-3f);
+  p = fma(p, r, broadcast(8.36866256e-3f));
+  p = fma(p, r, broadcast(4.16682549e-2f));
+  p = fma(p, r, broadcast(1.66665211e-1f));
+  p = fma(p, r, broadcast(4.99999940e-1f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
   const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + exponent) + broadcast(1.0f);
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + exponent);
 }
 
 // x sigmoid(x)
-VF_INLINE Vec swish(Vec x) { return x / one_plus_exp_minus(x); }
+VF_INLINE Vec swish(Vec x) { return x / (broadcast(1.0f) + exp_minus(x)); }
 
-// d swish / dx = s (1 + x (1 - s)) with s = sigmoid(x)
+// d swish / dx = s (1 + x (1 - s)) with s = sigmoid(x); 1 - s = s exp(-x) has no cancellation.
 VF_INLINE Vec swish_slope(Vec x) {
-  const Vec one = broadcast(1.0f), s = one / one_plus_exp_minus(x);
-  return s * fma(x, one - s, one);
+  const Vec one = broadcast(1.0f), e = exp_minus(x), s = one / (one + e);
+  return s * fma(x, e * s, one);
 }

@@ -34,13 +34,26 @@ from vaebm_fast.models.layers import (
     DownSkip,
     InvertedResidual,
 )
+from vaebm_fast.ops import depthwise_swish as ops
+from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops.depthwise_swish import pack_depthwise
+
+
+class Depthwise(NamedTuple):
+    """A depthwise convolution as `ops.depthwise_swish` takes it: [K, K, C] and [C]."""
+
+    weight: Tensor
+    bias: Tensor
 
 
 class InvertedResidualWeights(NamedTuple):
-    """1x1 to the hidden channels, depthwise (the four phases of it in an "up" cell), 1x1 back."""
+    """1x1 to the hidden channels, depthwise, 1x1 back.
+
+    The depthwise is a `Depthwise` where a compiled kernel runs it, else a Conv: in an "up" cell its four phases.
+    """
 
     expand: Conv
-    depthwise: Conv
+    depthwise: Depthwise | Conv
     project: Conv
     skip: Conv | None
     se: SqueezeExcite | None
@@ -55,10 +68,12 @@ class ActivatedConvsWeights(NamedTuple):
     se: SqueezeExcite | None
 
 
-def freeze_cell(name: str, cell: Cell, dtype: torch.dtype) -> InvertedResidualCell | ActivatedConvsCell:
+def freeze_cell(
+    name: str, cell: Cell, dtype: torch.dtype, backend: Backend
+) -> InvertedResidualCell | ActivatedConvsCell:
     """The frozen form of `cell`; `name` is for messages."""
     if isinstance(cell._ops[0], InvertedResidual):
-        return InvertedResidualCell(name, cell, cell._ops[0], dtype)
+        return InvertedResidualCell(name, cell, cell._ops[0], dtype, backend)
     return ActivatedConvsCell(name, cell, dtype)
 
 
@@ -68,15 +83,18 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
     An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish.
     """
 
-    def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype) -> None:
-        self._cell, self._op, self._resample = cell, op, _resample(cell)
+    def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend) -> None:
+        self._cell, self._op, self._resample, self._backend = cell, op, _resample(cell), backend
         super().__init__(name, slots(cell), dtype)
 
     def fold(self) -> InvertedResidualWeights:
         norm, expand, depthwise, project, last = list(self._op.conv)[-5:]
         assert isinstance(norm, BatchNorm) and isinstance(project, nn.Conv2d) and isinstance(last, BatchNorm)
-        middle = _fold_conv_norm(depthwise)
-        if self._resample == "up":
+        middle: Depthwise | Conv = _fold_conv_norm(depthwise)
+        if self._is_compiled(middle.weight):
+            assert middle.bias is not None
+            middle = Depthwise(pack_depthwise(middle.weight), middle.bias)
+        elif self._resample == "up":
             middle = Conv(fold.nearest_phases(middle.weight), middle.bias)
         end = fold.then_affine(fold.convolution(project), fold.batch_norm(last.bn))
         return InvertedResidualWeights(
@@ -87,10 +105,18 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
             se=_fold_se(self._cell),
         )
 
+    def _is_compiled(self, weight: Tensor) -> bool:
+        """Whether a kernel runs the middle convolution: those are depthwise, of stride 1."""
+        return self._backend != "reference" and weight.shape[1] == 1 and self._resample != "down"
+
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
         h = pointwise(x, w.expand)
-        if self._resample == "up":
+        if isinstance(w.depthwise, Depthwise):
+            up = self._resample == "up"
+            h = ops.depthwise_swish(h, w.depthwise.weight, w.depthwise.bias, upsample=up, backend=self._backend)
+            s = swish_pointwise(h, w.project)
+        elif self._resample == "up":
             phases = depthwise_swish_phases(h, w.depthwise)
             s = interleave([swish_pointwise(phase, w.project) for phase in phases])
         else:

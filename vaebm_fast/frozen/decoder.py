@@ -19,6 +19,7 @@ from vaebm_fast.frozen.part import Part, Slot, slots
 from vaebm_fast.frozen.units import gaussian_latent, pointwise
 from vaebm_fast.models.layers import Cell, DecoderCombiner, WNConv2d
 from vaebm_fast.models.nvae import NVAE
+from vaebm_fast.ops._backend import Backend
 
 
 class EntryWeights(NamedTuple):
@@ -108,7 +109,7 @@ class LatentStep(NamedTuple):
 class FrozenDecoder:
     """Logits, and log p(z) where asked for, from noise; differentiable in the noise alone."""
 
-    def __init__(self, vae: NVAE, dtype: torch.dtype) -> None:
+    def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend) -> None:
         self._dtype = dtype
         self._entry = Entry(vae, dtype)
         tower = [] if vae.config.is_vanilla else list(vae.dec_tower)[1:]
@@ -121,10 +122,10 @@ class FrozenDecoder:
                 prior = EluConv(f"vae.dec_sampler.{group}", sampler, dtype)
                 self._steps.append(LatentStep(prior, Combiner(name, module, dtype)))
             elif isinstance(module, Cell):
-                self._steps.append(freeze_cell(name, module, dtype))
+                self._steps.append(freeze_cell(name, module, dtype, backend))
         for index, cell in enumerate(vae.post_process):
             assert isinstance(cell, Cell)
-            self._steps.append(freeze_cell(f"vae.post_process.{index}", cell, dtype))
+            self._steps.append(freeze_cell(f"vae.post_process.{index}", cell, dtype, backend))
         self._image_head = EluConv("vae.image_conditional", vae.image_conditional, dtype)
 
     @property

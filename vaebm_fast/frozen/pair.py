@@ -7,7 +7,7 @@ and the energy network are in `decoder` and `energy`, their algebra in `fold`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from vaebm_fast.frozen.part import Part, StaleWeightsError, require_finite
 from vaebm_fast.frozen.units import pixel_head
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.vaebm import VAEBM
-from vaebm_fast.ops._backend import BACKENDS, Backend
+from vaebm_fast.ops._backend import BACKENDS, Backend, choose
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-PAIR_BACKENDS = ("reference",)
+PAIR_BACKENDS = ("reference", "cpu")  # what is not compiled yet runs as the reference does
 
 
 def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
@@ -46,12 +46,12 @@ class FrozenVAEBM:
     def __init__(self, model: VAEBM, dtype: torch.dtype, backend: Backend) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
-        self.backend = _choose(backend)
         self._model = model
         self.device = _require_foldable(model)
+        self.backend = _choose(backend, self.device, dtype)
         self.dtype = dtype
         self.noise_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._decoder = FrozenDecoder(model.vae, dtype)
+        self._decoder = FrozenDecoder(model.vae, dtype, self.backend)
         self._energy = FrozenEnergy(model.energy, dtype)
         self._parts: list[Part[Any]] = [*self._decoder.parts, *self._energy.parts]
         require_finite(self._parts)
@@ -155,17 +155,18 @@ def _nhwc(noise: Sequence[Tensor]) -> list[Tensor]:
     return [eps if eps.stride(1) == 1 else eps.contiguous(memory_format=torch.channels_last) for eps in noise]
 
 
-def _choose(backend: str) -> str:
-    if backend == "auto":
-        return "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"Backend {backend!r} is not known; it is auto, {', '.join(BACKENDS)}.")
-    if backend not in PAIR_BACKENDS:
+def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The pair's backend; "auto" is the compiled one where it is there and takes the precision."""
+    if backend in BACKENDS and backend not in PAIR_BACKENDS:
         raise RuntimeError(
             f"A frozen pair has no {backend!r} implementation; it has {', '.join(PAIR_BACKENDS)}, and backend='auto' "
             "takes the best of these."
         )
-    return backend
+    if backend == "cpu" and dtype != torch.float32:
+        raise ValueError(f"A frozen pair with backend='cpu' is float32, not {dtype}; ask for backend='reference'.")
+    if backend == "auto" and dtype != torch.float32:
+        return "reference"
+    return cast(Backend, choose("depthwise_swish", device, backend))
 
 
 def _require_foldable(model: VAEBM) -> torch.device:

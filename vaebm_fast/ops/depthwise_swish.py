@@ -56,8 +56,8 @@ def depthwise_swish_backward(
     """dh = swish'(h) ds with ds[a, b] = sum_{k, l} weight[k, l] dy[a + K//2 - k, b + K//2 - l], dy zero outside.
 
     The vector-Jacobian product of `depthwise_swish`; swish' = s (1 + h (1 - s)), s = sigmoid(h). With `upsample`, ds is
-    summed over the 2x2 pixels that came of one. dy: the shape of the output; the rest as there. Returns dh, channels_last,
-    with 4 bytes moved per element of dy, of h and of dh.
+    summed over the 2x2 pixels that came of one. dy: in the shape of the output; arguments, FLOP and errors as there.
+    Returns dh, channels_last. Moves 4 bytes per element of dy, of h and of dh.
     """
     _check(h, weight)
     _check_like(h, dy=dy)
