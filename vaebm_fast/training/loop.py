@@ -35,7 +35,7 @@ class RunOptions:
     log_every: int = 20
     save_every: int = 500
     grid_every: int = 500
-    progress: bool = True
+    progress: bool = True  # a bar, where the output is a terminal
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "grid_every"):
@@ -75,7 +75,7 @@ def train(trainee: Trainee, options: RunOptions) -> Path | None:
     start = _resume(trainee, options.out / STATE_FILE)
     with _log(options.out, start) as log, _stop_signals() as stopped:
         bar = tqdm(range(start, trainee.total_steps), initial=start, total=trainee.total_steps,
-                   disable=not options.progress, unit="step")  # fmt: skip
+                   disable=None if options.progress else True, mininterval=0.5, unit="step")  # fmt: skip
         for step in bar:
             try:
                 scalars = trainee.step(step)
