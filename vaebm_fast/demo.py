@@ -10,6 +10,8 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,18 @@ class Judge:
         return frechet_distance(self.classifier.features(images), self.held_out)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread: images of 8x8 gain nothing from a second, which waits for ages where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[str, Any]:
     """Train, sample, judge, draw; writes everything to `out` and returns the metrics.
 
