@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace vf {
 
@@ -47,6 +48,43 @@ inline void check_depthwise_gradient(const at::Tensor& dy, const at::Tensor& h, 
                     " ", dy.sizes(), ".");
   TORCH_CHECK_VALUE(dy.device() == h.device(), "dy is on ", dy.device(), " but h is on ", h.device(),
                     "; move it there.");
+}
+
+// x [N, Cin, H, W] with a weight packed in panels of 16 for `Cout` output channels; a backward product is one too.
+inline void check_pointwise_arguments(const at::Tensor& x, const at::Tensor& weight, int64_t Cout) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat, "A pointwise product takes float32 [N, C, H, W]; ",
+                    "this is ", x.scalar_type(), " ", x.sizes(), ".");
+  TORCH_CHECK_VALUE(weight.dim() == 3 && weight.scalar_type() == at::kFloat && weight.size(0) == (Cout + 15) / 16 &&
+                        weight.size(1) == x.size(1) && weight.size(2) == 16,
+                    "The packed weight must be float32 ", at::IntArrayRef({(Cout + 15) / 16, x.size(1), 16}),
+                    " for ", x.size(1), " channels in and ", Cout, " out; it is ", weight.scalar_type(), " ",
+                    weight.sizes(), ".");
+  TORCH_CHECK_VALUE(weight.device() == x.device(), "The weight is on ", weight.device(), " but the input is on ",
+                    x.device(), "; move it there.");
+}
+
+inline void check_pointwise_addends(const at::Tensor& x, int64_t Cout, const std::optional<at::Tensor>& bias,
+                                    const std::optional<at::Tensor>& residual) {
+  if (bias) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->scalar_type() == at::kFloat && bias->size(0) == Cout &&
+                          bias->device() == x.device(),
+                      "bias must be float32 [", Cout, "] on ", x.device(), "; it is ", bias->scalar_type(), " ",
+                      bias->sizes(), " on ", bias->device(), ".");
+  }
+  if (residual) {
+    const int64_t expected[] = {x.size(0), Cout, x.size(2), x.size(3)};
+    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef(expected) && residual->scalar_type() == at::kFloat &&
+                          residual->device() == x.device(),
+                      "residual must be float32 ", at::IntArrayRef(expected), " on ", x.device(), "; it is ",
+                      residual->scalar_type(), " ", residual->sizes(), " on ", residual->device(), ".");
+  }
+}
+
+inline void check_pointwise_input(const at::Tensor& dy, const at::Tensor& x, int64_t Cin) {
+  const int64_t expected[] = {dy.size(0), Cin, dy.size(2), dy.size(3)};
+  TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef(expected) && x.scalar_type() == at::kFloat && x.device() == dy.device(),
+                    "x must be float32 ", at::IntArrayRef(expected), " on ", dy.device(), "; it is ", x.scalar_type(),
+                    " ", x.sizes(), " on ", x.device(), ".");
 }
 
 }  // namespace vf

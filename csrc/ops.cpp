@@ -13,6 +13,17 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def("depthwise_swish(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor");
   // dy in the shape of that output -> the gradient for h
   m.def("depthwise_swish_backward(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor");
+
+  // x [N, Cin, H, W], weight and weight_t as pack_pointwise lays them out, bias [Cout], residual like the result
+  // -> [N, Cout, H, W]; channels_last float32
+  m.def(
+      "pointwise(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, bool swish) -> Tensor");
+  // dy in the shape of that output, x where it was activated -> the gradient for x [N, Cin, H, W]
+  m.def("pointwise_backward(Tensor dy, Tensor weight_t, int Cin, Tensor? x) -> Tensor");
+
+  // From begin to the matching end, CPU tensors come from blocks that are kept when freed; release gives those back.
+  m.def("reuse_memory(bool begin) -> ()");
+  m.def("release_memory() -> int");  // bytes
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -218,7 +218,7 @@ def test_a_frozen_cell_is_the_cell(primitives: tuple[str, ...], resample: str, u
 @pytest.mark.parametrize("out_channels, downsample", [(4, False), (8, False), (4, True), (8, True)])
 def test_a_frozen_energy_block_is_the_block(out_channels: int, downsample: bool) -> None:
     block = EnergyResidualBlock(4, out_channels, downsample=downsample)
-    frozen = FrozenBlock("block", block, torch.float64)
+    frozen = FrozenBlock("block", block, torch.float64, "reference")
     for sides in [(2, 2), (6, 3), (5, 4)]:
         u = torch.randn(2, 4, *sides)  # what flows between frozen blocks is 1.1 times the live activation
         assert error(frozen(u), 1.1 * block(u / 1.1)) < EXACT

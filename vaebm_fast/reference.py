@@ -48,6 +48,23 @@ def depthwise_swish_backward(dy: Tensor, h: Tensor, weight: Tensor, *, upsample:
     return ds * (sigmoid * (1 + h * (1 - sigmoid)))
 
 
+def pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, swish: bool = False
+) -> Tensor:
+    """1x1 convolution, weight [Cout, Cin]; see `vaebm_fast.ops.pointwise.pointwise`."""
+    y = F.conv2d(F.silu(x) if swish else x, weight[:, :, None, None], bias)
+    return y if residual is None else y + residual
+
+
+def pointwise_backward(dy: Tensor, weight: Tensor, x: Tensor | None = None) -> Tensor:
+    """Its gradient for the input; see `vaebm_fast.ops.pointwise.pointwise_backward`."""
+    dx = F.conv2d(dy, weight.T[:, :, None, None])
+    if x is None:
+        return dx
+    sigmoid = torch.sigmoid(x)
+    return dx * (sigmoid * (1 + x * (1 - sigmoid)))
+
+
 def _philox_quads(seeds: Tensor, draw: Tensor, stream: int, quads: int) -> Tensor:
     """Words of counters (0..quads-1, draw, stream, 0) as int64 in 0..2^32-1, [N, quads, 4]."""
     key0, key1 = (seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]  # [N, 1]

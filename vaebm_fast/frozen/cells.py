@@ -16,13 +16,12 @@ from vaebm_fast.frozen import fold
 from vaebm_fast.frozen.fold import Affine, Conv
 from vaebm_fast.frozen.part import Part, slots
 from vaebm_fast.frozen.units import (
+    Pointwise,
     SqueezeExcite,
     depthwise_swish,
     depthwise_swish_phases,
     interleave,
-    pointwise,
     se_gate_residual,
-    swish_pointwise,
 )
 from vaebm_fast.models.layers import (
     RESIDUAL_SCALE,
@@ -52,10 +51,10 @@ class InvertedResidualWeights(NamedTuple):
     The depthwise is a `Depthwise` where a compiled kernel runs it, else a Conv: in an "up" cell its four phases.
     """
 
-    expand: Conv
+    expand: Pointwise
     depthwise: Depthwise | Conv
-    project: Conv
-    skip: Conv | None
+    project: Pointwise
+    skip: Pointwise | Conv | None
     se: SqueezeExcite | None
 
 
@@ -64,7 +63,7 @@ class ActivatedConvsWeights(NamedTuple):
 
     norm: Affine | None
     convs: tuple[Conv, ...]
-    skip: Conv | None
+    skip: Pointwise | Conv | None
     se: SqueezeExcite | None
 
 
@@ -74,7 +73,7 @@ def freeze_cell(
     """The frozen form of `cell`; `name` is for messages."""
     if isinstance(cell._ops[0], InvertedResidual):
         return InvertedResidualCell(name, cell, cell._ops[0], dtype, backend)
-    return ActivatedConvsCell(name, cell, dtype)
+    return ActivatedConvsCell(name, cell, dtype, backend)
 
 
 class InvertedResidualCell(Part[InvertedResidualWeights]):
@@ -98,10 +97,10 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
             middle = Conv(fold.nearest_phases(middle.weight), middle.bias)
         end = fold.then_affine(fold.convolution(project), fold.batch_norm(last.bn))
         return InvertedResidualWeights(
-            expand=fold.of_affine(_fold_conv_norm(expand), fold.batch_norm(norm.bn)),
+            expand=Pointwise.of(fold.of_affine(_fold_conv_norm(expand), fold.batch_norm(norm.bn)), self._backend),
             depthwise=middle,
-            project=fold.scaled(end, RESIDUAL_SCALE),
-            skip=_fold_skip(self._cell),
+            project=Pointwise.of(fold.scaled(end, RESIDUAL_SCALE), self._backend),
+            skip=_fold_skip(self._cell, self._backend),
             se=_fold_se(self._cell),
         )
 
@@ -111,18 +110,18 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
-        h = pointwise(x, w.expand)
+        h = w.expand(x)
         if isinstance(w.depthwise, Depthwise):
             up = self._resample == "up"
             h = ops.depthwise_swish(h, w.depthwise.weight, w.depthwise.bias, upsample=up, backend=self._backend)
-            s = swish_pointwise(h, w.project)
+            s = w.project(h, swish=True)
         elif self._resample == "up":
             phases = depthwise_swish_phases(h, w.depthwise)
-            s = interleave([swish_pointwise(phase, w.project) for phase in phases])
+            s = interleave([w.project(phase, swish=True) for phase in phases])
         else:
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
-            s = swish_pointwise(h, w.project)
-        return se_gate_residual(s, _run_skip(x, w.skip, self._resample), w.se)
+            s = w.project(h, swish=True)
+        return se_gate_residual(s, _run_skip(x, w.skip), w.se)
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):
@@ -132,8 +131,8 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
     4x4 transposed convolution.
     """
 
-    def __init__(self, name: str, cell: Cell, dtype: torch.dtype) -> None:
-        self._cell, self._resample = cell, _resample(cell)
+    def __init__(self, name: str, cell: Cell, dtype: torch.dtype, backend: Backend) -> None:
+        self._cell, self._resample, self._backend = cell, _resample(cell), backend
         self._ops = [op for op in cell._ops if isinstance(op, ActivatedConv)]
         if self._resample == "up" and self._ops[0].primitive == "res_bnswish5":
             raise ValueError(f"{name} upsamples before a dilated convolution, which no published decoder does.")
@@ -148,7 +147,8 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
         convs[-1] = fold.scaled(convs[-1], RESIDUAL_SCALE)
         if self._resample == "up":
             convs[0] = Conv(fold.nearest_transposed(convs[0].weight), convs[0].bias)
-        return ActivatedConvsWeights(norms[0], tuple(convs), _fold_skip(self._cell), _fold_se(self._cell))
+        skip = _fold_skip(self._cell, self._backend)
+        return ActivatedConvsWeights(norms[0], tuple(convs), skip, _fold_se(self._cell))
 
     def __call__(self, x: Tensor) -> Tensor:
         w, s = self.weights, x
@@ -161,7 +161,7 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
             else:
                 live = op.conv_0
                 s = F.conv2d(s, conv.weight, conv.bias, live.stride, live.padding, live.dilation)
-        return se_gate_residual(s, _run_skip(x, w.skip, self._resample), w.se)
+        return se_gate_residual(s, _run_skip(x, w.skip), w.se)
 
 
 def _resample(cell: Cell) -> str:
@@ -184,7 +184,8 @@ def _fold_norm(op: ActivatedConv) -> Affine | None:
     return fold.batch_norm(op.bn.bn if op.primitive == "res_bnelu" else op.bn_act)
 
 
-def _fold_skip(cell: Cell) -> Conv | None:
+def _fold_skip(cell: Cell, backend: Backend) -> Pointwise | Conv | None:
+    """The skip's 1x1; a Conv where it has a stride."""
     if isinstance(cell.skip, nn.Identity):
         return None
     if isinstance(cell.skip, DownSkip):
@@ -192,15 +193,15 @@ def _fold_skip(cell: Cell) -> Conv | None:
     assert isinstance(cell.skip, nn.Sequential)
     conv = cell.skip[1]
     assert isinstance(conv, nn.Conv2d)
-    return fold.convolution(conv)
+    return Pointwise.of(fold.convolution(conv), backend)
 
 
-def _run_skip(x: Tensor, conv: Conv | None, resample: str) -> Tensor:
-    if conv is None:
+def _run_skip(x: Tensor, skip: Pointwise | Conv | None) -> Tensor:
+    if skip is None:
         return x
-    if resample == "down":
-        return F.conv2d(F.silu(x), conv.weight, conv.bias, stride=2)
-    return F.interpolate(pointwise(x, conv), scale_factor=2, mode="bilinear", align_corners=True)
+    if isinstance(skip, Conv):
+        return F.conv2d(F.silu(x), skip.weight, skip.bias, stride=2)
+    return F.interpolate(skip(x), scale_factor=2, mode="bilinear", align_corners=True)
 
 
 def _fold_se(cell: Cell) -> SqueezeExcite | None:

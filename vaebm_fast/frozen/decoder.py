@@ -16,7 +16,7 @@ from vaebm_fast.frozen import fold
 from vaebm_fast.frozen.cells import ActivatedConvsCell, InvertedResidualCell, freeze_cell
 from vaebm_fast.frozen.fold import Conv
 from vaebm_fast.frozen.part import Part, Slot, slots
-from vaebm_fast.frozen.units import gaussian_latent, pointwise
+from vaebm_fast.frozen.units import Pointwise, gaussian_latent
 from vaebm_fast.models.layers import Cell, DecoderCombiner, WNConv2d
 from vaebm_fast.models.nvae import NVAE
 from vaebm_fast.ops._backend import Backend
@@ -26,27 +26,27 @@ class EntryWeights(NamedTuple):
     """The constant image [1, C, H, W] (vanilla form: [1, C, 1, 1]) and the 1x1 of the first z."""
 
     constant: Tensor
-    latent: Conv
+    latent: Pointwise
 
 
 class CombinerWeights(NamedTuple):
     """The two halves of a combiner: the feature's, with the bias, and z's."""
 
-    feature: Conv
-    latent: Conv
+    feature: Pointwise
+    latent: Pointwise
 
 
 class EluConvWeights(NamedTuple):
     """The convolution behind the ELU."""
 
-    conv: Conv
+    conv: Pointwise | Conv
 
 
 class Entry(Part[EntryWeights]):
     """The first feature, constant + W z: of `prior_ftr0` and the first combiner, or of `stem_decoder`."""
 
-    def __init__(self, vae: NVAE, dtype: torch.dtype) -> None:
-        self._vae = vae
+    def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend) -> None:
+        self._vae, self._backend = vae, backend
         watched: list[Slot] = (
             slots(vae.stem_decoder)
             if vae.config.is_vanilla
@@ -58,44 +58,50 @@ class Entry(Part[EntryWeights]):
         if self._vae.config.is_vanilla:
             stem = fold.convolution(self._vae.stem_decoder)
             assert stem.bias is not None
-            return EntryWeights(stem.bias[None, :, None, None], Conv(stem.weight, None))
+            return EntryWeights(stem.bias[None, :, None, None], Pointwise.of(Conv(stem.weight, None), self._backend))
         combiner = self._vae.dec_tower[0]
         assert isinstance(combiner, DecoderCombiner)
         prior = self._vae.prior_ftr0[None]
         feature, latent = fold.split_input(fold.convolution(combiner.conv), prior.shape[1])
-        return EntryWeights(pointwise(prior, feature), latent)
+        constant = F.conv2d(prior, feature.weight, feature.bias)
+        return EntryWeights(constant, Pointwise.of(latent, self._backend))
 
     def __call__(self, z: Tensor) -> Tensor:
-        return pointwise(z, self.weights.latent).add_(self.weights.constant)
+        return self.weights.latent(z).add_(self.weights.constant)
 
 
 class Combiner(Part[CombinerWeights]):
     """The 1x1 of cat(s, z) as W_s s + b + W_z z."""
 
-    def __init__(self, name: str, combiner: DecoderCombiner, dtype: torch.dtype) -> None:
-        self._conv = combiner.conv
+    def __init__(self, name: str, combiner: DecoderCombiner, dtype: torch.dtype, backend: Backend) -> None:
+        self._conv, self._backend = combiner.conv, backend
         super().__init__(name, slots(combiner), dtype)
 
     def fold(self) -> CombinerWeights:
-        return CombinerWeights(*fold.split_input(fold.convolution(self._conv), self._conv.out_channels))
+        feature, latent = fold.split_input(fold.convolution(self._conv), self._conv.out_channels)
+        return CombinerWeights(Pointwise.of(feature, self._backend), Pointwise.of(latent, self._backend))
 
     def __call__(self, s: Tensor, z: Tensor) -> Tensor:
-        return pointwise(s, self.weights.feature).add_(pointwise(z, self.weights.latent))
+        return self.weights.latent(z, residual=self.weights.feature(s))
 
 
 class EluConv(Part[EluConvWeights]):
     """ELU, then a convolution: the head of a prior (1x1) and of the image (3x3)."""
 
-    def __init__(self, name: str, layers: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, layers: nn.Module, dtype: torch.dtype, backend: Backend) -> None:
         assert isinstance(layers, nn.Sequential) and isinstance(layers[1], WNConv2d)
-        self._conv = layers[1]
+        self._conv, self._backend = layers[1], backend
         super().__init__(name, slots(layers), dtype)
 
     def fold(self) -> EluConvWeights:
-        return EluConvWeights(fold.convolution(self._conv))
+        conv = fold.convolution(self._conv)
+        is_pointwise = self._conv.kernel_size == (1, 1)
+        return EluConvWeights(Pointwise.of(conv, self._backend) if is_pointwise else conv)
 
     def __call__(self, s: Tensor) -> Tensor:
         conv = self.weights.conv
+        if isinstance(conv, Pointwise):
+            return conv(F.elu(s))
         return F.conv2d(F.elu(s), conv.weight, conv.bias, padding=self._conv.padding)
 
 
@@ -111,7 +117,7 @@ class FrozenDecoder:
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend) -> None:
         self._dtype = dtype
-        self._entry = Entry(vae, dtype)
+        self._entry = Entry(vae, dtype, backend)
         tower = [] if vae.config.is_vanilla else list(vae.dec_tower)[1:]
         groups = iter(enumerate(vae.dec_sampler))
         self._steps: list[LatentStep | InvertedResidualCell | ActivatedConvsCell] = []
@@ -119,14 +125,14 @@ class FrozenDecoder:
             name = f"vae.dec_tower.{index}"
             if isinstance(module, DecoderCombiner):
                 group, sampler = next(groups)
-                prior = EluConv(f"vae.dec_sampler.{group}", sampler, dtype)
-                self._steps.append(LatentStep(prior, Combiner(name, module, dtype)))
+                prior = EluConv(f"vae.dec_sampler.{group}", sampler, dtype, backend)
+                self._steps.append(LatentStep(prior, Combiner(name, module, dtype, backend)))
             elif isinstance(module, Cell):
                 self._steps.append(freeze_cell(name, module, dtype, backend))
         for index, cell in enumerate(vae.post_process):
             assert isinstance(cell, Cell)
             self._steps.append(freeze_cell(f"vae.post_process.{index}", cell, dtype, backend))
-        self._image_head = EluConv("vae.image_conditional", vae.image_conditional, dtype)
+        self._image_head = EluConv("vae.image_conditional", vae.image_conditional, dtype, backend)
 
     @property
     def parts(self) -> list[Part[Any]]:

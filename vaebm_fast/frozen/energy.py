@@ -15,9 +15,10 @@ from torch import Tensor
 from vaebm_fast.frozen import fold
 from vaebm_fast.frozen.fold import Conv
 from vaebm_fast.frozen.part import Part, slots
-from vaebm_fast.frozen.units import energy_epilogue, pointwise
+from vaebm_fast.frozen.units import Pointwise, energy_epilogue
 from vaebm_fast.models.energy import EnergyNetwork, EnergyResidualBlock
 from vaebm_fast.models.layers import WNConv2d
+from vaebm_fast.ops._backend import Backend
 
 ACTIVATION_SCALE = 1 / 1.1
 
@@ -33,7 +34,7 @@ class BlockWeights(NamedTuple):
 
     conv1: Conv
     conv2: Conv
-    skip: Conv | None
+    skip: Pointwise | None
 
 
 class HeadWeights(NamedTuple):
@@ -61,8 +62,8 @@ class FrozenStem(Part[StemWeights]):
 class FrozenBlock(Part[BlockWeights]):
     """u -> swish([pool] (conv2(swish(conv1 u)) + skip(u))), every 1/1.1 in a weight or in the skip's scale."""
 
-    def __init__(self, name: str, block: EnergyResidualBlock, dtype: torch.dtype) -> None:
-        self._block = block
+    def __init__(self, name: str, block: EnergyResidualBlock, dtype: torch.dtype, backend: Backend) -> None:
+        self._block, self._backend = block, backend
         self._downsample = block.downsample
         super().__init__(name, slots(block), dtype)
 
@@ -74,7 +75,7 @@ class FrozenBlock(Part[BlockWeights]):
         skip = None
         if len(block.skip) > 0:
             assert isinstance(block.skip[0], WNConv2d)
-            skip = fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE)
+            skip = Pointwise.of(fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE), self._backend)
         return BlockWeights(conv1, conv2, skip)
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class FrozenBlock(Part[BlockWeights]):
         y = F.conv2d(h, w.conv2.weight, w.conv2.bias, stride=2 if self._downsample else 1, padding=1)
         if w.skip is None:
             return energy_epilogue(y, u, ACTIVATION_SCALE)
-        return energy_epilogue(y, pointwise(F.avg_pool2d(u, 2) if self._downsample else u, w.skip))
+        return energy_epilogue(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u))
 
 
 class FrozenHead(Part[HeadWeights]):
@@ -104,11 +105,11 @@ class FrozenHead(Part[HeadWeights]):
 class FrozenEnergy:
     """E(x) [N] for images x [N, C, H, W] in [0, 1], differentiable in x alone."""
 
-    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype) -> None:
+    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
         self._dtype = dtype
         self._stem = FrozenStem(energy.conv1, dtype)
         self._blocks = [
-            FrozenBlock(f"energy.blocks.{index}", block, dtype)
+            FrozenBlock(f"energy.blocks.{index}", block, dtype, backend)
             for index, block in enumerate(energy.blocks)
             if isinstance(block, EnergyResidualBlock)
         ]

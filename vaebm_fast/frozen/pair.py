@@ -15,6 +15,7 @@ from torch import Tensor
 from vaebm_fast.config import POTENTIALS, Potential
 from vaebm_fast.frozen.decoder import FrozenDecoder
 from vaebm_fast.frozen.energy import FrozenEnergy
+from vaebm_fast.frozen.memory import reused_memory
 from vaebm_fast.frozen.part import Part, StaleWeightsError, require_finite
 from vaebm_fast.frozen.units import pixel_head
 from vaebm_fast.models.distributions import GaussianPixels
@@ -51,8 +52,9 @@ class FrozenVAEBM:
         self.backend = _choose(backend, self.device, dtype)
         self.dtype = dtype
         self.noise_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._decoder = FrozenDecoder(model.vae, dtype, self.backend)
-        self._energy = FrozenEnergy(model.energy, dtype)
+        with reused_memory(self, self.device):
+            self._decoder = FrozenDecoder(model.vae, dtype, self.backend)
+            self._energy = FrozenEnergy(model.energy, dtype, self.backend)
         self._parts: list[Part[Any]] = [*self._decoder.parts, *self._energy.parts]
         require_finite(self._parts)
 
@@ -88,14 +90,16 @@ class FrozenVAEBM:
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """The decoder's mean image in [0, 1], [N, C, H, W]: what a chain reports."""
         self._check(eps_z)
-        logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
-        return GaussianPixels(logits.to(self.noise_dtype)).mean_image()
+        with reused_memory(self, self.device):
+            logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
+            return GaussianPixels(logits.to(self.noise_dtype)).mean_image()
 
     def image(self, eps_z: Sequence[Tensor], eps_x: Tensor, temperature: float = 1.0) -> Tensor:
         """x(eps) = clamp(mu + sigma eps_x, -1, 1) / 2 + 1/2, [N, C, H, W]."""
         self._check(eps_z, eps_x)
-        logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
-        return pixel_head(logits, eps_x, with_log_p=False)[0]
+        with reused_memory(self, self.device):
+            logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
+            return pixel_head(logits, eps_x, with_log_p=False)[0]
 
     def energy_and_grad(
         self,
@@ -112,7 +116,7 @@ class FrozenVAEBM:
         if potential not in POTENTIALS:
             raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
         self._check(eps_z, eps_x)
-        with torch.inference_mode(False), torch.enable_grad():
+        with reused_memory(self, self.device), torch.inference_mode(False), torch.enable_grad():
             noise = [eps.clone() if eps.is_inference() else eps.detach() for eps in _nhwc((*eps_z, eps_x))]
             leaves = [eps.requires_grad_() for eps in noise]
             u = self._energy_or_official(leaves, temperature, official=potential == "official")

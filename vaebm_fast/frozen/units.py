@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
 from vaebm_fast.models.distributions import LOG_2PI, GaussianPixels, Normal
+from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise
 
 
 class SqueezeExcite(NamedTuple):
@@ -25,14 +27,20 @@ class SqueezeExcite(NamedTuple):
     bias_out: Tensor
 
 
-def pointwise(x: Tensor, conv: Conv) -> Tensor:
-    """W x + b at every pixel: a 1x1 convolution."""
-    return F.conv2d(x, conv.weight, conv.bias)
+class Pointwise(NamedTuple):
+    """A 1x1 convolution in the layout of the backend that runs it."""
 
+    weight: PointwiseWeight
+    bias: Tensor | None
 
-def swish_pointwise(x: Tensor, conv: Conv) -> Tensor:
-    """W swish(x) + b at every pixel."""
-    return pointwise(F.silu(x), conv)
+    @classmethod
+    def of(cls, conv: Conv, backend: Backend) -> Pointwise:
+        """`conv`, a 1x1, for `backend`."""
+        return cls(pack_pointwise(conv.weight, backend), conv.bias)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, swish: bool = False) -> Tensor:
+        """W f(x) + b + residual, f = swish or the identity."""
+        return pointwise(x, self.weight, self.bias, residual, swish=swish)
 
 
 def depthwise_swish(h: Tensor, conv: Conv, stride: int = 1) -> Tensor:

@@ -1,0 +1,36 @@
+// What a task of the pointwise kernels works on: a matrix product of NHWC pixels with a packed weight, and a tile of it.
+#pragma once
+
+#include <cstdint>
+
+namespace vf::pointwise {
+
+constexpr int kPanel = 16;           // output channels that lie side by side in a packed weight
+constexpr int64_t kTileRows = 64;    // pixels whose packed channels stay in the L2 cache: 64 x 512 take 128 KB
+constexpr int64_t kTileDepth = 512;  // input channels at a time
+
+// y[m, n] = sum_k f(x[m, k]) weight[k, n], + bias[n] or + residual[m, n] or * swish'(slope_of[m, n]) where given.
+struct Product {
+  const float* x;         // [M, K]
+  const float* weight;    // [ceil(N / kPanel)][K][kPanel], zeros beyond N
+  const float* bias;      // [N] or null
+  const float* residual;  // [M, N] or null
+  const float* slope_of;  // [M, N] or null
+  float* y;               // [M, N]
+  int64_t M, K, N;
+  bool swish;  // f = swish, else the identity
+};
+
+// Rows [top, bottom) x panels [left, right).
+struct Tile {
+  int64_t top, bottom, left, right;
+};
+
+// Floats of scratch memory, 64-byte aligned, for a tile: packed rows, each a cache line longer than it is deep, because
+// rows that lie a power of two apart evict each other from the L1 cache.
+inline int64_t scratch_stride(int64_t depth) { return (depth + kPanel - 1) / kPanel * kPanel + kPanel; }
+inline int64_t scratch_floats(int64_t K) {
+  return kTileRows * scratch_stride(K < kTileDepth ? K : kTileDepth);
+}
+
+}  // namespace vf::pointwise

@@ -1,0 +1,37 @@
+"""Memory that a frozen pair uses again and again on a CPU, instead of asking the system for it at every step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from vaebm_fast import _extension
+
+_owners: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+@contextmanager
+def reused_memory(owner: object, device: torch.device) -> Iterator[None]:
+    """Inside, CPU tensors come from blocks that are kept when they are freed, until the last owner is gone.
+
+    Tensors made inside may be used anywhere. Does nothing for another device, or without the compiled part.
+    """
+    if device.type != "cpu" or not _extension.is_available():
+        yield
+        return
+    if owner not in _owners:
+        _owners.add(owner)
+        weakref.finalize(owner, _release_after_last)
+    torch.ops.vaebm_fast.reuse_memory(True)
+    try:
+        yield
+    finally:
+        torch.ops.vaebm_fast.reuse_memory(False)
+
+
+def _release_after_last() -> None:
+    if not _owners:
+        torch.ops.vaebm_fast.release_memory()

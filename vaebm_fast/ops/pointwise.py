@@ -1,0 +1,161 @@
+"""Pointwise (1x1) convolution with what surrounds it in a frozen network, and its gradient for the input.
+
+Weights and bias are frozen: they have no gradient here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaebm_fast import _extension, reference
+from vaebm_fast.ops._backend import Backend, choose
+
+PANEL = 16  # output channels that the C++ kernels keep side by side
+
+
+class PointwiseWeight(NamedTuple):
+    """The weight of a 1x1 convolution as one backend reads it; made by `pack_pointwise`.
+
+    reference: `forward` is [Cout, Cin] and `backward` None. cpu: panels of 16 output channels, zeros behind the last,
+    `forward` [ceil(Cout / 16), Cin, 16] and, of the transpose, `backward` [ceil(Cin / 16), Cout, 16].
+    """
+
+    forward: Tensor
+    backward: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(Cout, Cin)."""
+        if self.backward is None:
+            return (self.forward.shape[0], self.forward.shape[1])
+        return (self.backward.shape[1], self.forward.shape[1])
+
+
+def pack_pointwise(weight: Tensor, backend: Backend) -> PointwiseWeight:
+    """The weight [Cout, Cin] or [Cout, Cin, 1, 1] in the layout of `backend`, "reference" or "cpu".
+
+    Raises ValueError for a weight of another shape.
+    """
+    if weight.dim() not in (2, 4) or weight.shape[2:] not in ((), (1, 1)):
+        raise ValueError(f"A pointwise weight is [Cout, Cin] or [Cout, Cin, 1, 1]; this one is {list(weight.shape)}.")
+    weight = weight.flatten(1)
+    if backend != "cpu":
+        return PointwiseWeight(weight, None)
+    return PointwiseWeight(_panels(weight), _panels(weight.T))
+
+
+def _panels(weight: Tensor) -> Tensor:
+    padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
+    return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def pointwise(
+    x: Tensor,
+    weight: PointwiseWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    swish: bool = False,
+) -> Tensor:
+    """y[n, :, i, j] = W f(x[n, :, i, j]) + bias + residual[n, :, i, j]; f is swish where asked for, else the identity.
+
+    x: [N, Cin, H, W], best in channels_last (others are copied into it). weight: of `pack_pointwise`, whose layout says
+    which backend computes. bias: [Cout]. residual: [N, Cout, H, W]. All of one floating dtype; the compiled backends
+    compute in float32. Returns [N, Cout, H, W], channels_last.
+    2 Cin Cout FLOP per pixel; moves 4 bytes per element of x, residual and y, and of the weight.
+    Differentiable once (the reference as often as one likes), in x and the residual: x is saved where it is activated.
+    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    """
+    _check(x, weight, bias, residual)
+    if weight.backward is None:
+        return reference.pointwise(x, weight.forward, bias, residual, swish=swish)
+    choose("pointwise", x.device, "cpu")
+    y: Tensor = torch.ops.vaebm_fast.pointwise(x, weight.forward, weight.backward, bias, residual, swish)
+    return y
+
+
+def pointwise_backward(dy: Tensor, weight: PointwiseWeight, x: Tensor | None = None) -> Tensor:
+    """dx[n, :, i, j] = W' dy[n, :, i, j], times swish'(x) where `x` is given: the gradient of `pointwise` for x.
+
+    dy: [N, Cout, H, W]; x: [N, Cin, H, W], what was activated. Arguments, FLOP and errors as there. Returns
+    [N, Cin, H, W], channels_last.
+    """
+    Cout, Cin = weight.shape
+    if dy.dim() != 4 or dy.shape[1] != Cout:
+        raise ValueError(f"dy must be [N, {Cout}, H, W] for this weight; it is {list(dy.shape)}.")
+    if x is not None and list(x.shape) != [dy.shape[0], Cin, *dy.shape[2:]]:
+        raise ValueError(f"x must be {[dy.shape[0], Cin, *dy.shape[2:]]}, as it went in; it is {list(x.shape)}.")
+    _check_like(dy, weight=weight.forward, x=x)
+    if weight.backward is None:
+        return reference.pointwise_backward(dy, weight.forward, x)
+    choose("pointwise_backward", dy.device, "cpu")
+    dx: Tensor = torch.ops.vaebm_fast.pointwise_backward(dy, weight.backward, Cin, x)
+    return dx
+
+
+def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Tensor | None) -> None:
+    Cout, Cin = weight.shape
+    if x.dim() != 4 or not x.is_floating_point() or x.shape[1] != Cin:
+        raise ValueError(f"x must be floating point [N, {Cin}, H, W] for this weight; it is {x.dtype} {list(x.shape)}.")
+    _check_like(x, weight=weight.forward, bias=bias, residual=residual)
+    if bias is not None and list(bias.shape) != [Cout]:
+        raise ValueError(f"bias must be [{Cout}] for this weight; it is {list(bias.shape)}.")
+    if residual is not None and list(residual.shape) != [x.shape[0], Cout, *x.shape[2:]]:
+        raise ValueError(
+            f"residual must be {[x.shape[0], Cout, *x.shape[2:]]}, like the result; it is {list(residual.shape)}."
+        )
+    frozen = [tensor for tensor in (*weight, bias) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in frozen):
+        raise ValueError("pointwise has no gradient for weight and bias; give it weight.detach(), bias.detach().")
+
+
+def _check_like(of: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != of.device:
+            raise ValueError(f"{name} is on {other.device} but the input is on {of.device}; move it there.")
+        if other is not None and other.dtype != of.dtype:
+            raise ValueError(f"{name} is {other.dtype} but the input is {of.dtype}; convert one of them.")
+
+
+if _extension.is_available():
+
+    def _like(x: Tensor, channels: int) -> Tensor:
+        N, _, H, W = x.shape
+        return torch.empty((N, channels, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    @torch.library.register_fake("vaebm_fast::pointwise")
+    def _(
+        x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
+    ) -> Tensor:
+        return _like(x, weight_t.shape[1])
+
+    @torch.library.register_fake("vaebm_fast::pointwise_backward")
+    def _(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
+        return _like(dy, Cin)
+
+    def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, weight_t, _, _, swish = inputs
+        ctx.Cin = x.shape[1]
+        ctx.save_for_backward(weight_t, x if swish else None)
+
+    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if any(ctx.needs_input_grad[1:4]):
+            raise RuntimeError("pointwise has no gradient for weight and bias; detach them.")
+        weight_t, x = ctx.saved_tensors
+        dx = torch.ops.vaebm_fast.pointwise_backward(dy, weight_t, ctx.Cin, x) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, dy if ctx.needs_input_grad[4] else None, None
+
+    def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    def _no_second_derivative(ctx: Any, ddx: Tensor) -> tuple[None, ...]:
+        raise RuntimeError("pointwise is differentiable once; a weight packed for the reference has all derivatives.")
+
+    torch.library.register_autograd("vaebm_fast::pointwise", _backward, setup_context=_save)
+    torch.library.register_autograd(
+        "vaebm_fast::pointwise_backward", _no_second_derivative, setup_context=_save_nothing
+    )
