@@ -13,6 +13,9 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def("depthwise_swish(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor");
   // dy in the shape of that output -> the gradient for h
   m.def("depthwise_swish_backward(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor");
+
+  // weight [B, M, K], u [B, M], v [B, K], float32 -> (u, v) after the iterations
+  m.def("power_iteration(Tensor weight, Tensor u, Tensor v, int iterations, float eps) -> (Tensor, Tensor)");
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -27,6 +27,7 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "philox_normal": ("reference", "cpu", "cuda"),
         "depthwise_swish": ("reference", "cpu"),
         "depthwise_swish_backward": ("reference", "cpu"),
+        "power_iteration": ("reference", "cpu"),
     }
 )
 
