@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.environment import RESULTS, environment
 from vaebm_fast import PRESETS, VAEBM
-from vaebm_fast.frozen import FrozenVAEBM
+from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models.layers import channels_last
 
@@ -36,7 +36,7 @@ def measure(preset: str, batches: list[int], repeats: int) -> list[dict[str, Any
     """One result per batch size: times [s] of both kinds of refresh and of a chain, and their ratios."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = channels_last(VAEBM.from_preset(preset).to(device))
-    frozen = model.freeze()
+    frozen = freeze(model)
     refreshes = {
         "refresh_energy": times_of_refresh(frozen, model.energy, device, repeats),
         "refresh_all": times_of_refresh(frozen, model, device, repeats),
