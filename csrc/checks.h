@@ -87,4 +87,23 @@ inline void check_pointwise_input(const at::Tensor& dy, const at::Tensor& x, int
                     " ", x.sizes(), " on ", x.device(), ".");
 }
 
+inline void check_power_iteration_arguments(const at::Tensor& weight, const at::Tensor& u, const at::Tensor& v,
+                                            int64_t iterations, double eps) {
+  TORCH_CHECK_VALUE(weight.dim() == 3 && weight.scalar_type() == at::kFloat && weight.size(1) > 0 && weight.size(2) > 0,
+                    "weight must be float32 [B, M, K] with M, K >= 1; it is ", weight.scalar_type(), " ",
+                    weight.sizes(), ".");
+  const auto check_vector = [&](const char* name, const at::Tensor& vector, int64_t size) {
+    TORCH_CHECK_VALUE(vector.dim() == 2 && vector.scalar_type() == at::kFloat && vector.size(0) == weight.size(0) &&
+                          vector.size(1) == size,
+                      name, " must be float32 [", weight.size(0), ", ", size, "] for weight ", weight.sizes(),
+                      "; it is ", vector.scalar_type(), " ", vector.sizes(), ".");
+    TORCH_CHECK_VALUE(vector.device() == weight.device(), name, " is on ", vector.device(), " but weight is on ",
+                      weight.device(), "; move it there.");
+  };
+  check_vector("u", u, weight.size(1));
+  check_vector("v", v, weight.size(2));
+  TORCH_CHECK_VALUE(iterations >= 0, "iterations is ", iterations, "; it must not be negative.");
+  TORCH_CHECK_VALUE(eps > 0, "eps is ", eps, "; it must be positive.");
+}
+
 }  // namespace vf

@@ -21,6 +21,9 @@ TORCH_LIBRARY(vaebm_fast, m) {
   // dy in the shape of that output, x where it was activated -> the gradient for x [N, Cin, H, W]
   m.def("pointwise_backward(Tensor dy, Tensor weight_t, int Cin, Tensor? x) -> Tensor");
 
+  // weight [B, M, K], u [B, M], v [B, K], float32 -> (u, v) after the iterations
+  m.def("power_iteration(Tensor weight, Tensor u, Tensor v, int iterations, float eps) -> (Tensor, Tensor)");
+
   // From begin to the matching end, CPU tensors come from blocks that are kept when freed; release gives those back.
   m.def("reuse_memory(bool begin) -> ()");
   m.def("release_memory() -> int");  // bytes

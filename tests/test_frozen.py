@@ -118,7 +118,7 @@ def test_golden_gradients(case: str, potential: Potential) -> None:
         noise64 = double((noise["eps_z"], noise["eps_x"]))
         truth_u, truth = copy.deepcopy(model).double().energy_and_grad(*noise64, potential)
         plain_u, _ = model.energy_and_grad(noise["eps_z"], noise["eps_x"], potential)
-        # E is a sum that cancels: in hq_tiny the plain modules are off by up to 6e-5 in float32, so they are the measure.
+        # E is a sum that cancels: in hq_tiny float32 puts the plain modules off by up to 6e-5, so they are the measure.
         assert relative_error(u, truth_u) < max(1e-6, relative_error(plain_u, truth_u))
         assert largest_error(gradients, truth) < FLOAT32_ERROR
 

@@ -65,6 +65,14 @@ def pointwise_backward(dy: Tensor, weight: Tensor, x: Tensor | None = None) -> T
     return dx * (sigmoid * (1 + x * (1 - sigmoid)))
 
 
+def power_iteration(weight: Tensor, u: Tensor, v: Tensor, *, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Leading singular vectors of [B, M, K]; see `vaebm_fast.ops.power_iteration.power_iteration`."""
+    for _ in range(iterations):
+        v = F.normalize(torch.bmm(u[:, None], weight)[:, 0], dim=1, eps=eps)
+        u = F.normalize(torch.bmm(weight, v[:, :, None])[:, :, 0], dim=1, eps=eps)
+    return u, v
+
+
 def _philox_quads(seeds: Tensor, draw: Tensor, stream: int, quads: int) -> Tensor:
     """Words of counters (0..quads-1, draw, stream, 0) as int64 in 0..2^32-1, [N, quads, 4]."""
     key0, key1 = (seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]  # [N, 1]

@@ -29,6 +29,7 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "depthwise_swish_backward": ("reference", "cpu"),
         "pointwise": ("reference", "cpu"),
         "pointwise_backward": ("reference", "cpu"),
+        "power_iteration": ("reference", "cpu"),
     }
 )
 

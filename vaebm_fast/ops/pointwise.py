@@ -18,10 +18,11 @@ PANEL = 16  # output channels that the C++ kernels keep side by side
 
 
 class PointwiseWeight(NamedTuple):
-    """The weight of a 1x1 convolution as one backend reads it; made by `pack_pointwise`.
+    """The weight of a 1x1 convolution as a backend reads it; made by `pack_pointwise`.
 
-    reference: `forward` is [Cout, Cin] and `backward` None. cpu: panels of 16 output channels, zeros behind the last,
-    `forward` [ceil(Cout / 16), Cin, 16] and, of the transpose, `backward` [ceil(Cin / 16), Cout, 16].
+    Plain, for every backend but cpu: `forward` is [Cout, Cin] and `backward` None. cpu: panels of 16 output channels,
+    zeros behind the last, `forward` [ceil(Cout / 16), Cin, 16] and, of the transpose, `backward` [ceil(Cin / 16), Cout,
+    16].
     """
 
     forward: Tensor
@@ -36,7 +37,7 @@ class PointwiseWeight(NamedTuple):
 
 
 def pack_pointwise(weight: Tensor, backend: Backend) -> PointwiseWeight:
-    """The weight [Cout, Cin] or [Cout, Cin, 1, 1] in the layout of `backend`, "reference" or "cpu".
+    """The weight [Cout, Cin] or [Cout, Cin, 1, 1] in the layout of `backend`; "auto" is the plain one.
 
     Raises ValueError for a weight of another shape.
     """
@@ -60,25 +61,27 @@ def pointwise(
     residual: Tensor | None = None,
     *,
     swish: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
     """y[n, :, i, j] = W f(x[n, :, i, j]) + bias + residual[n, :, i, j]; f is swish where asked for, else the identity.
 
-    x: [N, Cin, H, W], best in channels_last (others are copied into it). weight: of `pack_pointwise`, whose layout says
-    which backend computes. bias: [Cout]. residual: [N, Cout, H, W]. All of one floating dtype; the compiled backends
-    compute in float32. Returns [N, Cout, H, W], channels_last.
+    x: [N, Cin, H, W], best in channels_last (others are copied into it). weight: of `pack_pointwise`, in the layout of
+    the backend; "auto" follows the layout. bias: [Cout]. residual: [N, Cout, H, W]. All of one floating dtype; cpu
+    computes in float32. Returns [N, Cout, H, W], channels_last.
     2 Cin Cout FLOP per pixel; moves 4 bytes per element of x, residual and y, and of the weight.
     Differentiable once (the reference as often as one likes), in x and the residual: x is saved where it is activated.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
     _check(x, weight, bias, residual)
-    if weight.backward is None:
+    if _choose("pointwise", x, weight, backend) == "reference":
         return reference.pointwise(x, weight.forward, bias, residual, swish=swish)
-    choose("pointwise", x.device, "cpu")
     y: Tensor = torch.ops.vaebm_fast.pointwise(x, weight.forward, weight.backward, bias, residual, swish)
     return y
 
 
-def pointwise_backward(dy: Tensor, weight: PointwiseWeight, x: Tensor | None = None) -> Tensor:
+def pointwise_backward(
+    dy: Tensor, weight: PointwiseWeight, x: Tensor | None = None, *, backend: Backend = "auto"
+) -> Tensor:
     """dx[n, :, i, j] = W' dy[n, :, i, j], times swish'(x) where `x` is given: the gradient of `pointwise` for x.
 
     dy: [N, Cout, H, W]; x: [N, Cin, H, W], what was activated. Arguments, FLOP and errors as there. Returns
@@ -90,11 +93,26 @@ def pointwise_backward(dy: Tensor, weight: PointwiseWeight, x: Tensor | None = N
     if x is not None and list(x.shape) != [dy.shape[0], Cin, *dy.shape[2:]]:
         raise ValueError(f"x must be {[dy.shape[0], Cin, *dy.shape[2:]]}, as it went in; it is {list(x.shape)}.")
     _check_like(dy, weight=weight.forward, x=x)
-    if weight.backward is None:
+    if _choose("pointwise_backward", dy, weight, backend) == "reference":
         return reference.pointwise_backward(dy, weight.forward, x)
-    choose("pointwise_backward", dy.device, "cpu")
     dx: Tensor = torch.ops.vaebm_fast.pointwise_backward(dy, weight.backward, Cin, x)
     return dx
+
+
+def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> str:
+    """The backend, which must be one that reads this layout."""
+    is_packed = weight.backward is not None
+    chosen = choose(op, x.device, "cpu" if is_packed and backend == "auto" else backend)
+    if backend == "auto" and not is_packed and chosen == "cpu":
+        return "reference"
+    if is_packed != (chosen == "cpu"):
+        raise ValueError(
+            f"The weight is in the {'cpu' if is_packed else 'plain'} layout, which backend={chosen!r} does not read; "
+            f"make it with pack_pointwise(weight, {chosen!r})."
+        )
+    if chosen == "cpu" and x.dtype != torch.float32:
+        raise ValueError(f"{op} with backend='cpu' takes float32, not {x.dtype}; ask for backend='reference'.")
+    return chosen
 
 
 def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Tensor | None) -> None:

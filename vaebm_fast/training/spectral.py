@@ -14,16 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaebm_fast.models.layers import effective_weight
+from vaebm_fast.ops.power_iteration import power_iteration
 
 NORMALIZE_EPS = 1e-3
-
-
-def power_iteration(weight: Tensor, u: Tensor, v: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """`iterations` times v <- normalize(u'W), u <- normalize(Wv), for a batch: W [B, M, K], u [B, M], v [B, K]."""
-    for _ in range(iterations):
-        v = F.normalize(torch.bmm(u[:, None], weight)[:, 0], dim=1, eps=NORMALIZE_EPS)
-        u = F.normalize(torch.bmm(weight, v[:, :, None])[:, :, 0], dim=1, eps=NORMALIZE_EPS)
-    return u, v
 
 
 class SpectralRegulariser:
@@ -57,7 +50,8 @@ class SpectralRegulariser:
         for shape, names in self._names_by_shape.items():
             weight = torch.stack([effective_weight(self._convs[name]).flatten(1) for name in names])
             with torch.no_grad():
-                u, v = power_iteration(weight, self._u[shape], self._v[shape], iterations)
+                u, v = self._u[shape], self._v[shape]
+                u, v = power_iteration(weight, u, v, iterations=iterations, eps=NORMALIZE_EPS)
                 self._u[shape], self._v[shape] = u, v
             total.append((u * torch.bmm(weight, v[:, :, None])[:, :, 0]).sum())
         return torch.stack(total).sum()
