@@ -49,4 +49,17 @@ inline void check_depthwise_gradient(const at::Tensor& dy, const at::Tensor& h, 
                     "; move it there.");
 }
 
+inline void check_image(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat, name, " must be float32 [N, C, H, W]; it is ",
+                    x.scalar_type(), " ", x.sizes(), ".");
+}
+
+// float32 of this shape, where `other` is.
+inline void check_tensor(const at::Tensor& x, const char* name, at::IntArrayRef shape, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.sizes() == shape, name, " must be float32 ", shape, "; it is ",
+                    x.scalar_type(), " ", x.sizes(), ".");
+  TORCH_CHECK_VALUE(x.device() == other.device(), name, " is on ", x.device(), "; move it to ", other.device(),
+                    ", where the others are.");
+}
+
 }  // namespace vf

@@ -13,6 +13,10 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def("depthwise_swish(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor");
   // dy in the shape of that output -> the gradient for h
   m.def("depthwise_swish_backward(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor");
+
+  // y, skip [N, C, H, W] -> swish(y + skip_scale skip); du -> the gradient for y
+  m.def("energy_epilogue(Tensor y, Tensor? skip, float skip_scale) -> Tensor");
+  m.def("energy_epilogue_backward(Tensor du, Tensor y, Tensor? skip, float skip_scale) -> Tensor");
 }
 
 PyMODINIT_FUNC PyInit__C() {

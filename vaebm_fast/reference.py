@@ -48,6 +48,18 @@ def depthwise_swish_backward(dy: Tensor, h: Tensor, weight: Tensor, *, upsample:
     return ds * (sigmoid * (1 + h * (1 - sigmoid)))
 
 
+def energy_epilogue(y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
+    """swish(y + skip_scale * skip); see `vaebm_fast.ops.energy_epilogue.energy_epilogue`."""
+    return F.silu(y if skip is None else torch.add(y, skip, alpha=skip_scale))
+
+
+def energy_epilogue_backward(du: Tensor, y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
+    """Its gradient for y; see `vaebm_fast.ops.energy_epilogue.energy_epilogue_backward`."""
+    t = y if skip is None else torch.add(y, skip, alpha=skip_scale)
+    sigmoid = torch.sigmoid(t)
+    return du * (sigmoid * (1 + t * (1 - sigmoid)))
+
+
 def _philox_quads(seeds: Tensor, draw: Tensor, stream: int, quads: int) -> Tensor:
     """Words of counters (0..quads-1, draw, stream, 0) as int64 in 0..2^32-1, [N, quads, 4]."""
     key0, key1 = (seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]  # [N, 1]

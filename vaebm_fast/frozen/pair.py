@@ -52,7 +52,7 @@ class FrozenVAEBM:
         self.dtype = dtype
         self.noise_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._decoder = FrozenDecoder(model.vae, dtype, self.backend)
-        self._energy = FrozenEnergy(model.energy, dtype)
+        self._energy = FrozenEnergy(model.energy, dtype, self.backend)
         self._parts: list[Part[Any]] = [*self._decoder.parts, *self._energy.parts]
         require_finite(self._parts)
 

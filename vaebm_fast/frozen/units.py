@@ -89,8 +89,3 @@ def pixel_head(logits: Tensor, eps_x: Tensor, *, with_log_p: bool) -> tuple[Tens
     pixels = GaussianPixels(logits.to(eps_x.dtype))
     x = pixels.sample(eps_x)
     return x, pixels.log_prob(x) if with_log_p else None
-
-
-def energy_epilogue(y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
-    """swish(y + skip_scale * skip): what follows a convolution of the energy network."""
-    return F.silu(y if skip is None else y.add_(skip, alpha=skip_scale))

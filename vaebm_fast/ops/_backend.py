@@ -27,6 +27,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "philox_normal": ("reference", "cpu", "cuda"),
         "depthwise_swish": ("reference", "cpu"),
         "depthwise_swish_backward": ("reference", "cpu"),
+        "energy_epilogue": ("reference", "cpu"),
+        "energy_epilogue_backward": ("reference", "cpu"),
     }
 )
 
