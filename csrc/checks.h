@@ -62,4 +62,10 @@ inline void check_tensor(const at::Tensor& x, const char* name, at::IntArrayRef 
                     ", where the others are.");
 }
 
+inline void check_gate_weights(const at::Tensor& s, const at::Tensor& weight_in, const at::Tensor& weight_out) {
+  TORCH_CHECK_VALUE(weight_in.dim() == 2, "weight_in must be [hidden, C]; it is ", weight_in.sizes(), ".");
+  check_tensor(weight_in, "weight_in", {weight_in.size(0), s.size(1)}, s);
+  check_tensor(weight_out, "weight_out", {s.size(1), weight_in.size(0)}, s);
+}
+
 }  // namespace vf

@@ -74,7 +74,7 @@ def freeze_cell(
     """The frozen form of `cell`; `name` is for messages."""
     if isinstance(cell._ops[0], InvertedResidual):
         return InvertedResidualCell(name, cell, cell._ops[0], dtype, backend)
-    return ActivatedConvsCell(name, cell, dtype)
+    return ActivatedConvsCell(name, cell, dtype, backend)
 
 
 class InvertedResidualCell(Part[InvertedResidualWeights]):
@@ -122,7 +122,7 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         else:
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
             s = swish_pointwise(h, w.project)
-        return se_gate_residual(s, _run_skip(x, w.skip, self._resample), w.se)
+        return se_gate_residual(s, _run_skip(x, w.skip, self._resample), w.se, self._backend)
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):
@@ -132,8 +132,8 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
     4x4 transposed convolution.
     """
 
-    def __init__(self, name: str, cell: Cell, dtype: torch.dtype) -> None:
-        self._cell, self._resample = cell, _resample(cell)
+    def __init__(self, name: str, cell: Cell, dtype: torch.dtype, backend: Backend) -> None:
+        self._cell, self._resample, self._backend = cell, _resample(cell), backend
         self._ops = [op for op in cell._ops if isinstance(op, ActivatedConv)]
         if self._resample == "up" and self._ops[0].primitive == "res_bnswish5":
             raise ValueError(f"{name} upsamples before a dilated convolution, which no published decoder does.")
@@ -161,7 +161,7 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
             else:
                 live = op.conv_0
                 s = F.conv2d(s, conv.weight, conv.bias, live.stride, live.padding, live.dilation)
-        return se_gate_residual(s, _run_skip(x, w.skip, self._resample), w.se)
+        return se_gate_residual(s, _run_skip(x, w.skip, self._resample), w.se, self._backend)
 
 
 def _resample(cell: Cell) -> str:

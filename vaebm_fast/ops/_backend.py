@@ -29,6 +29,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "depthwise_swish_backward": ("reference", "cpu"),
         "energy_epilogue": ("reference", "cpu"),
         "energy_epilogue_backward": ("reference", "cpu"),
+        "se_gate_residual": ("reference", "cpu"),
+        "se_gate_residual_backward": ("reference", "cpu"),
     }
 )
 
