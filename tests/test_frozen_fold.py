@@ -166,9 +166,9 @@ def test_interleave_puts_pixel_ij_of_phase_pq_at_2i_plus_p_2j_plus_q() -> None:
 def test_a_gate_takes_its_branch_and_skip_at_once() -> None:
     gate, s, skip = SE(20), torch.randn(2, 20, 3, 3), torch.randn(2, 20, 3, 3)
     first, _, second, _ = gate.se
-    weights = SqueezeExcite(first.weight, first.bias, second.weight, second.bias)
-    assert error(se_gate_residual(s, skip, weights), skip + gate(s)) < EXACT
-    assert error(se_gate_residual(s.clone(), skip, None), skip + s) < EXACT
+    weights = SqueezeExcite(*(t.detach() for t in (first.weight, first.bias, second.weight, second.bias)))
+    assert error(se_gate_residual(s, skip, weights, "reference"), skip + gate(s)) < EXACT
+    assert error(se_gate_residual(s.clone(), skip, None, "reference"), skip + s) < EXACT
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -73,6 +73,36 @@ def power_iteration(weight: Tensor, u: Tensor, v: Tensor, *, iterations: int, ep
     return u, v
 
 
+def energy_epilogue(y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
+    """swish(y + skip_scale * skip); see `vaebm_fast.ops.energy_epilogue.energy_epilogue`."""
+    return F.silu(y if skip is None else torch.add(y, skip, alpha=skip_scale))
+
+
+def energy_epilogue_backward(du: Tensor, y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
+    """Its gradient for y; see `vaebm_fast.ops.energy_epilogue.energy_epilogue_backward`."""
+    t = y if skip is None else torch.add(y, skip, alpha=skip_scale)
+    sigmoid = torch.sigmoid(t)
+    return du * (sigmoid * (1 + t * (1 - sigmoid)))
+
+
+def se_gate_residual(
+    s: Tensor, skip: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
+) -> Tensor:
+    """skip + gate * s; see `vaebm_fast.ops.se_gate_residual.se_gate_residual`."""
+    hidden = F.relu(F.linear(s.mean(dim=(2, 3)), weight_in, bias_in))
+    gate = torch.sigmoid(F.linear(hidden, weight_out, bias_out))
+    return torch.addcmul(skip, s, gate[:, :, None, None])
+
+
+def se_gate_residual_backward(
+    dy: Tensor, s: Tensor, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor
+) -> Tensor:
+    """Its gradient for s; see `vaebm_fast.ops.se_gate_residual.se_gate_residual_backward`."""
+    dgate = (dy * s).sum(dim=(2, 3)) * gate * (1 - gate)
+    dmean = ((dgate @ weight_out) * (hidden > 0)) @ weight_in
+    return gate[:, :, None, None] * dy + (dmean / (s.shape[2] * s.shape[3]))[:, :, None, None]
+
+
 def _philox_quads(seeds: Tensor, draw: Tensor, stream: int, quads: int) -> Tensor:
     """Words of counters (0..quads-1, draw, stream, 0) as int64 in 0..2^32-1, [N, quads, 4]."""
     key0, key1 = (seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]  # [N, 1]

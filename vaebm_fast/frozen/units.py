@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
 from vaebm_fast.models.distributions import LOG_2PI, GaussianPixels, Normal
+from vaebm_fast.ops import se_gate_residual as ops
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise
 
@@ -67,13 +68,9 @@ def interleave(phases: list[Tensor]) -> Tensor:
     return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None) -> Tensor:
-    """skip + sigmoid(MLP(mean_hw s)) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the MLP."""
-    if se is None:
-        return s.add_(skip)
-    hidden = F.relu(F.linear(s.mean(dim=(2, 3)), se.weight_in, se.bias_in))
-    gate = torch.sigmoid(F.linear(hidden, se.weight_out, se.bias_out))
-    return torch.addcmul(skip, s, gate[:, :, None, None])
+def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
+    """skip + gate(s) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the gate's weights."""
+    return s.add_(skip) if se is None else ops.se_gate_residual(s, skip, *se, backend=backend)
 
 
 def gaussian_latent(
@@ -97,8 +94,3 @@ def pixel_head(logits: Tensor, eps_x: Tensor, *, with_log_p: bool) -> tuple[Tens
     pixels = GaussianPixels(logits.to(eps_x.dtype))
     x = pixels.sample(eps_x)
     return x, pixels.log_prob(x) if with_log_p else None
-
-
-def energy_epilogue(y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
-    """swish(y + skip_scale * skip): what follows a convolution of the energy network."""
-    return F.silu(y if skip is None else y.add_(skip, alpha=skip_scale))
