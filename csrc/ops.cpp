@@ -26,6 +26,14 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def(
       "se_gate_residual_backward(Tensor dy, Tensor s, Tensor hidden, Tensor gate, Tensor weight_in, Tensor weight_out) "
       "-> Tensor");
+
+  // parameters [N, 2 L, H, W] (none: zeros), eps [N, L, H, W] -> z, log_p [N] or [0]; dz, dlog_p [N] -> the gradients,
+  // dparameters [0] where there are none
+  m.def(
+      "gaussian_latent(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) -> (Tensor z, Tensor log_p)");
+  m.def(
+      "gaussian_latent_backward(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
+      "-> (Tensor dparameters, Tensor deps)");
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
-from vaebm_fast.models.distributions import LOG_2PI, GaussianPixels, Normal
+from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.ops import se_gate_residual as ops
 from vaebm_fast.ops._backend import Backend
 
@@ -64,22 +64,6 @@ def interleave(phases: list[Tensor]) -> Tensor:
 def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
     """skip + gate(s) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the gate's weights."""
     return s.add_(skip) if se is None else ops.se_gate_residual(s, skip, *se, backend=backend)
-
-
-def gaussian_latent(
-    parameters: Tensor | None, eps: Tensor, temperature: float, *, with_log_p: bool
-) -> tuple[Tensor, Tensor | None]:
-    """z = mu + temperature * sigma * eps, and log p(z) [N] in nats where asked for.
-
-    parameters: raw means and log sigmas [N, 2 L, H, W]; None is the top prior, all zeros: mu = 0, sigma = 1.01.
-    (z - mu) / (temperature * sigma) is eps, so log p(z) = -sum(eps^2 + log 2 pi) / 2 - sum log(temperature * sigma).
-    """
-    raw = (eps.new_zeros(1, 1, 1, 1),) * 2 if parameters is None else parameters.to(eps.dtype).chunk(2, dim=1)
-    prior = Normal.from_raw(raw[0], raw[1], temperature)
-    z = prior.sample(eps)
-    if not with_log_p:
-        return z, None
-    return z, (-0.5 * (eps * eps + LOG_2PI) - torch.log(prior.sigma)).flatten(1).sum(1)
 
 
 def pixel_head(logits: Tensor, eps_x: Tensor, *, with_log_p: bool) -> tuple[Tensor, Tensor | None]:

@@ -31,6 +31,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "energy_epilogue_backward": ("reference", "cpu"),
         "se_gate_residual": ("reference", "cpu"),
         "se_gate_residual_backward": ("reference", "cpu"),
+        "gaussian_latent": ("reference", "cpu"),
+        "gaussian_latent_backward": ("reference", "cpu"),
     }
 )
 
