@@ -34,6 +34,11 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def(
       "gaussian_latent_backward(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
       "-> (Tensor dparameters, Tensor deps)");
+
+  // logits [N, 2 C, H, W], eps_x [N, C, H, W] -> x, log_p [N] or [0]; dx, dlog_p [N] -> the gradients
+  m.def("pixel_head(Tensor logits, Tensor eps_x, bool with_log_p) -> (Tensor x, Tensor log_p)");
+  m.def(
+      "pixel_head_backward(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)");
 }
 
 PyMODINIT_FUNC PyInit__C() {

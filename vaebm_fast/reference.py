@@ -14,6 +14,7 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _SIGMA_MIN = 1e-2
+_LOG_SIGMA_FLOOR = -2.0
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -103,6 +104,34 @@ def gaussian_latent_backward(
         return None, deps
     dlog_sigma = (dz * temperature * eps - weight / sigma) * exponential * _soft_clamp5_slope(raw_log_sigma)
     return torch.cat((dz * _soft_clamp5_slope(raw_mu), dlog_sigma), dim=1).to(parameters.dtype), deps
+
+
+def pixel_head(logits: Tensor, eps_x: Tensor, *, with_log_p: bool) -> tuple[Tensor, Tensor | None]:
+    """x and log p(x|z); see `vaebm_fast.ops.pixel_head.pixel_head`."""
+    mu, log_sigma = (_soft_clamp5(raw) for raw in _raw_parameters(logits, eps_x))
+    sigma = torch.exp(log_sigma) + _SIGMA_MIN
+    x = torch.clamp(mu + sigma * eps_x, -1.0, 1.0) / 2 + 0.5
+    if not with_log_p:
+        return x, None
+    sigma = torch.exp(log_sigma.clamp(min=_LOG_SIGMA_FLOOR)) + _SIGMA_MIN
+    normalised = ((2 * x - 1) - mu) / sigma
+    return x, (-0.5 * (normalised * normalised + _LOG_2PI) - torch.log(sigma)).flatten(1).sum(1)
+
+
+def pixel_head_backward(dx: Tensor, dlog_p: Tensor | None, logits: Tensor, eps_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Its gradients; see `vaebm_fast.ops.pixel_head.pixel_head_backward`."""
+    raw_mu, raw_log_sigma = _raw_parameters(logits, eps_x)
+    mu, log_sigma = _soft_clamp5(raw_mu), _soft_clamp5(raw_log_sigma)
+    sigma, sigma_of_p = (torch.exp(s) + _SIGMA_MIN for s in (log_sigma, log_sigma.clamp(min=_LOG_SIGMA_FLOOR)))
+    unclamped = mu + sigma * eps_x
+    normalised = (unclamped.clamp(-1.0, 1.0) - mu) / sigma_of_p
+    weight = 0.0 if dlog_p is None else dlog_p[:, None, None, None]
+    pull = weight * normalised / sigma_of_p
+    dunclamped = (dx / 2 - pull) * ((unclamped >= -1) & (unclamped <= 1))
+    dsigma = dunclamped * eps_x + weight * (normalised.square() - 1) / sigma_of_p * (log_sigma >= _LOG_SIGMA_FLOOR)
+    dmu, dlog_sigma = dunclamped + pull, dsigma * torch.exp(log_sigma)
+    slopes = _soft_clamp5_slope(raw_mu), _soft_clamp5_slope(raw_log_sigma)
+    return torch.cat((dmu * slopes[0], dlog_sigma * slopes[1]), dim=1).to(logits.dtype), dunclamped * sigma
 
 
 def _raw_parameters(parameters: Tensor | None, eps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
-"""The few computations a frozen pair is made of, in plain PyTorch, differentiable in their inputs by autograd.
+"""What a frozen pair computes beside its ops, in plain PyTorch, differentiable in its inputs by autograd.
 
-Each names one pass that a kernel can make at once. Weights never ask for gradients. All images [N, C, H, W], NHWC in
-memory; noise and everything made of it before a network sees it keeps the noise's precision, networks have their own.
+Weights never ask for gradients. All images [N, C, H, W], NHWC in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
-from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.ops import se_gate_residual as ops
 from vaebm_fast.ops._backend import Backend
 
@@ -64,10 +62,3 @@ def interleave(phases: list[Tensor]) -> Tensor:
 def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
     """skip + gate(s) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the gate's weights."""
     return s.add_(skip) if se is None else ops.se_gate_residual(s, skip, *se, backend=backend)
-
-
-def pixel_head(logits: Tensor, eps_x: Tensor, *, with_log_p: bool) -> tuple[Tensor, Tensor | None]:
-    """x = clamp(mu + sigma eps_x, -1, 1) / 2 + 1/2 and log p(x|z) [N] with log sigma floored at -2, in nats."""
-    pixels = GaussianPixels(logits.to(eps_x.dtype))
-    x = pixels.sample(eps_x)
-    return x, pixels.log_prob(x) if with_log_p else None

@@ -33,6 +33,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "se_gate_residual_backward": ("reference", "cpu"),
         "gaussian_latent": ("reference", "cpu"),
         "gaussian_latent_backward": ("reference", "cpu"),
+        "pixel_head": ("reference", "cpu"),
+        "pixel_head_backward": ("reference", "cpu"),
     }
 )
 
