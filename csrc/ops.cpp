@@ -30,7 +30,8 @@ TORCH_LIBRARY(vaebm_fast, m) {
   // parameters [N, 2 L, H, W] (none: zeros), eps [N, L, H, W] -> z, log_p [N] or [0]; dz, dlog_p [N] -> the gradients,
   // dparameters [0] where there are none
   m.def(
-      "gaussian_latent(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) -> (Tensor z, Tensor log_p)");
+      "gaussian_latent(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) "
+      "-> (Tensor z, Tensor log_p)");
   m.def(
       "gaussian_latent_backward(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
       "-> (Tensor dparameters, Tensor deps)");

@@ -4,8 +4,8 @@
 struct Pixels {
   SoftClamp mu, log_sigma;
   Vec exponential, sigma;
-  Vec unclamped, clamped;       // mu + sigma eps
-  Vec sigma_of_p, normalised;   // log p floors log sigma at -2
+  Vec unclamped, clamped;      // mu + sigma eps
+  Vec sigma_of_p, normalised;  // log p floors log sigma at -2
 };
 
 VF_INLINE Pixels pixels_of(const float* raw, const float* eps_x, int64_t count, int64_t i, int lanes) {
@@ -36,8 +36,8 @@ inline double run_forward(const float* raw, const float* eps_x, int64_t count, b
   return sum.across_lanes();
 }
 
-// From dx and the image's dlog_p: deps_x, and the gradients for `raw` in its place. A number at the clamp's bounds, or a
-// log sigma at its floor, still has a gradient. Inside the bounds log p has none for mu: x moves along with it.
+// From dx and the image's dlog_p: deps_x, and the gradients for `raw` in its place. A number at the clamp's bounds, or
+// a log sigma at its floor, still has a gradient. Inside the bounds log p has none for mu: x moves along with it.
 inline void run_backward(const float* dx, float dlog_p, const float* eps_x, int64_t count, float* raw, float* deps_x) {
   const Vec zero{}, one = broadcast(1.0f), weight = broadcast(dlog_p);
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -47,8 +47,9 @@ inline void run_backward(const float* dx, float dlog_p, const float* eps_x, int6
     const Vec half_dx = load(dx + i, lanes) * broadcast(0.5f), pull = weight * p.normalised / p.sigma_of_p;
     const Vec dunclamped = inside ? half_dx - pull : zero, dmu = inside ? half_dx : pull;
     store(deps_x + i, dunclamped * p.sigma, lanes);
-    const Vec dsigma_of_p = weight * fma(p.normalised, p.normalised, -one) / p.sigma_of_p;
-    const Vec dsigma = dunclamped * load(eps_x + i, lanes) + (p.log_sigma.value < broadcast(-2.0f) ? zero : dsigma_of_p);
+    const Vec spread = weight * fma(p.normalised, p.normalised, -one) / p.sigma_of_p;
+    const Vec unfloored = p.log_sigma.value < broadcast(-2.0f) ? zero : spread;
+    const Vec dsigma = fma(dunclamped, load(eps_x + i, lanes), unfloored);
     store(raw + i, dmu * p.mu.slope, lanes);
     store(raw + count + i, dsigma * p.exponential * p.log_sigma.slope, lanes);
   }
