@@ -37,6 +37,20 @@ TORCH_LIBRARY(vaebm_fast, m) {
       "se_gate_residual_backward(Tensor dy, Tensor s, Tensor hidden, Tensor gate, Tensor weight_in, Tensor weight_out) "
       "-> Tensor");
 
+  // parameters [N, 2 L, H, W] (none: zeros), eps [N, L, H, W] -> z, log_p [N] or [0]; dz, dlog_p [N] -> the gradients,
+  // dparameters [0] where there are none
+  m.def(
+      "gaussian_latent(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) "
+      "-> (Tensor z, Tensor log_p)");
+  m.def(
+      "gaussian_latent_backward(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
+      "-> (Tensor dparameters, Tensor deps)");
+
+  // logits [N, 2 C, H, W], eps_x [N, C, H, W] -> x, log_p [N] or [0]; dx, dlog_p [N] -> the gradients
+  m.def("pixel_head(Tensor logits, Tensor eps_x, bool with_log_p) -> (Tensor x, Tensor log_p)");
+  m.def(
+      "pixel_head_backward(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)");
+
   // From begin to the matching end, CPU tensors come from blocks that are kept when freed, until release gives them back.
   m.def("reuse_memory(bool begin) -> ()");
   m.def("release_memory() -> int");  // bytes

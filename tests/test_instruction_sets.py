@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-FILES = [str(TESTS / f"test_{op}.py") for op in ("pointwise", "energy_epilogue", "se_gate_residual")]
+OPS = ("pointwise", "energy_epilogue", "se_gate_residual", "gaussian_latent", "pixel_head")
+FILES = [str(TESTS / f"test_{op}.py") for op in OPS]
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])

@@ -1,8 +1,8 @@
 // se_gate_residual and its backward on CPU tensors, image by image so that what the sum read is still in a cache for
 // what follows it.
 //
-// Sums over pixels run over chunks of a fixed length in float, four pixels at a time, and over the chunks in double: the
-// bits depend neither on the number of threads nor on the batch, and the error does not grow with the image.
+// Sums over pixels run over chunks of a fixed length in float, four pixels at a time, and over the chunks in double:
+// the bits depend neither on the number of threads nor on the batch, and the error does not grow with the image.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -74,14 +74,16 @@ VF_CLONES void linear(const float* weight, const float* bias, const float* x, in
       for (int lane = 0; lane < 16; ++lane) sums[lane] += weight[i + lane] * x[i + lane];
     }
     for (int lane = 0; i + lane < in; ++lane) sums[lane] += weight[i + lane] * x[i + lane];
-    float sum = bias[o];
-    for (int lane = 0; lane < 16; ++lane) sum += sums[lane];
-    y[o] = sum;
+    for (int half = 8; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
+    y[o] = bias[o] + sums[0];
   }
 }
 
 // dx = W^T dy, W [out, in]
-VF_CLONES void linear_transposed(const float* weight, const float* dy, int64_t in, int64_t out, float* __restrict__ dx) {
+VF_CLONES void linear_transposed(const float* weight, const float* dy, int64_t in, int64_t out,
+                                 float* __restrict__ dx) {
   std::fill_n(dx, in, 0.0f);
   for (int64_t o = 0; o < out; ++o, weight += in) {
     for (int64_t i = 0; i < in; ++i) dx[i] += weight[i] * dy[o];
@@ -116,10 +118,10 @@ void for_each_image(int64_t N, const Run& run) {
   at::parallel_for(0, N, 1, run_some);
 }
 
-std::vector<float> divided(const std::vector<double>& sums, int64_t count) {
-  std::vector<float> quotients(sums.size());
-  std::transform(sums.begin(), sums.end(), quotients.begin(), [&](double sum) { return static_cast<float>(sum / count); });
-  return quotients;
+std::vector<float> means_of(const std::vector<double>& sums, int64_t count) {
+  std::vector<float> means(sums.size());
+  for (size_t c = 0; c < sums.size(); ++c) means[c] = static_cast<float>(sums[c] / count);
+  return means;
 }
 
 // hidden = relu(W_in mean + b_in), gate = sigmoid(W_out hidden + b_out) of one image.
@@ -167,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> se_gate_residual_cpu(
     const std::vector<double> sums = sum_over_pixels(pixels, C, [&](int64_t first, int64_t count, float* sum) {
       add_values(from + first * C, count, C, sum);
     });
-    layers.open(divided(sums, pixels), hidden.mutable_data_ptr<float>() + n * width, opened);
+    layers.open(means_of(sums, pixels), hidden.mutable_data_ptr<float>() + n * width, opened);
     at::parallel_for(0, pixels, pixels_per_task(C), [&](int64_t begin, int64_t end) {
       gate_pixels(from + begin * C, skipped + begin * C, opened, end - begin, C, to + begin * C);
     });

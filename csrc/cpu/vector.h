@@ -88,9 +88,9 @@ struct SoftClamp {
   Vec value, slope;
 };
 
-// 5 tanh(x / 5) and its slope 1 - tanh^2(x / 5), both to a relative error of 2^-21 or so; NaN stays NaN.
+// 5 tanh(x / 5) and its slope 1 - tanh^2(x / 5); NaN stays NaN.
 //
-// With e = exp(-2 |x| / 5) the tanh is (1 - e) / (1 + e), which cancels for small x: there it is a polynomial (minimax,
+// With e = exp(-2 |x| / 5) the tanh is 1 - 2 e / (1 + e), which cancels for small x: there it is a polynomial (minimax,
 // 2^-30). The slope 4 e / (1 + e)^2 never cancels.
 VF_INLINE SoftClamp soft_clamp5(Vec x) {
   const Vec one = broadcast(1.0f), magnitude = x < 0 ? -x : x, x2 = x * x;
@@ -101,9 +101,12 @@ VF_INLINE SoftClamp soft_clamp5(Vec x) {
   p = fma(p, x2, broadcast(-3.4529387e-6f));
   p = fma(p, x2, broadcast(2.13331921e-4f));
   p = fma(p, x2, broadcast(-1.33333327e-2f));
-  const Vec near = fma(x * x2, p, x), far = broadcast(5.0f) * (one - e) * inverse;
+  const Vec near = fma(x * x2, p, x), far = fma(broadcast(-10.0f) * e, inverse, broadcast(5.0f));
   return {magnitude < broadcast(3.0f) ? near : (x < 0 ? -far : far), broadcast(4.0f) * e * inverse * inverse};
 }
+
+// x with zeros behind its first `lanes` floats.
+VF_INLINE Vec first_lanes(Vec x, int lanes) { return load(reinterpret_cast<const float*>(&x), lanes); }
 
 // A sum of vectors as if in twice the precision (Kahan).
 struct Sum {

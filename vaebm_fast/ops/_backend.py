@@ -34,6 +34,10 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "energy_epilogue_backward": ("reference", "cpu"),
         "se_gate_residual": ("reference", "cpu"),
         "se_gate_residual_backward": ("reference", "cpu"),
+        "gaussian_latent": ("reference", "cpu"),
+        "gaussian_latent_backward": ("reference", "cpu"),
+        "pixel_head": ("reference", "cpu"),
+        "pixel_head_backward": ("reference", "cpu"),
     }
 )
 
