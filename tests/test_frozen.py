@@ -24,6 +24,7 @@ from vaebm_fast import _extension
 from vaebm_fast.config import CELL_PLANS, POTENTIALS, EnergyBlock, EnergyConfig, NVAEConfig, Potential
 from vaebm_fast.frozen import FrozenVAEBM, StaleWeightsError, freeze
 from vaebm_fast.frozen.part import Part, tensors_of
+from vaebm_fast.models.vaebm import VAEBM as PlainVAEBM
 from vaebm_fast.noise import NoiseLayout
 
 FLOAT32_ERROR = 1e-5
@@ -229,10 +230,23 @@ def test_gradients_come_under_no_grad_and_inference_mode_and_reach_nothing_else(
 def test_a_chain_runs_on_the_frozen_pair_and_ends_where_the_plain_one_does() -> None:
     model = tiny()
     options: dict[str, Any] = dict(steps=3, step_size=1e-3, potential="paper")
-    plain = vf.LangevinSampler(model, **options).run(range(3))
+    plain = vf.LangevinSampler(PlainVAEBM(model.vae, model.energy), **options).run(range(3))
     fast = vf.LangevinSampler(model.freeze(), **options).run(range(3))
     assert relative_error(fast.eps, plain.eps) < FLOAT32_ERROR
     assert relative_error(fast.images, plain.images) < FLOAT32_ERROR
+
+
+def test_a_sampler_freezes_a_live_model_and_follows_its_weights() -> None:
+    model = tiny()
+    sampler = vf.LangevinSampler(model, steps=2, step_size=1e-3)
+    assert isinstance(sampler.model, FrozenVAEBM)
+    before = sampler.run(range(2))
+    assert torch.equal(before.eps, vf.LangevinSampler(model.freeze(), steps=2, step_size=1e-3).run(range(2)).eps)
+    with torch.no_grad():
+        model.energy.linear.weight.mul_(100)
+    after = sampler.run(range(2))
+    assert torch.equal(after.eps, vf.LangevinSampler(model.freeze(), steps=2, step_size=1e-3).run(range(2)).eps)
+    assert not torch.equal(after.eps, before.eps)
 
 
 class ForbidReadback(TorchDispatchMode):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,19 @@ class ChainModel(Protocol):
     ) -> tuple[Tensor, list[Tensor]]: ...
 
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor: ...
+
+
+class FrozenModel(ChainModel, Protocol):
+    """A compiled form that follows its live model."""
+
+    def refresh(self) -> None: ...
+
+
+@runtime_checkable
+class LiveModel(Protocol):
+    """A model that has a compiled form, as `vaebm_fast.VAEBM` has."""
+
+    def freeze(self) -> FrozenModel: ...
 
 
 class NonFiniteChainError(RuntimeError):
@@ -98,11 +111,15 @@ class Chains:
 
 
 class LangevinSampler:
-    """Samples a model by `steps` Langevin steps of size h = `step_size`; `steps=0` gives the NVAE's own samples."""
+    """Samples a model by `steps` Langevin steps of size h = `step_size`; `steps=0` gives the NVAE's own samples.
+
+    A live model is frozen, in float32, and folded anew before a run when its weights changed meanwhile. For another
+    precision or backend give it frozen: `model.freeze(...)`, whose `refresh` is then the caller's.
+    """
 
     def __init__(
         self,
-        model: ChainModel,
+        model: ChainModel | LiveModel,
         *,
         steps: int,
         step_size: float,
@@ -116,13 +133,16 @@ class LangevinSampler:
             raise ValueError(f"step_size is {step_size}; it must be a positive number.")
         if potential not in POTENTIALS:
             raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
-        self.model = model
+        self._followed: FrozenModel | None = None
+        if isinstance(model, LiveModel):
+            model = self._followed = model.freeze()
+        self.model: ChainModel = model
         self.steps = steps
         self.step_size = step_size
         self.potential: Potential = potential
         self.temperature = temperature
         self.device = torch.device(device)
-        self.layout = NoiseLayout(model.latent_shapes, model.image_shape)
+        self.layout = NoiseLayout(self.model.latent_shapes, self.model.image_shape)
 
     def _energy_and_grad(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         eps_z, eps_x = self.layout.split(eps)
@@ -148,6 +168,8 @@ class LangevinSampler:
 
         Raises ValueError when `start` has another shape, NonFiniteChainError as `langevin_chain` does.
         """
+        if self._followed is not None:
+            self._followed.refresh()
         keys = self._keys(seeds)
         needed = (keys.shape[0], self.layout.dim)
         if start is not None and tuple(start.shape) != needed:
