@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from vaebm_fast.config import PRESETS
 from vaebm_fast.frozen import freeze
 from vaebm_fast.frozen.cells import freeze_cell
 from vaebm_fast.frozen.part import tensors_of
+from vaebm_fast.langevin import ChainModel
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import Cell, InvertedResidual
 from vaebm_fast.noise import NoiseLayout
@@ -47,16 +48,6 @@ class Peaks:
 
 
 GPUS = {"A100": Peaks(312, 19.5, 2.039), "H200": Peaks(989, 67, 4.8)}  # NVIDIA's data sheets: A100 80 GB SXM, H200 SXM
-
-
-class Pair(Protocol):
-    """Plain or frozen: what a step calls."""
-
-    @property
-    def latent_shapes(self) -> list[tuple[int, int, int]]: ...
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-    def energy_and_grad(self, eps_z: Any, eps_x: Tensor, potential: Any = ...) -> tuple[Tensor, list[Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -156,11 +147,7 @@ class Cost:
 
 def cost(preset: str) -> Cost:
     """Count a preset's step in every form that this installation can dispatch. Raises ValueError for other names."""
-    if preset not in PRESETS:
-        raise ValueError(f"Preset {preset!r} is not known; there are {', '.join(PRESETS)}.")
-    with META:
-        model = VAEBM(NVAE(PRESETS[preset].nvae), EnergyNetwork(PRESETS[preset].energy))
-    model.eval().requires_grad_(False)
+    model = _without_values(preset)
     reference, halved = (freeze(model, dtype, "reference") for dtype in (torch.float32, torch.bfloat16))
     traffic = {"plain modules, float32": step_traffic(model), "frozen, reference, float32": step_traffic(reference)}
     if why_absent("cpu") is None:
@@ -209,7 +196,13 @@ def text(counted: Cost) -> str:
     return "\n".join(lines)
 
 
-def step_flops(pair: Pair) -> int:
+def pair_flops(preset: str) -> tuple[int, int]:
+    """FLOPs per image of a preset's step, plain and frozen. Raises ValueError for an unknown preset."""
+    model = _without_values(preset)
+    return step_flops(model), step_flops(freeze(model, backend="reference"))
+
+
+def step_flops(pair: ChainModel) -> int:
     """FLOPs per image of a step, a multiply-add being two, by torch's counter: convolutions and matrix products.
 
     A pair on the meta device. Compiled ops are unknown to the counter; the reference pair does the same arithmetic.
@@ -219,15 +212,24 @@ def step_flops(pair: Pair) -> int:
     return int(counter.get_total_flops())
 
 
-def step_traffic(pair: Pair) -> Traffic:
+def step_traffic(pair: ChainModel) -> Traffic:
     """Bytes that the kernels of a step read and write, were no cache between them; a pair on the meta device."""
     one, two = (_bytes_moved(partial(_step, pair, batch)) for batch in (1, 2))
     return Traffic(per_image=two - one, per_step=2 * one - two)
 
 
-def _step(pair: Pair, batch: int) -> None:
+def _without_values(preset: str) -> VAEBM:
+    """The preset's networks on the meta device."""
+    if preset not in PRESETS:
+        raise ValueError(f"Preset {preset!r} is not known; there are {', '.join(PRESETS)}.")
+    with META:
+        model = VAEBM(NVAE(PRESETS[preset].nvae), EnergyNetwork(PRESETS[preset].energy))
+    return model.eval().requires_grad_(False)
+
+
+def _step(pair: ChainModel, batch: int) -> None:
     layout = NoiseLayout(pair.latent_shapes, pair.image_shape)
-    pair.energy_and_grad(*layout.split(torch.empty(batch, layout.dim, device=META)), "official")
+    pair.energy_and_grad(*layout.split(torch.empty(batch, layout.dim, device=META)), "official", 1.0)
 
 
 def _bytes_moved(run: Callable[[], object]) -> int:
