@@ -20,8 +20,7 @@ demo: $(BUILT) ## Train, sample and judge a small model on handwritten digits; r
 test: $(BUILT) ## Run the tests
 	@$(BIN)/python -m pytest
 
-# CASES: PRESET:N of the whole pair. COMPILE: those in which torch.compile takes part; compiling takes minutes.
-COMPILE ?= celeba_64:4
+# CASES: PRESET:N of the whole pair, instead of the default ones. COMPILE: those in which torch.compile takes part.
 bench: $(BUILT) ## Measure the ops and the whole pair on this machine; results in benchmarks/results
 	@$(BIN)/python -m pytest --benchmark-columns=median,rounds benchmarks/bench_ops.py benchmarks/bench_pair.py \
 		$(addprefix --compile ,$(COMPILE)) $(addprefix --case ,$(CASES))

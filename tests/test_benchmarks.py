@@ -23,6 +23,13 @@ CPU = torch.device("cpu")
 CEILINGS = {"matrix_gflops": 100.0, "copy_gbps": 10.0}
 
 
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own: pytest inside a test must not share this one's plugins."""
+    environment = {**os.environ, "PYTHONPATH": str(gate.REPOSITORY)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=gate.REPOSITORY, env=environment, capture_output=True, text=True)
+
+
 def pair_row(candidate: str, median_s: float, **others: Any) -> dict[str, Any]:
     """A row of N = 2 that computes 8 GFLOP."""
     timing = dict(rounds=5, median_s=median_s, p20_s=0.9 * median_s, p80_s=1.1 * median_s, user_s=1.0, system_s=0.5)
@@ -147,17 +154,31 @@ def test_an_op_with_red_tests_gets_no_figure_and_the_run_fails(tmp_path: Path) -
         f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}]\n"
         "sys.exit(pytest.main([*arguments, 'benchmarks/bench_ops.py']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=gate.REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(gate.REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(program)
     assert done.returncode == 1 and "No figure for philox_normal" in done.stdout, done.stdout + done.stderr
     (path,) = tmp_path.glob("ops_*.json")
     kept = json.loads(path.read_text())
     assert kept["results"] == [] and "test_red.py" in kept["refused"][0]["reason"]
+
+
+def test_what_fails_while_it_is_measured_is_refused_and_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "test_green.py").write_text("def test_it():\n    pass\n")
+    program = (
+        "import sys, pytest\n"
+        "from benchmarks import pair\n"
+        f"pair.TESTS = ({str(tmp_path / 'test_green.py')!r},)\n"
+        "def measure_pair(*_, **__):\n"
+        "    print('tried')\n"
+        "    raise ValueError('the gradients differ')\n"
+        "pair.measure_pair = measure_pair\n"
+        f"arguments = ['-q', '-s', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}, '--case', 'digits:1']\n"
+        "sys.exit(pytest.main([*arguments, 'benchmarks/bench_pair.py']))"
+    )
+    done = run_python(program)
+    assert done.returncode == 1 and done.stdout.count("tried") == 1, done.stdout + done.stderr
+    (path,) = tmp_path.glob("pair_*.json")
+    (refused,) = json.loads(path.read_text())["refused"]
+    assert refused == {"what": "digits, N = 1", "reason": "ValueError: the gradients differ"}
 
 
 def test_every_case_names_an_op_and_a_file_of_tests_that_exist() -> None:
