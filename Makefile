@@ -9,7 +9,7 @@ CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 
-.PHONY: help demo test lint build clean
+.PHONY: help demo test bench lint build clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ demo: $(BUILT) ## Train, sample and judge a small model on handwritten digits; r
 
 test: $(BUILT) ## Run the tests
 	@$(BIN)/python -m pytest
+
+# CASES: PRESET:N of the whole pair, instead of the default ones. COMPILE: those in which torch.compile takes part.
+bench: $(BUILT) ## Measure the ops and the whole pair on this machine; results in benchmarks/results
+	@$(BIN)/python -m pytest --benchmark-columns=median,rounds benchmarks/bench_ops.py benchmarks/bench_pair.py \
+		$(addprefix --compile ,$(COMPILE)) $(addprefix --case ,$(CASES))
+	@$(BIN)/python -m benchmarks.report
 
 lint: $(INSTALLED) ## Check style, formatting and types
 	@$(BIN)/ruff check .

@@ -21,7 +21,7 @@ PACKAGE = REPOSITORY / "vaebm_fast"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "train.py"),
     ("demo",),  # a command of cli
-    ("sampling", "training", "evaluation"),
+    ("sampling", "training", "evaluation", "cost"),
     ("langevin", "graphs", "replay", "checkpoint", "data"),
     ("frozen",),
     ("models", "noise"),

@@ -1,4 +1,4 @@
-"""`vaebm-fast`: what is installed, what a checkpoint holds, conversion, likelihoods, readjustment, the demo.
+"""`vaebm-fast`: what is installed, what a checkpoint holds, conversion, likelihoods, readjustment, costs, the demo.
 
 Thin: options in, a call of the library, lines out. Training has a command of its own, `train.py`.
 """
@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from vaebm_fast import __version__, _command, checkpoint
+from vaebm_fast import cost as counting
 from vaebm_fast.data import open_source
 from vaebm_fast.evaluation.likelihood import evaluate_likelihood
 from vaebm_fast.ops import _backend
@@ -136,6 +137,15 @@ def readjust(
     print(f"Readjusted to temperature {temperature:g}: {readjusted_path(nvae, temperature)}.")
 
 
+def cost(*, preset: str) -> None:
+    """Count what a chain step of a preset takes: FLOPs, memory traffic, and the least time of these on two GPUs.
+
+    Args:
+        preset: Name of the preset, such as celeba_256.
+    """
+    print(counting.text(counting.cost(preset)))
+
+
 def environment() -> dict[str, Any]:
     """What is installed, what each missing part needs, and which backend `auto` picks, as JSON values."""
     missing = {
@@ -223,7 +233,14 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"vaebm-fast {__version__}")
         return 0
     tyro.extras.subcommand_cli_from_dict(
-        {"info": info, "convert": convert, "likelihood": likelihood, "readjust": readjust, "demo": demo},
+        {
+            "info": info,
+            "convert": convert,
+            "likelihood": likelihood,
+            "readjust": readjust,
+            "cost": cost,
+            "demo": demo,
+        },
         prog="vaebm-fast",
         description="Train, sample and evaluate VAEBM models fast. `vaebm-fast --version` prints the version.",
         args=arguments or ["--help"],

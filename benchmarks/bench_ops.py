@@ -1,0 +1,30 @@
+"""Every op beside its twin, in turns; `ops` has the table of cases.
+
+make bench, or: python -m pytest benchmarks/bench_ops.py [--op depthwise_swish ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks import measure, ops
+from benchmarks.conftest import REPLAY, replay
+from benchmarks.results_file import ResultsFile
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_op(
+    benchmark: Any,
+    op_case: tuple[ops.Case, str],
+    open_results: Callable[[str, str], ResultsFile],
+    measured_once: Callable[..., dict[str, Any]],
+    request: pytest.FixtureRequest,
+) -> None:
+    case, backend = op_case
+    device, rounds = measure.default_device(), request.config.getoption("--rounds")
+    file = open_results("ops", "How fast is each op?")
+    row = measured_once(file, case.name, (case.tests,), lambda: ops.measure_case(case, device, rounds=rounds), backend)
+    replay(benchmark, row, case.name)

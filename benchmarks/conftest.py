@@ -1,0 +1,145 @@
+"""How pytest-benchmark runs what `pair` and `ops` measure: options, the gate, result files, and the table at the end.
+
+pytest-benchmark times one function after another; here candidates take turns, so that whatever else the machine does
+falls on all of them. They are therefore timed by `measure`, and a timer replays each one's times to pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import measure, ops, pair, report
+from benchmarks.environment import RESULTS
+from benchmarks.gate import why_red
+from benchmarks.results_file import ResultsFile
+from vaebm_fast import PRESETS
+
+DEFAULT_CASES = ("cifar10:1", "cifar10:4", "celeba_64:1", "celeba_64:4", "celeba_64:16", "celeba_256:1")
+
+Rows = dict[str, dict[str, Any]]
+
+
+class Replay:
+    """A timer for pytest-benchmark that lets the times of `load` pass, one per pair of calls."""
+
+    def __init__(self) -> None:
+        self._ticks: Iterator[float] = iter(())
+
+    def load(self, times_s: list[float]) -> None:
+        self._ticks = iter([tick for time_s in times_s for tick in (0.0, time_s)])
+
+    def __call__(self) -> float:
+        return next(self._ticks)
+
+
+REPLAY = Replay()
+
+
+def replay(benchmark: Any, row: dict[str, Any], group: str) -> None:
+    """Give pytest-benchmark a row that was measured already."""
+    benchmark.group = group
+    benchmark.extra_info.update({key: value for key, value in row.items() if key != "times_s"})
+    REPLAY.load(row["times_s"])
+    benchmark.pedantic(lambda: None, rounds=row["rounds"], iterations=1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vaebm-fast benchmarks")
+    group.addoption("--case", action="append", metavar="PRESET:N", help=f"whole pair; {' '.join(DEFAULT_CASES)}")
+    group.addoption(
+        "--compile",
+        action="append",
+        metavar="PRESET:N",
+        help="cases in which torch.compile takes part; compiling takes minutes",
+    )
+    group.addoption("--op", action="append", metavar="NAME", help="ops to measure; all of them")
+    group.addoption("--rounds", type=int, help="rounds; by default as many as the length of a call allows")
+    group.addoption("--results", type=Path, default=RESULTS, help="folder of the JSON and Markdown files")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    if "pair_case" in metafunc.fixturenames:
+        texts = option("--case") or DEFAULT_CASES
+        strays = sorted(set(option("--compile") or ()) - set(texts))
+        if strays:
+            raise pytest.UsageError(f"--compile {', '.join(strays)}: not among the cases {', '.join(texts)}.")
+        pairs = [(*_parsed(text), name) for text in texts for name in candidates_of(text, option("--compile"))]
+        metafunc.parametrize("pair_case", pairs, ids=[f"{preset}-{batch}-{name}" for preset, batch, name in pairs])
+    if "op_case" in metafunc.fixturenames:
+        device = measure.default_device()
+        cases = [(case, name) for case in ops.cases_of(option("--op")) for name in ops.backends_of(case.op, device)]
+        metafunc.parametrize("op_case", cases, ids=[f"{case.name}-{name}" for case, name in cases])
+
+
+def candidates_of(text: str, compiled: list[str] | None) -> list[str]:
+    """Those that run here; torch.compile only in the cases that it was asked for."""
+    device = measure.default_device()
+    usable = [name for name in pair.CANDIDATES if pair.why_not(name, device) is None]
+    return [name for name in usable if name != pair.COMPILED or text in (compiled or ())]
+
+
+def _parsed(text: str) -> tuple[str, int]:
+    preset, _, batch = text.partition(":")
+    if preset not in PRESETS or not batch.isdigit():
+        raise pytest.UsageError(f"{text!r} is no PRESET:N with a PRESET of {', '.join(PRESETS)}.")
+    return preset, int(batch)
+
+
+@pytest.fixture(scope="session")
+def open_results(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], ResultsFile]]:
+    """Result files by name, each with the machine's ceilings; their tables are written when all is done."""
+    ceilings = cache(lambda: measure.ceilings(measure.default_device()))
+    opened: dict[str, ResultsFile] = {}
+
+    def opener(name: str, question: str) -> ResultsFile:
+        if name not in opened:
+            opened[name] = ResultsFile(name, question, ceilings(), request.config.getoption("--results"))
+        return opened[name]
+
+    yield opener
+    reporter = request.config.get_terminal_writer()
+    for file in opened.values():
+        text = report.write_table(file.path)
+        reporter.write(f"\n\n{text}\n")
+
+
+@pytest.fixture(scope="session")
+def measured_once() -> Callable[..., dict[str, Any]]:
+    """measured_once(file, what, tests, take, candidate): the candidate's row of a case, taken once for all of them.
+
+    Fails, and keeps the reason in the file, when one of `tests` is red.
+    """
+    measured: dict[str, Rows] = {}
+    refused: dict[str, str] = {}
+
+    def measure_or_refuse(file: ResultsFile, what: str, tests: tuple[str, ...], take: Callable[[], Rows]) -> None:
+        red = why_red(*tests)
+        if red is not None:
+            refused[what] = red
+            file.refuse(what, red)
+            return
+        try:
+            measured[what] = take()
+        except Exception as error:  # shown for the first candidate; the others of the case are not tried again
+            refused[what] = f"{type(error).__name__}: {error}"
+            file.refuse(what, refused[what])
+            raise
+        for entry in measured[what].values():
+            file.add(entry)
+
+    def row(
+        file: ResultsFile, what: str, tests: tuple[str, ...], take: Callable[[], Rows], candidate: str
+    ) -> dict[str, Any]:
+        if what not in measured and what not in refused:
+            measure_or_refuse(file, what, tests, take)
+        if what in refused:
+            pytest.fail(f"No figure for {what}: {refused[what]}", pytrace=False)
+        return measured[what][candidate]
+
+    return row

@@ -1,0 +1,24 @@
+"""No figure on red tests: what is about to be measured must pass its own tests first."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@functools.cache
+def why_red(*files: str) -> str | None:
+    """Why no figure may be reported: the last lines of pytest on these files where a test failed, else None.
+
+    In a process of its own: tests set threads and memory as they need. No test collected counts as failed.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+    return f"pytest {' '.join(files)} ended with exit code {done.returncode}:\n{tail}"

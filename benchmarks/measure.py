@@ -1,0 +1,131 @@
+"""The measuring core: candidates that take turns in one process, and what the machine can do at most.
+
+Plain functions of callables, for whoever runs them: pytest-benchmark's tests call them, and so can a script on a
+machine without it.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+LONG_CALL_S = 3.0
+ROUNDS_OF_LONG_CALLS, FEWEST_ROUNDS, MOST_ROUNDS = 3, 5, 100
+MATRIX_SIDES = (1024, 2048, 3072)
+COPY_ELEMENTS = 2**26  # float32: 256 MiB, far more than caches hold
+
+
+class Sample(NamedTuple):
+    """One call: seconds on the clock, seconds of all threads in user and kernel code, page faults without disk.
+
+    Fresh memory faults page by page, in the kernel: much of what plain modules spend on large batches.
+    """
+
+    wall_s: float
+    user_s: float
+    system_s: float
+    page_faults: int
+
+
+def sample(call: Callable[[], object], device: torch.device) -> Sample:
+    """Time one call, until its device is done."""
+    before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    call()
+    synchronize(device)
+    wall_s, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+    return Sample(
+        wall_s,
+        after.ru_utime - before.ru_utime,
+        after.ru_stime - before.ru_stime,
+        after.ru_minflt - before.ru_minflt,
+    )
+
+
+def take_turns(
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int | None = None,
+    seconds: float = 2.0,
+) -> dict[str, list[Sample]]:
+    """Samples of every candidate. In each round every candidate is called once, another one first each time.
+
+    So what else the machine does falls on all of them alike. One call each warms up. Without `rounds` these are as many
+    as make `seconds` of the slowest candidate, 5 to 100; 3 where its call takes more than 3 s.
+    """
+    slowest_s = max(sample(call, device).wall_s for call in candidates.values())
+    rounds = rounds or rounds_for(slowest_s, seconds)
+    names = list(candidates)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    for index in range(rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(sample(candidates[name], device))
+    return samples
+
+
+def rounds_for(call_s: float, seconds: float) -> int:
+    """How many rounds `take_turns` makes when its slowest candidate takes `call_s`."""
+    if call_s > LONG_CALL_S:
+        return ROUNDS_OF_LONG_CALLS
+    return min(max(round(seconds / max(call_s, 1e-9)), FEWEST_ROUNDS), MOST_ROUNDS)
+
+
+def summary(samples: list[Sample]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile of the clock, and medians of the rest, as JSON values."""
+    times_s = sorted(taken.wall_s for taken in samples)
+    return {
+        "rounds": len(samples),
+        "median_s": statistics.median(times_s),
+        "p20_s": times_s[round(0.2 * (len(times_s) - 1))],
+        "p80_s": times_s[round(0.8 * (len(times_s) - 1))],
+        "user_s": statistics.median(taken.user_s for taken in samples),
+        "system_s": statistics.median(taken.system_s for taken in samples),
+        "page_faults": statistics.median(taken.page_faults for taken in samples),
+        "times_s": [taken.wall_s for taken in samples],
+    }
+
+
+def ceilings(device: torch.device, *, sides: tuple[int, ...] = MATRIX_SIDES) -> dict[str, float]:
+    """The best of several rates, float32, as many threads as everything else here: matrix products and a large copy."""
+    gflops = 0.0
+    for side in sides:
+        a, b, c = (torch.randn(side, side, device=device) for _ in range(3))
+        gflops = max(gflops, 2e-9 * side**3 / _fastest_s(partial(torch.mm, a, b, out=c), device))
+    source = torch.randn(COPY_ELEMENTS, device=device)
+    target = torch.empty_like(source)
+    copied_gb = 2e-9 * source.numel() * source.element_size()  # read and written
+    return {"matrix_gflops": gflops, "copy_gbps": copied_gb / _fastest_s(partial(target.copy_, source), device)}
+
+
+def _fastest_s(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    return min(sample(call, device).wall_s for _ in range(repeats + 1))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that this process has held so far: resident on a CPU, torch's allocations on a GPU.
+
+    Linux alone says it of the process: getrusage's maximum begins with that of whoever started it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 2**10  # given in KiB
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,186 @@
+"""Tables and the plot of what `make bench` measured, from its JSON; the README shows the whole pair.
+
+    python -m benchmarks.report [--results FOLDER] [--readme FILE]
+
+Ratios are of medians, above 1 where the row is faster. A percentage is of the ceiling that the same run measured with
+the same threads: matrix product for FLOP/s, a large copy for bytes, which what fits in caches may exceed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks.report -->", "<!-- benchmarks: end -->"
+PLAIN, NHWC, TWIN = "plain", "plain NHWC", "reference"
+
+Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
+
+
+def derived(content: dict[str, Any]) -> list[Row]:
+    """The rows with rates, ratios over the baselines of the same case (None without), and shares of the ceilings."""
+    rows, ceilings = content["results"], content["ceilings"]
+    medians_s = {(_case(row), row["candidate"]): row["median_s"] for row in rows}
+
+    def ratio(row: Row, baseline: str) -> float | None:
+        base_s = medians_s.get((_case(row), baseline))
+        return None if base_s is None else base_s / row["median_s"]
+
+    result = []
+    for row in rows:
+        gflops = row["flops"] / row["median_s"] * 1e-9
+        gbps = row.get("bytes", 0) / row["median_s"] * 1e-9
+        result.append(
+            row
+            | {f"over {baseline}": ratio(row, baseline) for baseline in (PLAIN, NHWC, TWIN)}
+            | {"gflops": gflops, "matrix_share": gflops / ceilings["matrix_gflops"]}
+            | {"gbps": gbps, "copy_share": gbps / ceilings["copy_gbps"]}
+        )
+    return result
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("preset", "batch", "op", "shape"))
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _per_image(row: Row, key: str) -> str:
+    return f"{row[key] / row['batch']:.3f}"
+
+
+SHORT_PAIR: Columns = {
+    "preset, N": lambda row: f"{row['preset']}, {row['batch']}",
+    "what runs": lambda row: str(row["candidate"]),
+    "s/image/step": lambda row: _per_image(row, "median_s"),
+    "p20 - p80": lambda row: f"{_per_image(row, 'p20_s')} - {_per_image(row, 'p80_s')}",
+    "x plain": lambda row: _or_dash(row[f"over {PLAIN}"], ".2f"),
+    "x plain NHWC": lambda row: _or_dash(row[f"over {NHWC}"], ".2f"),
+    "GFLOP/s": lambda row: f"{row['gflops']:.0f}",
+    "% of ceiling": lambda row: f"{100 * row['matrix_share']:.0f}",
+    "peak MiB": lambda row: _or_dash(row["peak_memory_mib"], ".0f"),
+    "rounds": lambda row: str(row["rounds"]),
+}
+PAIR: Columns = SHORT_PAIR | {
+    "MiB before": lambda row: _or_dash(row["memory_before_mib"], ".0f"),
+    "user s": lambda row: f"{row['user_s']:.2f}",
+    "system s": lambda row: f"{row['system_s']:.2f}",
+    "page faults": lambda row: f"{row['page_faults']:.0f}",
+    "s to compile": lambda row: _or_dash(row["compile_s"], ".0f"),
+}
+OPS: Columns = {
+    "op": lambda row: str(row["op"]),
+    "shape": lambda row: str(row["shape"]),
+    "backend": lambda row: str(row["backend"]),
+    "ms": lambda row: f"{1e3 * row['median_s']:.3f}",
+    "p20 - p80": lambda row: f"{1e3 * row['p20_s']:.3f} - {1e3 * row['p80_s']:.3f}",
+    "x twin": lambda row: _or_dash(row[f"over {TWIN}"], ".2f"),
+    "GB/s": lambda row: f"{row['gbps']:.1f}",
+    "% of copy": lambda row: f"{100 * row['copy_share']:.0f}",
+    "GFLOP/s": lambda row: f"{row['gflops']:.0f}",
+    "% of matrix product": lambda row: f"{100 * row['matrix_share']:.0f}",
+    "user ms": lambda row: f"{1e3 * row['user_s']:.2f}",
+    "system ms": lambda row: f"{1e3 * row['system_s']:.2f}",
+    "rounds": lambda row: str(row["rounds"]),
+}
+
+
+def markdown(rows: Sequence[Row], columns: Columns) -> str:
+    """A Markdown table."""
+    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def describe(content: dict[str, Any]) -> str:
+    """One paragraph on what ran, where, and what it could reach at most; a line for each refusal."""
+    facts = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
+    ceilings = content["ceilings"]
+    lines = [
+        f"Ceilings of the same run: matrix product {ceilings['matrix_gflops']:.0f} GFLOP/s, "
+        f"copy {ceilings['copy_gbps']:.1f} GB/s. {facts}."
+    ]
+    lines += [f"No figure for {entry['what']}: {entry['reason'].splitlines()[0]}" for entry in content["refused"]]
+    return "\n\n".join(lines)
+
+
+def table(content: dict[str, Any]) -> str:
+    """All columns of a result file, and what ran."""
+    rows = derived(content)
+    columns = PAIR if any("preset" in row for row in rows) else OPS
+    return f"{content['question']}\n\n{markdown(rows, columns)}\n\n{describe(content)}\n"
+
+
+def write_table(path: Path) -> str:
+    """Write the table of the result file at `path` beside it, with .md for .json; returns it."""
+    text = table(json.loads(path.read_text()))
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Bars of the ratio over the plain modules, a group per case and a colour per candidate, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in derived(content) if row[f"over {PLAIN}"] is not None]
+    cases = list(dict.fromkeys((row["preset"], row["batch"]) for row in rows))
+    candidates = list(dict.fromkeys(row["candidate"] for row in rows))
+    width = 0.8 / max(len(candidates), 1)
+    figure, axis = plt.subplots(figsize=(1.6 + 1.2 * len(cases), 3.2), layout="constrained")
+    for index, candidate in enumerate(candidates):
+        bars = [row for row in rows if row["candidate"] == candidate]
+        places = [cases.index((row["preset"], row["batch"])) + (index + 0.5) * width - 0.4 for row in bars]
+        axis.bar(places, [row[f"over {PLAIN}"] for row in bars], 0.95 * width, label=candidate)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(cases)), [f"{preset}\nN = {batch}" for preset, batch in cases])
+    axis.set_ylabel("chain steps per second,\nplain modules = 1")
+    axis.legend(fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def rewrite(readme: Path, block: str) -> None:
+    """Put `block` between the two marker lines of the file. Raises ValueError where these are not there once each."""
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme} needs the line {BEGIN!r} once, and after it {END!r} once.")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    readme.write_text(f"{before}{BEGIN}\n{block}\n{after}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write every result file's table, the plot, and the README's part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with what `make bench` wrote")
+    parser.add_argument("--readme", type=Path, default=README, help="file with the two marker lines")
+    options = parser.parse_args(arguments)
+    paths = sorted([*options.results.glob("pair_*.json"), *options.results.glob("ops_*.json")])
+    if not paths:
+        parser.error(f"{options.results} holds no pair_*.json and no ops_*.json; `make bench` writes them.")
+    blocks = []
+    for path in paths:
+        write_table(path)
+        content = json.loads(path.read_text())
+        if path.name.startswith("pair_") and content["results"]:
+            picture = path.with_suffix(".png")
+            plot(content, picture)
+            shown = Path("benchmarks", "results", picture.name)
+            short = markdown(derived(content), SHORT_PAIR)
+            blocks.append(f"![Speed over the plain modules]({shown})\n\n{short}\n\n{describe(content)}")
+    rewrite(options.readme, "\n\n".join(blocks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""A file of results, rewritten after every row, so that a run that ends early leaves what it measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS, environment
+
+
+class ResultsFile:
+    """`<name>_<device type>.json`: the question, what ran, the ceilings of the same run, rows, and what was refused."""
+
+    def __init__(self, name: str, question: str, ceilings: dict[str, float], folder: Path = RESULTS) -> None:
+        ran = environment()
+        self.path = folder / f"{name}_{ran['device_type']}.json"
+        self.content: dict[str, Any] = {
+            "question": question,
+            "environment": ran,
+            "ceilings": ceilings,
+            "results": [],
+            "refused": [],
+        }
+        self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a measured row."""
+        self.content["results"].append(row)
+        self._write()
+
+    def refuse(self, what: str, reason: str) -> None:
+        """Keep that nothing was measured, and why."""
+        self.content["refused"].append({"what": what, "reason": reason})
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=2) + "\n")

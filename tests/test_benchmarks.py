@@ -1,0 +1,200 @@
+"""The benchmarks' own arithmetic, and that nothing red is measured. Their figures are no tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gate, measure, ops, report
+from benchmarks.conftest import Replay
+from benchmarks.environment import environment
+from benchmarks.pair import COMPILED, NHWC, PLAIN, measure_pair
+from benchmarks.results_file import ResultsFile
+from vaebm_fast.ops._backend import OP_BACKENDS
+
+CPU = torch.device("cpu")
+CEILINGS = {"matrix_gflops": 100.0, "copy_gbps": 10.0}
+
+
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own: pytest inside a test must not share this one's plugins."""
+    environment = {**os.environ, "PYTHONPATH": str(gate.REPOSITORY)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=gate.REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def pair_row(candidate: str, median_s: float, **others: Any) -> dict[str, Any]:
+    """A row of N = 2 that computes 8 GFLOP."""
+    timing = dict(rounds=5, median_s=median_s, p20_s=0.9 * median_s, p80_s=1.1 * median_s, user_s=1.0, system_s=0.5)
+    memory = dict(page_faults=7, peak_memory_mib=900.0, memory_before_mib=300.0, compile_s=None)
+    facts = dict(preset="digits", batch=2, candidate=candidate, backend="plain modules", dtype="float32", flops=8e9)
+    return {**facts, **timing, **memory, **others}
+
+
+def op_row(backend: str, median_s: float) -> dict[str, Any]:
+    """A row of an op that moves 1 MB and computes nothing."""
+    row = pair_row(backend, median_s, op="blur", shape="1x2", backend=backend, bytes=10**6, flops=0)
+    return {key: value for key, value in row.items() if key not in ("preset", "batch")}
+
+
+def content(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"question": "How long?", "environment": environment(), "ceilings": CEILINGS, "results": rows, "refused": []}
+
+
+def test_rates_ratios_and_shares() -> None:
+    plain, nhwc, fast = report.derived(content(pair_row(PLAIN, 0.8), pair_row(NHWC, 0.4), pair_row("frozen, cpu", 0.2)))
+    assert (plain["over plain"], nhwc["over plain"], fast["over plain"]) == (1, 2, 4)
+    assert fast["over plain NHWC"] == 2 and fast["over reference"] is None
+    assert fast["gflops"] == pytest.approx(40) and fast["matrix_share"] == pytest.approx(0.4)
+    twin, op = report.derived(content(op_row("reference", 4e-4), op_row("cpu", 2e-4)))
+    assert op["over reference"] == 2 and twin["over plain"] is None
+    assert op["gbps"] == pytest.approx(5) and op["copy_share"] == pytest.approx(0.5)
+
+
+def test_a_ratio_is_taken_within_its_own_case_only() -> None:
+    rows = report.derived(content(pair_row(PLAIN, 0.8, batch=1), pair_row("frozen, cpu", 0.2, batch=4)))
+    assert rows[1]["over plain"] is None
+
+
+def test_tables_hold_every_row_under_its_columns() -> None:
+    text = report.table(content(pair_row(PLAIN, 0.8), pair_row(COMPILED, 0.2, compile_s=60.0, peak_memory_mib=None)))
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [dict(zip(header.split(" | "), row.split(" | "), strict=True)) for row in rows]
+    assert cells[0]["s/image/step"] == "0.400" and cells[1]["x plain"] == "4.00"
+    assert cells[1]["peak MiB"] == "-" and cells[1]["p20 - p80"] == "0.090 - 0.110"
+    assert f"torch {torch.__version__}" in text and "matrix product 100 GFLOP/s" in text
+
+
+def test_the_report_writes_tables_and_plot_and_only_its_part_of_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "pair_cpu.json").write_text(json.dumps(content(pair_row(PLAIN, 0.8), pair_row("frozen, cpu", 0.2))))
+    (tmp_path / "ops_cpu.json").write_text(json.dumps(content(op_row("reference", 4e-4), op_row("cpu", 2e-4))))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):  # a second run changes nothing
+        report.main(["--results", str(tmp_path), "--readme", str(readme)])
+        text = readme.read_text()
+        assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"\n{report.END}\nafter\n")
+        assert text.count("| digits, 2 | frozen, cpu | 0.100 |") == 1 and "old" not in text
+    assert (tmp_path / "pair_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "| blur | 1x2 | cpu | 0.200 |" in (tmp_path / "ops_cpu.md").read_text()
+    readme.write_text("no markers\n")
+    with pytest.raises(ValueError, match="needs the line"):
+        report.main(["--results", str(tmp_path), "--readme", str(readme)])
+
+
+def test_the_readme_has_the_markers() -> None:
+    text = report.README.read_text()
+    assert text.count(report.BEGIN) == text.count(report.END) == 1
+
+
+def test_candidates_take_turns_and_each_is_first_once() -> None:
+    calls: list[str] = []
+    samples = measure.take_turns({name: lambda name=name: calls.append(name) for name in "abc"}, CPU, rounds=3)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert [len(taken) for taken in samples.values()] == [3, 3, 3]
+
+
+def test_rounds_follow_the_length_of_a_call() -> None:
+    assert [measure.rounds_for(call_s, 2.0) for call_s in (1e-6, 0.1, 1.0, 3.1)] == [100, 20, 5, 3]
+
+
+def test_a_sample_sees_time_and_fresh_memory() -> None:
+    taken = measure.sample(lambda: torch.ones(2**23), CPU)  # 32 MiB
+    assert taken.wall_s > 0 and taken.user_s + taken.system_s > 0
+    summary = measure.summary([measure.Sample(float(wall_s), 1.0, 0.5, 3) for wall_s in (5, 1, 2, 4, 3)])
+    assert (summary["median_s"], summary["p20_s"], summary["p80_s"], summary["rounds"]) == (3, 2, 4, 5)
+
+
+def test_the_replayed_timer_gives_the_measured_times() -> None:
+    timer = Replay()
+    timer.load([0.25, 0.5])
+    assert [-timer() + timer() for _ in range(2)] == [0.25, 0.5]
+
+
+def test_ceilings_are_rates() -> None:
+    found = measure.ceilings(CPU, sides=(64,))
+    assert found["matrix_gflops"] > 0 and found["copy_gbps"] > 0
+
+
+def test_a_result_file_holds_what_ran_after_every_row(tmp_path: Path) -> None:
+    file = ResultsFile("pair", "How long?", CEILINGS, tmp_path)
+    file.add(pair_row(PLAIN, 1.0))
+    file.refuse("blur", "red\nmore")
+    kept = json.loads(file.path.read_text())
+    assert kept["results"][0]["candidate"] == PLAIN and kept["refused"][0]["what"] == "blur"
+    assert {"device", "torch", "commit", "threads", "date"} <= set(kept["environment"])
+    assert "No figure for blur: red\n" in report.table(kept)
+
+
+@pytest.mark.parametrize("body", ["assert False", "raise ImportError"])
+def test_a_red_test_is_seen(body: str, tmp_path: Path) -> None:
+    red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
+    red.write_text(f"def test_it():\n    {body}\n")
+    green.write_text("def test_it():\n    pass\n")
+    assert gate.why_red(str(green)) is None
+    reason = gate.why_red(str(green), str(red))
+    assert reason is not None and "exit code 1" in reason and "test_it" in reason
+    assert "exit code" in (gate.why_red(str(tmp_path / "test_missing.py")) or "")
+
+
+def test_an_op_with_red_tests_gets_no_figure_and_the_run_fails(tmp_path: Path) -> None:
+    (tmp_path / "test_red.py").write_text("def test_it():\n    assert False\n")
+    program = (
+        "import dataclasses, sys, pytest\n"
+        "from benchmarks import ops\n"
+        "case = next(case for case in ops.CASES if case.op == 'philox_normal')\n"
+        f"ops.CASES = (dataclasses.replace(case, tests={str(tmp_path / 'test_red.py')!r}),)\n"
+        f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}]\n"
+        "sys.exit(pytest.main([*arguments, 'benchmarks/bench_ops.py']))"
+    )
+    done = run_python(program)
+    assert done.returncode == 1 and "No figure for philox_normal" in done.stdout, done.stdout + done.stderr
+    (path,) = tmp_path.glob("ops_*.json")
+    kept = json.loads(path.read_text())
+    assert kept["results"] == [] and "test_red.py" in kept["refused"][0]["reason"]
+
+
+def test_what_fails_while_it_is_measured_is_refused_and_not_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "test_green.py").write_text("def test_it():\n    pass\n")
+    program = (
+        "import sys, pytest\n"
+        "from benchmarks import pair\n"
+        f"pair.TESTS = ({str(tmp_path / 'test_green.py')!r},)\n"
+        "def measure_pair(*_, **__):\n"
+        "    print('tried')\n"
+        "    raise ValueError('the gradients differ')\n"
+        "pair.measure_pair = measure_pair\n"
+        f"arguments = ['-q', '-s', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}, '--case', 'digits:1']\n"
+        "sys.exit(pytest.main([*arguments, 'benchmarks/bench_pair.py']))"
+    )
+    done = run_python(program)
+    assert done.returncode == 1 and done.stdout.count("tried") == 1, done.stdout + done.stderr
+    (path,) = tmp_path.glob("pair_*.json")
+    (refused,) = json.loads(path.read_text())["refused"]
+    assert refused == {"what": "digits, N = 1", "reason": "ValueError: the gradients differ"}
+
+
+def test_every_case_names_an_op_and_a_file_of_tests_that_exist() -> None:
+    for case in ops.CASES:
+        assert case.op in OP_BACKENDS and (gate.REPOSITORY / case.tests).is_file()
+    assert len({case.name for case in ops.CASES}) == len(ops.CASES)
+    with pytest.raises(ValueError, match="blur has no case; there are depthwise_swish"):
+        ops.cases_of(["blur"])
+
+
+def test_the_pair_is_measured_with_all_that_a_row_promises() -> None:
+    ballast = torch.ones(2**27)  # 512 MiB that are no part of another process's memory
+    rows = measure_pair("digits", 2, [PLAIN, "frozen, reference"], CPU, rounds=1)
+    plain, frozen = rows[PLAIN], rows["frozen, reference"]
+    assert plain["backend"] == "plain modules" and frozen["backend"] == "reference"
+    assert plain["flops"] > frozen["flops"] > 0 and plain["rounds"] == 1
+    assert plain["memory_before_mib"] < plain["peak_memory_mib"] < measure.peak_memory_mib(CPU)
+    del ballast
+    assert len(report.derived(content(plain, frozen))) == 2
