@@ -17,13 +17,19 @@ from benchmarks.measure import summary, take_turns
 from vaebm_fast.noise import Stream, draw_tensor, seed_tensor
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
+from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
+from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_backward
 from vaebm_fast.ops.philox_normal import philox_normal
+from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
+from vaebm_fast.ops.pointwise import pack_pointwise, pointwise, pointwise_backward
+from vaebm_fast.ops.power_iteration import power_iteration
+from vaebm_fast.ops.se_gate_residual import se_gate_residual, se_gate_residual_backward
 
 
 class Run(Protocol):
     """The op on tensors that are there already."""
 
-    def __call__(self, *, backend: Any) -> Tensor: ...
+    def __call__(self, *, backend: Any) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,129 @@ def _philox_normal(N: int, D: int) -> list[Case]:
     return [Case("philox_normal", f"{N}x{D}", 4 * N * D, 0, make, "tests/test_noise.py")]
 
 
+def _normal(device: torch.device, *size: int) -> Tensor:
+    tensor = torch.randn(size, device=device)
+    return tensor.to(memory_format=torch.channels_last) if len(size) == 4 else tensor
+
+
+def _pointwise(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False) -> list[Case]:
+    """Forward with bias and backward; with `swish` the input is activated, and read once more backward."""
+    x, y, weight = 4 * N * Cin * H * H, 4 * N * Cout * H * H, 4 * Cin * Cout
+
+    def tensors(device: torch.device) -> tuple[Tensor, dict[str, Any], Tensor]:
+        w = _normal(device, Cout, Cin) / Cin**0.5
+        packed = {name: pack_pointwise(w, name) for name in backends_of("pointwise", device)}  # type: ignore[arg-type]
+        return _normal(device, N, Cin, H, H), packed, _normal(device, N, Cout, H, H)
+
+    def forward(device: torch.device) -> Run:
+        given, packed, _ = tensors(device)
+        bias = _normal(device, Cout)
+        return lambda *, backend: pointwise(given, packed[backend], bias, swish=swish, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        given, packed, dy = tensors(device)
+        activated = given if swish else None
+        return lambda *, backend: pointwise_backward(dy, packed[backend], activated, backend=backend)
+
+    shape = f"{N}x{Cin}x{H}x{H} to {Cout}{', swish' if swish else ''}"
+    flops, tests = 2 * N * H * H * Cin * Cout, "tests/test_pointwise.py"
+    return [
+        Case("pointwise", shape, x + y + weight, flops, forward, tests),
+        Case("pointwise_backward", shape, (2 if swish else 1) * x + y + weight, flops, backward, tests),
+    ]
+
+
+def _energy_epilogue(N: int, C: int, H: int) -> list[Case]:
+    """With a skip, each way."""
+
+    def forward(device: torch.device) -> Run:
+        y, skip = (_normal(device, N, C, H, H) for _ in range(2))
+        return lambda *, backend: energy_epilogue(y, skip, 0.9, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        du, y, skip = (_normal(device, N, C, H, H) for _ in range(3))
+        return lambda *, backend: energy_epilogue_backward(du, y, skip, 0.9, backend=backend)
+
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_energy_epilogue.py"
+    return [
+        Case("energy_epilogue", shape, 3 * size, 0, forward, tests),
+        Case("energy_epilogue_backward", shape, 4 * size, 0, backward, tests),
+    ]
+
+
+def _se_gate_residual(N: int, C: int, H: int) -> list[Case]:
+    """Forward s is read for its mean too; backward dy and s for the gate's gradient, then dy again."""
+    hidden = max(C // 16, 4)
+
+    def weights(device: torch.device) -> list[Tensor]:
+        return [_normal(device, *size) for size in ((hidden, C), (hidden,), (C, hidden), (C,))]
+
+    def forward(device: torch.device) -> Run:
+        s, skip = (_normal(device, N, C, H, H) for _ in range(2))
+        given = weights(device)
+        return lambda *, backend: se_gate_residual(s, skip, *given, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        dy, s = (_normal(device, N, C, H, H) for _ in range(2))
+        inner, gate = _normal(device, N, hidden).relu(), _normal(device, N, C).sigmoid()
+        first, _, second, _ = weights(device)
+        return lambda *, backend: se_gate_residual_backward(dy, s, inner, gate, first, second, backend=backend)
+
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_se_gate_residual.py"
+    return [
+        Case("se_gate_residual", shape, 4 * size, 0, forward, tests),
+        Case("se_gate_residual_backward", shape, 4 * size, 0, backward, tests),
+    ]
+
+
+def _heads(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
+    """Latents, or pixels, with log p each way."""
+
+    def forward(device: torch.device) -> Run:
+        raw, eps = _normal(device, N, 2 * L, H, H), _normal(device, N, L, H, H)
+        if pixels:
+            return lambda *, backend: pixel_head(raw, eps, with_log_p=True, backend=backend)
+        return lambda *, backend: gaussian_latent(raw, eps, 1.0, with_log_p=True, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        raw, eps, dz = (_normal(device, N, channels, H, H) for channels in (2 * L, L, L))
+        dlog_p = _normal(device, N)
+        if pixels:
+            return lambda *, backend: pixel_head_backward(dz, dlog_p, raw, eps, backend=backend)
+        return lambda *, backend: gaussian_latent_backward(dz, dlog_p, raw, eps, 1.0, backend=backend)
+
+    op = "pixel_head" if pixels else "gaussian_latent"
+    shape, size, tests = f"{N}x{L}x{H}x{H}", 4 * N * L * H * H, f"tests/test_{op}.py"
+    return [
+        Case(op, shape, 4 * size, 0, forward, tests),
+        Case(f"{op}_backward", shape, 7 * size, 0, backward, tests),
+    ]
+
+
+def _power_iteration(B: int, M: int, K: int, iterations: int = 4) -> list[Case]:
+    """A training step's iterations on convolutions of one shape; each reads W from a cache at best."""
+
+    def make(device: torch.device) -> Run:
+        weight, u, v = _normal(device, B, M, K), _normal(device, B, M), _normal(device, B, K)
+        return lambda *, backend: power_iteration(weight, u, v, iterations=iterations, eps=1e-3, backend=backend)
+
+    flops, tests = 4 * B * M * K * iterations, "tests/test_power_iteration.py"
+    return [Case("power_iteration", f"{B}x{M}x{K}, {iterations} times", 4 * B * M * K, flops, make, tests)]
+
+
 CASES: tuple[Case, ...] = (
+    *_pointwise(1, 64, 384, 128),  # celeba_256: expand and project of its highest latents, of its lowest
+    *_pointwise(1, 384, 64, 128, swish=True),
+    *_pointwise(1, 1024, 6144, 8),
+    *_pointwise(1, 6144, 1024, 8, swish=True),
+    *_pointwise(4, 192, 1152, 16),  # celeba_64
+    *_pointwise(4, 1152, 192, 16, swish=True),
+    *_energy_epilogue(1, 64, 256),  # celeba_256
+    *_se_gate_residual(1, 64, 128),
+    *_se_gate_residual(1, 512, 16),
+    *_heads(1, 20, 128),
+    *_heads(1, 3, 256, pixels=True),
+    *_power_iteration(48, 512, 512),
     *_depthwise(1, 384, 128),  # celeba_256, highest resolution of its latents
     *_depthwise(1, 768, 64),
     *_depthwise(1, 3072, 16),
