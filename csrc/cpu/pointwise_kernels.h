@@ -31,35 +31,25 @@ void pack_rows(const Product& product, int64_t top, int64_t rows, int64_t begin,
   }
 }
 
-// Rows [m, m + rows) of panels [panel, panel + kPanels): the sum over channels [begin, begin + depth), with the bias if
-// these are the first, else added to what is there.
+// sum[r][v] of kRows packed rows and kPanels panels over `depth` channels. Nothing else, so that all sums stay in
+// registers.
 template <int kPanels>
-__attribute__((noinline)) void multiply(const Product& product, int64_t m, int rows, int64_t panel, int64_t begin,
-                                        int64_t depth, const float* scratch) {
+__attribute__((noinline)) void multiply(const float* packed, int64_t stride, const float* weight, int64_t panel_stride,
+                                        int64_t depth, Vec* sums) {
   constexpr int kVectors = kPanels * kPanelVectors;
-  const int64_t K = product.K, N = product.N, stride = scratch_stride(depth), first = panel * kPanel;
-  const float* weight = product.weight + (panel * K + begin) * kPanel;
   Vec sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec w[kVectors];
     VF_UNROLL_FULLY for (int v = 0; v < kVectors; ++v) {
-      w[v] = load(weight + v / kPanelVectors * K * kPanel + k * kPanel + v % kPanelVectors * kLanes, kLanes);
+      w[v] = load(weight + v / kPanelVectors * panel_stride + k * kPanel + v % kPanelVectors * kLanes, kLanes);
     }
     VF_UNROLL_FULLY for (int r = 0; r < kRows; ++r) {
-      const Vec x = broadcast(scratch[r * stride + k]);
+      const Vec x = broadcast(packed[r * stride + k]);
       VF_UNROLL_FULLY for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(x, w[v], sum[r][v]);
     }
   }
   VF_UNROLL_FULLY for (int r = 0; r < kRows; ++r) {
-    if (r >= rows) break;
-    float* y = product.y + (m + r) * N + first;
-    VF_UNROLL_FULLY for (int v = 0; v < kVectors; ++v) {
-      const int64_t n = v * kLanes;
-      const int lanes = lanes_at(first + n, N);
-      if (begin > 0) sum[r][v] += load(y + n, lanes);
-      if (begin == 0 && product.bias != nullptr) sum[r][v] += load(product.bias + first + n, lanes);
-      store(y + n, sum[r][v], lanes);
-    }
+    VF_UNROLL_FULLY for (int v = 0; v < kVectors; ++v) sums[r * kVectors + v] = sum[r][v];
   }
 }
 
@@ -72,24 +62,24 @@ VF_INLINE void prefetch(const float* rows, int64_t stride, int count, int64_t fl
   }
 }
 
-// What follows the sum, on rows that were just written and are in the L1 cache.
-inline void finish(const Product& product, int64_t m, int rows, int64_t panel, int panels) {
+// Rows [m, m + rows) of `panels` panels: the sums over one depth, with what precedes the first and follows the last.
+inline void finish(const Product& product, int64_t m, int rows, int64_t panel, int panels, bool is_first, bool is_last,
+                   const Vec* sums) {
   const int64_t N = product.N, begin = panel * kPanel, end = std::min(N, begin + panels * kPanel);
-  for (int64_t row = m; row < m + rows; ++row) {
-    float* y = product.y + row * N;
-    if (product.residual != nullptr) {
-      const float* residual = product.residual + row * N;
-      for (int64_t n = begin; n < end; n += kLanes) {
-        const int lanes = lanes_at(n, end);
-        store(y + n, load(y + n, lanes) + load(residual + n, lanes), lanes);
-      }
-    }
-    if (product.slope_of != nullptr) {
-      const float* slope_of = product.slope_of + row * N;
-      for (int64_t n = begin; n < end; n += kLanes) {
-        const int lanes = lanes_at(n, end);
-        store(y + n, load(y + n, lanes) * swish_slope(load(slope_of + n, lanes)), lanes);
-      }
+  const float* bias = is_first ? product.bias : nullptr;
+  const float* residual = is_last ? product.residual : nullptr;
+  const float* slope_of = is_last ? product.slope_of : nullptr;
+  for (int r = 0; r < rows; ++r) {
+    const Vec* sum = sums + r * panels * kPanelVectors;
+    for (int64_t n = begin; n < end; n += kLanes) {
+      const int64_t at = (m + r) * N + n;
+      const int lanes = lanes_at(n, end);
+      Vec value = *sum++;
+      if (!is_first) value += load(product.y + at, lanes);
+      if (bias != nullptr) value += load(bias + n, lanes);
+      if (residual != nullptr) value += load(residual + at, lanes);
+      if (slope_of != nullptr) value *= swish_slope(load(slope_of + at, lanes));
+      store(product.y + at, value, lanes);
     }
   }
 }
@@ -101,28 +91,30 @@ VF_INLINE int panels_of(int64_t left) {
 }
 
 inline void run_tile(const Product& product, const Tile& tile, float* scratch) {
-  const int64_t K = product.K;
+  const int64_t K = product.K, N = product.N;
+  alignas(64) Vec sums[kRows * kMostPanels * kPanelVectors];
   int64_t begin = 0;
   do {  // once for K = 0 too, where the bias alone is left
-    const int64_t depth = std::min(kTileDepth, K - begin);
+    const int64_t depth = std::min(kTileDepth, K - begin), stride = scratch_stride(depth);
+    const bool is_first = begin == 0, is_last = begin + depth == K;
     (product.swish ? pack_rows<true> : pack_rows<false>)(product, tile.top, tile.bottom - tile.top, begin, depth,
                                                          scratch);
     for (int64_t panel = tile.left; panel < tile.right;) {
       const int panels = panels_of(tile.right - panel);
+      const float* weight = product.weight + (panel * K + begin) * kPanel;
       for (int64_t m = tile.top; m < tile.bottom; m += kRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, tile.bottom - m));
-        const float* packed = scratch + (m - tile.top) * scratch_stride(depth);
-        const int64_t at = m * product.N + panel * kPanel, floats = panels * kPanel;
-        const bool is_last = begin + depth == K;
-        prefetch<true>(product.y + at, product.N, rows, floats);
-        if (is_last && product.residual != nullptr) prefetch<false>(product.residual + at, product.N, rows, floats);
-        if (is_last && product.slope_of != nullptr) prefetch<false>(product.slope_of + at, product.N, rows, floats);
-        if (panels == 1) multiply<1>(product, m, rows, panel, begin, depth, packed);
+        const float* packed = scratch + (m - tile.top) * stride;
+        const int64_t at = m * N + panel * kPanel, floats = panels * kPanel;
+        prefetch<true>(product.y + at, N, rows, floats);
+        if (is_last && product.residual != nullptr) prefetch<false>(product.residual + at, N, rows, floats);
+        if (is_last && product.slope_of != nullptr) prefetch<false>(product.slope_of + at, N, rows, floats);
+        if (panels == 1) multiply<1>(packed, stride, weight, K * kPanel, depth, sums);
         if constexpr (kMostPanels == 3) {
-          if (panels == 2) multiply<2>(product, m, rows, panel, begin, depth, packed);
-          if (panels == 3) multiply<3>(product, m, rows, panel, begin, depth, packed);
+          if (panels == 2) multiply<2>(packed, stride, weight, K * kPanel, depth, sums);
+          if (panels == 3) multiply<3>(packed, stride, weight, K * kPanel, depth, sums);
         }
-        if (is_last) finish(product, m, rows, panel, panels);
+        finish(product, m, rows, panel, panels, is_first, is_last, sums);
       }
       panel += panels;
     }

@@ -10,7 +10,7 @@ typedef int32_t IntVec __attribute__((vector_size(4 * VF_LANES)));
 constexpr int kLanes = VF_LANES;
 
 VF_INLINE Vec fma(Vec a, Vec b, Vec c) { return VF_FMA(a, b, c); }
-VF_INLINE Vec broadcast(float a) { return Vec{} + a; }
+VF_INLINE Vec broadcast(float a) { return a - Vec{}; }  // a + 0 would be an addition: it turns -0 into 0
 
 // The first `lanes` floats at `from`, zeros behind them.
 VF_INLINE Vec load(const float* from, int lanes) {
