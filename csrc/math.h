@@ -14,7 +14,9 @@
 #define VF_UNROLL _Pragma("unroll")
 #else
 #define VF_HD inline __attribute__((always_inline))
+#ifndef VF_UNROLL
 #define VF_UNROLL _Pragma("GCC unroll 16")
+#endif
 #endif
 
 namespace vf {
