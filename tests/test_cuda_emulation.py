@@ -1,4 +1,4 @@
-"""The emulation that the CUDA kernels are tested with: it computes what a GPU does, and it finds what it is there for."""
+"""The emulation that the CUDA kernels are tested with: it computes as a GPU does, and it finds what it is for."""
 
 from __future__ import annotations
 

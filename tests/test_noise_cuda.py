@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+
 import numpy as np
 import philox_numpy
 import pytest

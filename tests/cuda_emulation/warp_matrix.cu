@@ -29,8 +29,8 @@ __global__ void warp_matrix_kernel(const uint16_t* a, const uint16_t* b, int K, 
   for (int i = 0; i < 4; ++i) c[(matrix * 16 + lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = sum.v[i];
 }
 
-// out [blocks, 4]: of the last warp of each block its sum by xor, its sum by down and its lane 5's value; the block's sum
-// through shared memory.
+// out [blocks, 4]: of the last warp of each block its sum by xor, its sum by down and its lane 5's value; the block's
+// sum through shared memory.
 __global__ void warp_sums_kernel(const float* values, float* out) {
   using Sums = float[8];
   VF_SHARED(Sums, sums);

@@ -20,9 +20,10 @@ from vaebm_fast.frozen.units import pixel_head
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.vaebm import VAEBM
 from vaebm_fast.ops._backend import BACKENDS, Backend, choose
+from vaebm_fast.ops.depthwise_swish import DTYPES as COMPILED_DTYPES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-PAIR_BACKENDS = ("reference", "cpu")  # what is not compiled yet runs as the reference does
+PAIR_BACKENDS = ("reference", "cpu", "cuda")  # what is not compiled yet runs as the reference does
 
 
 def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
@@ -162,11 +163,13 @@ def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backe
             f"A frozen pair has no {backend!r} implementation; it has {', '.join(PAIR_BACKENDS)}, and backend='auto' "
             "takes the best of these."
         )
-    if backend == "cpu" and dtype != torch.float32:
-        raise ValueError(f"A frozen pair with backend='cpu' is float32, not {dtype}; ask for backend='reference'.")
-    if backend == "auto" and dtype != torch.float32:
-        return "reference"
-    return cast(Backend, choose("depthwise_swish", device, backend))
+    chosen = choose("depthwise_swish", device, backend)
+    if chosen != "reference" and dtype not in COMPILED_DTYPES[chosen]:
+        if backend == "auto":
+            return "reference"
+        names = " or ".join(map(str, COMPILED_DTYPES[chosen]))
+        raise ValueError(f"A frozen pair with backend={chosen!r} is {names}, not {dtype}; ask for backend='reference'.")
+    return cast(Backend, chosen)
 
 
 def _require_foldable(model: VAEBM) -> torch.device:
