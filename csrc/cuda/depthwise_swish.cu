@@ -10,8 +10,8 @@
 // a row is added, the next is on its way from memory.
 //
 // Bytes: source read 1.25 (1 + (K - 1) / rows) times for K = 5, from L2 beyond the first; target written once; backward
-// h read once. FLOP: 2 K^2 per output, 2 ((K + 1) / 2)^2 per upsampled pixel. Special functions: 2 per source
-// element that is read, backward 2 per output. Shared memory: two steps of rows in fp32, 2.5 to 20 KB.
+// h read once. FLOP: 2 K^2 per output, 2 ((K + 1) / 2)^2 per upsampled pixel. Special functions: 2 per source element
+// that is read, backward 2 per output. Shared memory: two steps of rows in fp32, 2.5 to 20 KB.
 // An output is summed in the same order whatever the tile, so its bits do not depend on the batch.
 #include <cstdint>
 
