@@ -42,15 +42,15 @@ struct Arguments {
   const T* slope_of;  // null forward
   T* target;
   int C, H, W, cell_rows, cell_columns;
-  bool whole;                                      // rows of channels are whole words, and aligned
   int rows, tiles_deep, tiles_across, tiles_down;  // of a band; of an image
 };
 
 // Where a thread works.
 struct Place {
   int64_t n;
-  int top, bottom, left;       // the block's band and strip, in cells
-  int channel, channels_left;  // the thread's word; channels from there on, none where it sticks out
+  int top, bottom, left;  // the block's band and strip, in cells
+  int channel;            // the first of the thread's word
+  bool has_channel;       // or it has nothing to read and write
   int lane, warp, group, phase;
 };
 
@@ -63,7 +63,7 @@ __device__ Place find_place(const Arguments<T>& a) {
   at.phase = at.warp / Strip<Win>::kGroups;
   int index = static_cast<int>(blockIdx.x);
   at.channel = (index % a.tiles_deep * 32 + at.lane) * kPerWord<T>;
-  at.channels_left = a.C - at.channel;
+  at.has_channel = at.channel < a.C;
   index /= a.tiles_deep;
   at.left = index % a.tiles_across * Strip<Win>::kWidth;
   index /= a.tiles_across;
@@ -71,11 +71,6 @@ __device__ Place find_place(const Arguments<T>& a) {
   at.bottom = min(at.top + a.rows, a.cell_rows);
   at.n = index / a.tiles_down;
   return at;
-}
-
-template <class T>
-__device__ Values<T> values_at(const Arguments<T>& a, const T* from, const Place& at) {
-  return to_values(load_word(from, at.channels_left, a.whole));
 }
 
 template <class T, class Win>
@@ -96,9 +91,11 @@ struct Taps {
  private:
   __device__ static Values<T> sum(Range rows, Range columns, const Arguments<T>& a, const Place& at) {
     Values<T> tap{};
+    VF_ROLL
     for (int y = rows.begin; y < rows.end; ++y) {
       for (int x = columns.begin; x < columns.end; ++x) {
-        const Values<T> entry = values_at(a, a.weight + (int64_t{y} * Win::kK + x) * a.C + at.channel, at);
+        const T* from = a.weight + (int64_t{y} * Win::kK + x) * a.C + at.channel;
+        const Values<T> entry = to_values(load_word(from, at.has_channel));
         VF_UNROLL
         for (int c = 0; c < kPerWord<T>; ++c) tap.v[c] += entry.v[c];
       }
@@ -107,29 +104,37 @@ struct Taps {
   }
 };
 
-// One step down: as many source rows as a cell is high. fetch() reads the thread's share of them into registers, put()
-// activates it into shared memory.
+// The way down the source, in steps of as many rows as a cell is high. fetch() reads the thread's share of the next step
+// into registers, put() activates it into shared memory.
 template <class T, class Win>
-struct Step {
+struct Rows {
   static constexpr int kFetches = Strip<Win>::kFetches;
-  using Rows = Values<T>[Win::kStride][Strip<Win>::kColumns][32];
+  using Shared = Values<T>[Win::kStride][Strip<Win>::kColumns][32];
+
+  int y, x;       // of the next row to fetch, and of the thread's first column
+  const T* from;  // that pixel; it may lie outside the image
   Word<T> words[Win::kStride][kFetches];
 
-  __device__ void fetch(const Arguments<T>& a, const Place& at, int step) {
-    const int x = Win::kStride * at.left - Win::kOrigin + at.warp;
+  __device__ Rows(const Arguments<T>& a, const Place& at)
+      : y(Win::kStride * at.top - Win::kOrigin),
+        x(Win::kStride * at.left - Win::kOrigin + at.warp),
+        from(a.source + ((at.n * a.H + y) * a.W + x) * a.C + at.channel) {}
+
+  __device__ void fetch(const Arguments<T>& a, const Place& at) {
     VF_UNROLL
     for (int r = 0; r < Win::kStride; ++r) {
-      const int y = Win::kStride * (at.top + step) - Win::kOrigin + r;
-      const T* from = a.source + ((at.n * a.H + y) * a.W + x) * a.C + at.channel;
+      const bool exists = 0 <= y && y < a.H && at.has_channel;
       VF_UNROLL
       for (int i = 0; i < kFetches; ++i) {
-        const bool inside = 0 <= y && y < a.H && 0 <= x + i * kWarps && x + i * kWarps < a.W;
-        words[r][i] = load_word(from + int64_t{i * kWarps} * a.C, inside ? at.channels_left : 0, a.whole);
+        const bool inside = 0 <= x + i * kWarps && x + i * kWarps < a.W;
+        words[r][i] = load_word(from + int64_t{i * kWarps} * a.C, exists && inside);
       }
+      ++y;
+      from += int64_t{a.W} * a.C;
     }
   }
 
-  __device__ void put(const Place& at, Rows& rows) const {
+  __device__ void put(const Place& at, Shared& shared) const {
     VF_UNROLL
     for (int r = 0; r < Win::kStride; ++r) {
       VF_UNROLL
@@ -141,7 +146,7 @@ struct Step {
           VF_UNROLL
           for (int c = 0; c < kPerWord<T>; ++c) values.v[c] = swish(values.v[c]);  // swish(0) = 0 outside the image
         }
-        rows[r][column][at.lane] = values;
+        shared[r][column][at.lane] = values;
       }
     }
   }
@@ -162,7 +167,7 @@ struct Sums {
   }
 
   // The step that starts `slot`: f steps ago another began, which is now at its taps kStride f and on.
-  __device__ void add(int slot, const typename Step<T, Win>::Rows& rows, const Taps<T, Win>& taps, const Place& at) {
+  __device__ void add(int slot, const typename Rows<T, Win>::Shared& rows, const Taps<T, Win>& taps, const Place& at) {
     VF_UNROLL
     for (int r = 0; r < Win::kStride; ++r) {
       VF_UNROLL
@@ -192,31 +197,36 @@ struct Sums {
   }
 };
 
-// The output pixels of one row that a thread completes in a step.
+// The way down the output: each step completes one row of cells, which counts from `top` to before `bottom`.
 template <class T, class Win>
 struct Output {
-  int64_t first;  // element
-  int count;      // of cells that exist, from the left; none where it is 0 or less
-  Word<T> slope_of[Strip<Win>::kCells];
+  static constexpr int kCells = Strip<Win>::kCells;
 
-  __device__ Output(const Arguments<T>& a, const Place& at, int step) {
-    const int row = at.top + step - (Win::kInFlight - 1) - at.phase * Win::kShift;
-    const int left = at.left + at.group * Strip<Win>::kCells;
+  int row, count;  // count: of the thread's cells that exist, from the left; none where it is 0 or less
+  int64_t first;   // the element where they begin, in that row
+  Word<T> slope_of[kCells];
+
+  __device__ Output(const Arguments<T>& a, const Place& at)
+      : row(at.top - (Win::kInFlight - 1) - at.phase * Win::kShift) {
+    const int left = at.left + at.group * kCells;
     const int64_t y = (at.n * a.cell_rows + row) * Win::kPhases + at.phase;
+    count = at.has_channel ? a.cell_columns - left : 0;
     first = (y * a.cell_columns + left) * Win::kPhases * a.C + at.channel;
-    count = row < at.top || row >= at.bottom ? 0 : a.cell_columns - left;
+  }
+
+  __device__ bool has(int cell, const Place& at) const { return at.top <= row && row < at.bottom && cell < count; }
+
+  // Backward the inputs whose slopes write() needs, early, for they take a while to come.
+  __device__ void fetch(const Arguments<T>& a, const Place& at) {
     if (!Win::kForward) {
       VF_UNROLL
-      for (int t = 0; t < Strip<Win>::kCells; ++t) {
-        slope_of[t] = load_word(a.slope_of + first + int64_t{t} * a.C, t < count ? at.channels_left : 0, a.whole);
-      }
+      for (int t = 0; t < kCells; ++t) slope_of[t] = load_word(a.slope_of + first + int64_t{t} * a.C, has(t, at));
     }
   }
 
-  __device__ void write(const Arguments<T>& a, const Place& at,
-                        const Values<T> (&sums)[Win::kPhases][Strip<Win>::kCells]) {
+  __device__ void write(const Arguments<T>& a, const Place& at, const Values<T> (&sums)[Win::kPhases][kCells]) {
     VF_UNROLL
-    for (int t = 0; t < Strip<Win>::kCells; ++t) {
+    for (int t = 0; t < kCells; ++t) {
       VF_UNROLL
       for (int p = 0; p < Win::kPhases; ++p) {
         Values<T> values = sums[p][t];
@@ -225,24 +235,26 @@ struct Output {
           VF_UNROLL
           for (int c = 0; c < kPerWord<T>; ++c) values.v[c] *= swish_slope(h.v[c]);
         }
-        T* to = a.target + first + int64_t{t * Win::kPhases + p} * a.C;
-        store_word(to_word(values), to, t < count ? at.channels_left : 0, a.whole);
+        if (has(t, at)) store_word(to_word(values), a.target + first + int64_t{t * Win::kPhases + p} * a.C);
       }
     }
+    ++row;
+    first += int64_t{Win::kPhases * Win::kPhases} * a.cell_columns * a.C;
   }
 };
 
 template <class T, class Win>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) depthwise_swish_kernel(const Arguments<T> a) {
-  using Buffers = typename Step<T, Win>::Rows[2];
+  using Buffers = typename Rows<T, Win>::Shared[2];
   VF_SHARED(Buffers, buffers);
   const Place at = find_place<Win>(a);
   const Taps<T, Win> taps(a, at);
-  const Values<T> bias = Win::kForward ? values_at(a, a.bias + at.channel, at) : Values<T>{};
+  const Values<T> bias = to_values(load_word(a.bias + at.channel, Win::kForward && at.has_channel));
   Sums<T, Win> sums;
-  Step<T, Win> next;
-  next.fetch(a, at, 0);
-  next.put(at, buffers[0]);
+  Output<T, Win> output(a, at);
+  Rows<T, Win> rows(a, at);
+  rows.fetch(a, at);
+  rows.put(at, buffers[0]);
   const int steps = at.bottom - at.top + Win::kInFlight - 1 + Win::kShift;
   for (int first = 0;; first += Win::kInFlight) {
     VF_UNROLL
@@ -250,18 +262,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) depthwise_swish_kernel
       const int step = first + slot;
       if (step == steps) return;
       const bool more = step + 1 < steps;
-      if (more) next.fetch(a, at, step + 1);
-      Output<T, Win> output(a, at, step);
+      if (more) rows.fetch(a, at);
+      output.fetch(a, at);
       __syncthreads();  // this step's rows are in their buffer, and nobody reads the other one any more
       sums.start(slot, bias);
       sums.add(slot, buffers[step % 2], taps, at);
-      if (more) next.put(at, buffers[(step + 1) % 2]);
+      if (more) rows.put(at, buffers[(step + 1) % 2]);
       output.write(a, at, sums.v[(slot + 1) % Win::kInFlight]);
     }
   }
 }
 
-// Any odd K, slowly: one thread per output, every tap from global memory.
+// Any odd K, and channels that are not whole words, slowly: one thread per output, every tap from global memory.
 template <class T, bool kForward>
 __global__ void __launch_bounds__(kThreads, 8)
     depthwise_swish_any_window_kernel(const Arguments<T> a, int K, int scale, int64_t numel) {
@@ -293,11 +305,6 @@ __global__ void __launch_bounds__(kThreads, 8)
 
 int ceil_div(int a, int b) { return (a - 1) / b + 1; }  // for a, b > 0
 
-template <class... T>
-bool are_whole_words(int C, const T*... tensors) {
-  return ((C % kPerWord<T> == 0 && reinterpret_cast<uintptr_t>(tensors) % 4 == 0) && ...);
-}
-
 template <int K, Form kForm, class T>
 void launch_window(Arguments<T> a, int64_t N, cudaStream_t cuda_stream) {
   using Win = Window<K, kForm>;
@@ -326,10 +333,10 @@ void launch_depthwise_swish(const T* h, const T* weight, const T* bias, bool ups
                             int K, T* y, cudaStream_t cuda_stream) {
   if (N * H * W * C == 0) return;
   const bool whole = are_whole_words(C, h, weight, bias, y);
-  const Arguments<T> a{h, weight, bias, nullptr, y, C, H, W, H, W, whole, 0, 0, 0, 0};
-  if (K == 3) {
+  const Arguments<T> a{h, weight, bias, nullptr, y, C, H, W, H, W, 0, 0, 0, 0};
+  if (whole && K == 3) {
     upsample ? launch_window<3, Form::upsample>(a, N, cuda_stream) : launch_window<3, Form::plain>(a, N, cuda_stream);
-  } else if (K == 5) {
+  } else if (whole && K == 5) {
     upsample ? launch_window<5, Form::upsample>(a, N, cuda_stream) : launch_window<5, Form::plain>(a, N, cuda_stream);
   } else {
     launch_any_window<true>(a, N, K, upsample ? 2 : 1, cuda_stream);
@@ -342,11 +349,11 @@ void launch_depthwise_swish_backward(const T* dy, const T* h, const T* weight, b
   if (N * H * W * C == 0) return;
   const int scale = upsample ? 2 : 1;
   const bool whole = are_whole_words(C, dy, h, weight, dh);
-  const Arguments<T> a{dy, weight, nullptr, h, dh, C, scale * H, scale * W, H, W, whole, 0, 0, 0, 0};
-  if (K == 3) {
+  const Arguments<T> a{dy, weight, nullptr, h, dh, C, scale * H, scale * W, H, W, 0, 0, 0, 0};
+  if (whole && K == 3) {
     upsample ? launch_window<3, Form::upsample_backward>(a, N, cuda_stream)
              : launch_window<3, Form::plain_backward>(a, N, cuda_stream);
-  } else if (K == 5) {
+  } else if (whole && K == 5) {
     upsample ? launch_window<5, Form::upsample_backward>(a, N, cuda_stream)
              : launch_window<5, Form::plain_backward>(a, N, cuda_stream);
   } else {

@@ -14,12 +14,13 @@ struct Bf16 {
 template <class T>
 constexpr int kPerWord = 4 / sizeof(T);
 
+// The bits of a word: one register, however many elements.
 template <class T>
-struct alignas(4) Word {
-  T v[kPerWord<T>];
+struct Word {
+  uint32_t bits;
 };
 
-// The elements of a word in fp32, moved at once too.
+// Its elements in fp32, moved at once too.
 template <class T>
 struct alignas(4 * kPerWord<T>) Values {
   float v[kPerWord<T>];
@@ -28,53 +29,45 @@ struct alignas(4 * kPerWord<T>) Values {
 __device__ __forceinline__ float to_float(float a) { return a; }
 __device__ __forceinline__ float to_float(Bf16 a) { return float_of(static_cast<uint32_t>(a.bits) << 16); }
 
-template <class T>
-__device__ __forceinline__ Values<T> to_values(const Word<T>& word) {
-  Values<T> values;
-  VF_UNROLL
-  for (int c = 0; c < kPerWord<T>; ++c) values.v[c] = to_float(word.v[c]);
-  return values;
+__device__ __forceinline__ Values<float> to_values(Word<float> word) { return {{float_of(word.bits)}}; }
+__device__ __forceinline__ Values<Bf16> to_values(Word<Bf16> word) {
+  return {{float_of(word.bits << 16), float_of(word.bits & 0xffff0000u)}};
 }
 
-__device__ __forceinline__ Word<float> to_word(const Values<float>& values) { return {{values.v[0]}}; }
-
+__device__ __forceinline__ Word<float> to_word(const Values<float>& values) { return {bits_of(values.v[0])}; }
 __device__ __forceinline__ Word<Bf16> to_word(const Values<Bf16>& values) {
-  const uint32_t pair = bf16_pair(values.v[0], values.v[1]);
-  return {{{static_cast<uint16_t>(pair)}, {static_cast<uint16_t>(pair >> 16)}}};
+  return {bf16_pair(values.v[0], values.v[1])};
+}
+
+// The nearest that T holds.
+template <class T>
+__device__ T to_element(float a);
+template <>
+__device__ __forceinline__ float to_element(float a) {
+  return a;
+}
+template <>
+__device__ __forceinline__ Bf16 to_element(float a) {
+  return {static_cast<uint16_t>(bf16_pair(a, 0.0f))};
+}
+
+typedef uint32_t __attribute__((may_alias)) WordInMemory;
+
+// The word at `from`, zeros and not read unless `exists`.
+template <class T>
+__device__ __forceinline__ Word<T> load_word(const T* from, bool exists) {
+  return {exists ? *reinterpret_cast<const WordInMemory*>(from) : 0};
 }
 
 template <class T>
-__device__ __forceinline__ T to_element(float a) {
-  return to_word(Values<T>{{a}}).v[0];
+__device__ __forceinline__ void store_word(Word<T> word, T* to) {
+  *reinterpret_cast<WordInMemory*>(to) = word.bits;
 }
 
-// The word at `from`; its elements after the first `left` are zero and not read. `whole`: all words of the tensor are
-// aligned, and `left` is a multiple of a word, or below 1.
-template <class T>
-__device__ __forceinline__ Word<T> load_word(const T* from, int left, bool whole) {
-  Word<T> word{};
-  if (kPerWord<T> == 1 || whole) {
-    if (left > 0) word = *reinterpret_cast<const Word<T>*>(from);
-  } else {
-    VF_UNROLL
-    for (int c = 0; c < kPerWord<T>; ++c) {
-      if (c < left) word.v[c] = from[c];
-    }
-  }
-  return word;
-}
-
-// Its counterpart: elements after the first `left` are not written.
-template <class T>
-__device__ __forceinline__ void store_word(const Word<T>& word, T* to, int left, bool whole) {
-  if (kPerWord<T> == 1 || whole) {
-    if (left > 0) *reinterpret_cast<Word<T>*>(to) = word;
-  } else {
-    VF_UNROLL
-    for (int c = 0; c < kPerWord<T>; ++c) {
-      if (c < left) to[c] = word.v[c];
-    }
-  }
+// Whether rows of C elements are whole words, and aligned, in all these tensors.
+template <class... T>
+bool are_whole_words(int C, const T*... tensors) {
+  return ((C % kPerWord<T> == 0 && reinterpret_cast<uintptr_t>(tensors) % 4 == 0) && ...);
 }
 
 }  // namespace vf
