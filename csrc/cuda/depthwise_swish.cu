@@ -104,8 +104,8 @@ struct Taps {
   }
 };
 
-// The way down the source, in steps of as many rows as a cell is high. fetch() reads the thread's share of the next step
-// into registers, put() activates it into shared memory.
+// The way down the source, in steps of as many rows as a cell is high. fetch() reads the share of a thread of the next
+// step into registers, put() activates it into shared memory.
 template <class T, class Win>
 struct Rows {
   static constexpr int kFetches = Strip<Win>::kFetches;
