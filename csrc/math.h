@@ -12,9 +12,13 @@
 #ifdef __CUDACC__
 #define VF_HD __host__ __device__ __forceinline__
 #define VF_UNROLL _Pragma("unroll")
+#define VF_ROLL _Pragma("unroll 1")
 #else
 #define VF_HD inline __attribute__((always_inline))
+#define VF_ROLL _Pragma("GCC unroll 1")
+#ifndef VF_UNROLL
 #define VF_UNROLL _Pragma("GCC unroll 16")
+#endif
 #endif
 
 namespace vf {

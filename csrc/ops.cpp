@@ -9,7 +9,8 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def("philox_words(Tensor seeds, Tensor draw, int stream, int numel) -> Tensor");   // int32: the bits of a uint32
   m.def("philox_normal(Tensor seeds, Tensor draw, int stream, int numel) -> Tensor");  // float32
 
-  // h [N, C, H, W], weight [K, K, C], bias [C] -> [N, C, H, W], or [N, C, 2H, 2W] upsampled; channels_last float32
+  // h [N, C, H, W], weight [K, K, C], bias [C] -> [N, C, H, W], or [N, C, 2H, 2W] upsampled; channels_last
+  // float32, on CUDA bfloat16 too; all of one
   m.def("depthwise_swish(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor");
   // dy in the shape of that output -> the gradient for h
   m.def("depthwise_swish_backward(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor");

@@ -8,6 +8,7 @@
 
 #include "../checks.h"
 #include "launchers.h"
+#include "storage.h"
 
 namespace vf {
 namespace {
@@ -36,10 +37,67 @@ at::Tensor philox_normal_cuda(const at::Tensor& seeds, const at::Tensor& draw, i
   return out;
 }
 
+// Calls launch(T{}) with the type that a kernel has for this scalar type.
+template <class Launch>
+void with_storage(at::ScalarType type, const Launch& launch) {
+  type == at::kBFloat16 ? launch(Bf16{}) : launch(float{});
+}
+
+template <class T>
+const T* data(const at::Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+void check_sizes(const at::Tensor& h) {
+  for (const int64_t size : h.sizes().slice(1)) {
+    TORCH_CHECK_VALUE(size < (int64_t{1} << 30), "h is ", h.sizes(), "; the CUDA kernel takes C, H, W below 2^30.");
+  }
+}
+
+at::Tensor depthwise_swish_cuda(const at::Tensor& h, const at::Tensor& weight, const at::Tensor& bias, bool upsample) {
+  check_depthwise_arguments(h, weight, /*takes_bf16=*/true);
+  check_depthwise_bias(h, bias);
+  check_sizes(h);
+  const c10::cuda::CUDAGuard guard(h.device());
+  const int64_t N = h.size(0), C = h.size(1), H = h.size(2), W = h.size(3), scale = upsample ? 2 : 1;
+  const at::Tensor source = h.contiguous(at::MemoryFormat::ChannelsLast), packed = weight.contiguous();
+  const at::Tensor start = bias.contiguous();
+  at::Tensor y = at::empty({N, C, scale * H, scale * W}, h.options(), at::MemoryFormat::ChannelsLast);
+  with_storage(h.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    launch_depthwise_swish(data<T>(source), data<T>(packed), data<T>(start), upsample, N, H, W, C, weight.size(0),
+                           static_cast<T*>(y.mutable_data_ptr()), c10::cuda::getCurrentCUDAStream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+at::Tensor depthwise_swish_backward_cuda(const at::Tensor& dy, const at::Tensor& h, const at::Tensor& weight,
+                                         bool upsample) {
+  check_depthwise_arguments(h, weight, /*takes_bf16=*/true);
+  check_depthwise_gradient(dy, h, upsample);
+  check_sizes(h);
+  const c10::cuda::CUDAGuard guard(h.device());
+  const int64_t N = h.size(0), C = h.size(1), H = h.size(2), W = h.size(3);
+  const at::Tensor source = dy.contiguous(at::MemoryFormat::ChannelsLast), packed = weight.contiguous();
+  const at::Tensor slope_of = h.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor dh = at::empty({N, C, H, W}, h.options(), at::MemoryFormat::ChannelsLast);
+  with_storage(h.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    launch_depthwise_swish_backward(data<T>(source), data<T>(slope_of), data<T>(packed), upsample, N, H, W, C,
+                                    weight.size(0), static_cast<T*>(dh.mutable_data_ptr()),
+                                    c10::cuda::getCurrentCUDAStream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return dh;
+}
+
 }  // namespace
 }  // namespace vf
 
 TORCH_LIBRARY_IMPL(vaebm_fast, CUDA, m) {
   m.impl("philox_words", &vf::philox_words_cuda);
   m.impl("philox_normal", &vf::philox_normal_cuda);
+  m.impl("depthwise_swish", &vf::depthwise_swish_cuda);
+  m.impl("depthwise_swish_backward", &vf::depthwise_swish_backward_cuda);
 }

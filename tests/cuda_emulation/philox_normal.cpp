@@ -1,4 +1,7 @@
 // csrc/cuda/philox_normal.cu on the CPU, for tests/test_noise_cuda.py.
+#define VF_THREADS_NEVER_WAIT
+#include "cuda_emulation.h"
+//
 #include "../../csrc/cuda/philox_normal.cu"
 
 extern "C" void philox_words(const int64_t* seeds, const int64_t* draw, uint32_t stream, int64_t N, int64_t numel,

@@ -25,8 +25,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "philox_words": ("reference", "cpu", "cuda"),
         "philox_normal": ("reference", "cpu", "cuda"),
-        "depthwise_swish": ("reference", "cpu"),
-        "depthwise_swish_backward": ("reference", "cpu"),
+        "depthwise_swish": ("reference", "cpu", "cuda"),
+        "depthwise_swish_backward": ("reference", "cpu", "cuda"),
         "pointwise": ("reference", "cpu"),
         "pointwise_backward": ("reference", "cpu"),
         "power_iteration": ("reference", "cpu"),

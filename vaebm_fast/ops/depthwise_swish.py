@@ -13,6 +13,9 @@ from torch import Tensor
 from vaebm_fast import _extension, reference
 from vaebm_fast.ops._backend import Backend, choose
 
+# What the compiled backends store tensors in; all compute in float32. The reference takes every floating dtype.
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
+
 
 def pack_depthwise(weight: Tensor) -> Tensor:
     """The weight [C, 1, K, K] of a depthwise `Conv2d` as the contiguous [K, K, C] that the ops below take; a copy.
@@ -32,8 +35,8 @@ def depthwise_swish(
     s is zero outside the image. With `upsample`, s is first enlarged to [N, C, 2H, 2W], every pixel to 2x2 equal ones.
     h: [N, C, H, W], best in channels_last (others are copied into it). weight: [K, K, C], K odd, of `pack_depthwise`.
     bias: [C]. Returns [N, C, H, W], or [N, C, 2H, 2W] with `upsample`, channels_last.
-    All of one floating dtype; the compiled backends compute in float32 only.
-    Moves 4 bytes per element of h and of y; 2 K^2 FLOP per element of y, with `upsample` 2 ((K + 1) / 2)^2: the taps
+    All of one floating dtype, which DTYPES names for the compiled backends.
+    Moves each element of h and of y once; 2 K^2 FLOP per element of y, with `upsample` 2 ((K + 1) / 2)^2: the taps
     that fall on one source pixel are summed beforehand.
     Differentiable once, in h alone: h is saved, its sigmoid is computed again.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
@@ -57,7 +60,7 @@ def depthwise_swish_backward(
 
     The vector-Jacobian product of `depthwise_swish`; swish' = s (1 + h (1 - s)), s = sigmoid(h). With `upsample`, ds is
     summed over the 2x2 pixels that came of one. dy: in the shape of the output; arguments, FLOP and errors as there.
-    Returns dh, channels_last. Moves 4 bytes per element of dy, of h and of dh.
+    Returns dh, channels_last. Moves each element of dy, of h and of dh once.
     """
     _check(h, weight)
     _check_like(h, dy=dy)
@@ -94,8 +97,9 @@ def _check_like(h: Tensor, **others: Tensor) -> None:
 
 def _choose(op: str, h: Tensor, backend: Backend) -> str:
     chosen = choose(op, h.device, backend)
-    if chosen != "reference" and h.dtype != torch.float32:
-        raise ValueError(f"{op} with backend={chosen!r} takes float32, not {h.dtype}; ask for backend='reference'.")
+    if chosen != "reference" and h.dtype not in DTYPES[chosen]:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])
+        raise ValueError(f"{op} with backend={chosen!r} takes {names}, not {h.dtype}; ask for backend='reference'.")
     return chosen
 
 

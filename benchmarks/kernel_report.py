@@ -1,0 +1,167 @@
+"""What do the GPU kernels need, and how fast can they be at best? Answered without a GPU.
+
+Compiles every csrc/cuda/*.cu for sm_80 and sm_90a and reads registers, shared memory and spills from ptxas; computes
+how many blocks fit on an SM; divides the counted work (`kernel_work`) by the peak rates of an A100 and an H200. The
+prediction is a floor: the time of the busiest unit alone, which the table names.
+
+    python -m benchmarks.kernel_report      prints the tables, and writes them into docs/kernels.md between its marks
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.kernel_work import Kernel, Work, kernels
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENT = REPOSITORY / "docs" / "kernels.md"
+BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
+FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-cubin")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU's limits per SM and its peak rates, from NVIDIA's data sheets and CUDA's table of compute capabilities."""
+
+    name: str
+    architecture: str
+    sms: int
+    clock_hz: float
+    fp32_lanes: int  # of an SM
+    memory_bytes_per_s: float
+    tensor_flops: float  # bf16, dense
+    shared_kb: int  # of an SM; a block costs 1 KB of it besides its own
+    registers: int = 65536
+    warps: int = 64
+    blocks: int = 32
+
+    def times_s(self, work: Work) -> dict[str, float]:
+        """How long each unit is busy with the work."""
+        clocks_per_s = self.sms * self.clock_hz
+        return {
+            "memory": work.memory_bytes / self.memory_bytes_per_s,
+            "fp32": work.fp32_flop / (2 * self.fp32_lanes * clocks_per_s),
+            "tensor": work.tensor_flop / self.tensor_flops,
+            "special": work.special / (16 * clocks_per_s),
+            "integer": work.integer / (64 * clocks_per_s),
+            "shared": work.shared_bytes / (128 * clocks_per_s),
+        }
+
+
+A100 = Device("A100", "sm_80", 108, 1.41e9, 64, 2.04e12, 312e12, shared_kb=164)
+H200 = Device("H200", "sm_90a", 132, 1.98e9, 128, 4.8e12, 989e12, shared_kb=228)
+DEVICES = (A100, H200)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of a compiled kernel; shared memory and spills in bytes."""
+
+    registers: int
+    shared: int
+    spilled: int
+
+    def blocks_per_sm(self, device: Device, threads: int, dynamic_shared: int = 0) -> int:
+        """Blocks that an SM holds at once. Registers come by 256 a warp, and a block's warps sit on four schedulers."""
+        warps = -(-threads // 32)
+        warps_by_registers = device.registers // (-(-32 * self.registers // 256) * 256) // 4 * 4
+        shared = -(-(self.shared + dynamic_shared) // 128) * 128 + 1024
+        return min(
+            device.blocks, device.warps // warps, warps_by_registers // warps, (device.shared_kb << 10) // shared
+        )
+
+
+def short_name(demangled: str) -> str:
+    """depthwise_swish_kernel<Bf16, Window<5, (Form)0>> for the demangled name of its entry."""
+    name = re.sub(r"\(anonymous namespace\)::|vf::|depthwise::|^void ", "", demangled).replace("> >", ">>")
+    return name[: name.rindex("(")]
+
+
+def compile_kernels(architecture: str) -> dict[str, Resources]:
+    """short_name -> Resources of every kernel in csrc/cuda. Raises RuntimeError without nvcc, or where it fails."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError("nvcc is not on the PATH; install the CUDA toolkit and add its bin folder to it.")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu")):
+            command = [nvcc, *FLAGS, f"-arch={architecture}", str(source), "-o", f"{folder}/{source.stem}.cubin"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"nvcc cannot compile {source.name} for {architecture}:\n{done.stderr}")
+            found.update(read_ptxas(done.stdout + done.stderr))
+    return found
+
+
+def read_ptxas(report: str) -> dict[str, Resources]:
+    """short_name -> Resources from what `ptxas -v` printed."""
+    report = subprocess.run(["c++filt"], input=report, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for entry in report.split("Compiling entry function '")[1:]:
+
+        def number(pattern: str, text: str = entry) -> int:
+            match = re.search(pattern, text)
+            return int(match[1]) if match else 0
+
+        spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+        name = short_name(entry[: entry.index("' for '")])
+        found[name] = Resources(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), spilled)
+    return found
+
+
+def resource_table(rows: list[Kernel], compiled: dict[str, dict[str, Resources]]) -> str:
+    """Registers, shared memory, spills and occupancy of every kernel, as Markdown; `compiled` by device name."""
+    names = " / ".join(device.architecture for device in DEVICES)
+    lines = [
+        f"| kernel | threads | registers ({names}) | shared (KB) | spills (bytes) | blocks per SM (A100 / H200) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        each = [(device, compiled[device.name][row.symbol]) for device in DEVICES]
+        registers = " / ".join(str(resources.registers) for _, resources in each)
+        spills = " / ".join(str(resources.spilled) for _, resources in each)
+        blocks = " / ".join(str(r.blocks_per_sm(device, row.threads, row.dynamic_shared)) for device, r in each)
+        shared_kb = (each[0][1].shared + row.dynamic_shared) / 1024
+        lines.append(f"| {row.label} | {row.threads} | {registers} | {shared_kb:.1f} | {spills} | {blocks} |")
+    return "\n".join(lines)
+
+
+def prediction_table(rows: list[Kernel]) -> str:
+    """Counted work and the floor of the time on each device, as Markdown."""
+    lines = [
+        "| kernel | shape | MB | GFLOP | special (G) | " + " | ".join(f"{d.name} (us)" for d in DEVICES) + " |",
+        "|---|---|---|---|---|" + "---|" * len(DEVICES),
+    ]
+    for row in rows:
+        floors = []
+        for device in DEVICES:
+            unit, time_s = max(device.times_s(row.work).items(), key=lambda item: item[1])
+            floors.append(f"{1e6 * time_s:.0f} {unit}")
+        flop = row.work.fp32_flop + row.work.tensor_flop
+        counts = f"{row.work.memory_bytes / 1e6:.0f} | {flop / 1e9:.1f} | {row.work.special / 1e9:.2f}"
+        lines.append(f"| {row.label} | {row.shape} | {counts} | {' | '.join(floors)} |")
+    return "\n".join(lines)
+
+
+def with_tables(document: str, tables: str) -> str:
+    """The document with `tables` between the marks. Raises ValueError where it lacks them."""
+    if document.count(BEGIN) != 1 or document.count(END) != 1:
+        raise ValueError(f"The document must hold {BEGIN} and {END} once each.")
+    return f"{document[: document.index(BEGIN) + len(BEGIN)]}\n{tables}\n{document[document.index(END) :]}"
+
+
+def main() -> None:
+    rows = kernels()
+    compiled = {device.name: compile_kernels(device.architecture) for device in DEVICES}
+    tables = f"{resource_table(rows, compiled)}\n\n{prediction_table(rows)}"
+    print(tables)
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

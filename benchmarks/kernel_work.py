@@ -1,0 +1,137 @@
+"""What each GPU kernel does on a named shape of a model, counted: the table that `kernel_report` prints.
+
+A new kernel adds its rows here. Counts are of what the kernel executes, halos and ragged tiles included; of memory,
+what must cross the device's bus at least once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vaebm_fast.config import PRESETS
+from vaebm_fast.noise import NoiseLayout
+
+
+@dataclass(frozen=True)
+class Work:
+    """Totals of one launch. An fp32 multiply-add is 2 FLOP; `special` are exponentials and reciprocals."""
+
+    memory_bytes: float
+    fp32_flop: float = 0
+    tensor_flop: float = 0
+    special: float = 0
+    integer: float = 0
+    shared_bytes: float = 0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel. `symbol`: its C++ name as `kernel_report.short_name` shortens it."""
+
+    label: str
+    symbol: str
+    threads: int  # of a block
+    shape: str
+    work: Work
+    dynamic_shared: int = 0  # bytes
+
+
+def kernels() -> list[Kernel]:
+    """Every kernel of csrc/cuda, once each."""
+    return [*_philox(), *_depthwise()]
+
+
+def _philox() -> Iterator[Kernel]:
+    N, preset = 16, PRESETS["celeba_256"]
+    D = NoiseLayout(preset.nvae.latent_shapes, (3, 256, 256)).dim
+    counters = N * -(-D // 4)
+    shape = f"noise of celeba_256, N = {N}"
+    words = Work(memory_bytes=4.0 * N * D, integer=120 * counters)
+    normals = Work(memory_bytes=4.0 * N * D, integer=150 * counters, fp32_flop=90 * counters, special=2 * counters)
+    yield Kernel("philox_words", "philox_words_kernel", 256, shape, words)
+    yield Kernel("philox_normal", "philox_normal_kernel", 256, shape, normals)
+
+
+@dataclass(frozen=True)
+class DepthwiseWindow:
+    """The constants of csrc/cuda/depthwise_window.h: Window and Strip."""
+
+    form: int  # place in enum Form
+    label: str
+    forward: bool
+    phases: int
+    stride: int
+    taps: int
+    shift: int
+    cells: int  # of a thread, side by side
+
+    @property
+    def in_flight(self) -> int:
+        return self.taps // self.stride
+
+    @property
+    def width(self) -> int:
+        return 4 // self.phases * self.cells
+
+    def columns(self, cells: int) -> int:
+        """Source columns that so many neighbouring cells read."""
+        return self.stride * (cells - 1) + self.taps + self.shift
+
+
+def depthwise_windows(K: int) -> tuple[DepthwiseWindow, ...]:
+    """The four forms of a KxK window."""
+    return (
+        DepthwiseWindow(0, "", True, 1, 1, K, 0, 4),
+        DepthwiseWindow(1, ", upsampled", True, 2, 1, K // 2 + 1, K // 2 % 2, 4),
+        DepthwiseWindow(2, ", backward", False, 1, 1, K, 0, 4),
+        DepthwiseWindow(3, ", upsampled backward", False, 1, 2, K + 1, 0, 2),
+    )
+
+
+def _depthwise() -> Iterator[Kernel]:
+    """The middle of the cells of celeba_256 with most elements, per kind."""
+    N, H, W, C = 16, 128, 128, 384
+    for dtype, bytes_each in (("Bf16", 2), ("float", 4)):
+        for K in (5, 3):
+            for window in depthwise_windows(K):
+                low = window.phases == 2 or window.stride == 2
+                channels = C // 2 if low else C
+                yield Kernel(
+                    label=f"depthwise_swish {K}x{K} {dtype.lower()}{window.label}",
+                    symbol=f"depthwise_swish_kernel<{dtype}, Window<{K}, (Form){window.form}>>",
+                    threads=128,
+                    shape=f"{H} x {W} x {channels}, N = {N}",
+                    work=_depthwise_work(window, N, H, W, channels, bytes_each),
+                )
+        for forward in (True, False):
+            numel = float(N * 32 * 32 * 96)
+            special = 2 * (49 * numel if forward else numel)
+            yield Kernel(
+                label=f"depthwise_swish any {dtype.lower()}{'' if forward else ', backward'}",
+                symbol=f"depthwise_swish_any_window_kernel<{dtype}, {str(forward).lower()}>",
+                threads=128,
+                shape=f"32 x 32 x 96, K = 7, N = {N}",
+                work=Work((2 if forward else 3) * bytes_each * numel, fp32_flop=2 * 49 * numel, special=special),
+            )
+
+
+def _depthwise_work(w: DepthwiseWindow, N: int, H: int, W: int, C: int, bytes_each: int) -> Work:
+    """H, W: of the cells; channels are whole words, as in every model."""
+    per_word = 4 // bytes_each
+    tiles = N * -(-C // (32 * per_word)) * -(-W // w.width)
+    rows = 64  # of a band: the launcher's rule
+    while rows > 8 and tiles * -(-H // rows) < 1024:
+        rows //= 2
+    steps = -(-H // rows) * (rows + w.in_flight - 1 + w.shift)
+    threads = tiles * steps * 128.0 * per_word  # one channel of one step of one thread each
+    staged = tiles * steps * w.stride * w.columns(w.width) * 32.0 * per_word
+    cells = float(N * H * W * C)
+    source = cells * (w.stride * w.stride)
+    target = cells * (w.phases * w.phases)
+    return Work(
+        memory_bytes=bytes_each * (source + target + (0 if w.forward else cells)),
+        fp32_flop=2 * threads * w.taps * w.phases * w.taps * w.cells,
+        special=2 * (staged if w.forward else cells),
+        shared_bytes=4 * (staged + threads * w.stride * w.columns(w.cells)),
+    )

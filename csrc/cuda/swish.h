@@ -1,0 +1,29 @@
+// swish and its slope from two special-function instructions: an exponential and a reciprocal.
+//
+// Relative error of the sigmoid below 2^-21 + 2^-23 |x|: the exponential and the reciprocal have 2^-22 and 2^-23, the
+// exponent's rounding does the rest. For x < -87 it is 2^-126 or less, where the truth is smaller still.
+#pragma once
+
+#include "ptx.h"
+
+namespace vf {
+
+struct Sigmoid {
+  float s, e;  // sigmoid(x) and exp(-x): 1 - s = e s has no cancellation
+};
+
+// At most 2^126, so that neither 1 + e overflows nor e s becomes infinity times zero.
+__device__ __forceinline__ Sigmoid sigmoid(float x) {
+  const float e = exp2_approx(fminf(x * -1.44269504f, 126.0f));
+  return {reciprocal_approx(1.0f + e), e};
+}
+
+__device__ __forceinline__ float swish(float x) { return x * sigmoid(x).s; }
+
+// s (1 + x (1 - s))
+__device__ __forceinline__ float swish_slope(float x) {
+  const Sigmoid at = sigmoid(x);
+  return at.s * fmaf(x, at.e * at.s, 1.0f);
+}
+
+}  // namespace vf
