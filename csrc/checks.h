@@ -50,43 +50,6 @@ inline void check_depthwise_gradient(const at::Tensor& dy, const at::Tensor& h, 
                     "; move it there.");
 }
 
-// x [N, Cin, H, W] with a weight packed in panels of 16 for `Cout` output channels; a backward product is one too.
-inline void check_pointwise_arguments(const at::Tensor& x, const at::Tensor& weight, int64_t Cout) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat, "A pointwise product takes float32 [N, C, H, W]; ",
-                    "this is ", x.scalar_type(), " ", x.sizes(), ".");
-  TORCH_CHECK_VALUE(weight.dim() == 3 && weight.scalar_type() == at::kFloat && weight.size(0) == (Cout + 15) / 16 &&
-                        weight.size(1) == x.size(1) && weight.size(2) == 16,
-                    "The packed weight must be float32 ", at::IntArrayRef({(Cout + 15) / 16, x.size(1), 16}),
-                    " for ", x.size(1), " channels in and ", Cout, " out; it is ", weight.scalar_type(), " ",
-                    weight.sizes(), ".");
-  TORCH_CHECK_VALUE(weight.device() == x.device(), "The weight is on ", weight.device(), " but the input is on ",
-                    x.device(), "; move it there.");
-}
-
-inline void check_pointwise_addends(const at::Tensor& x, int64_t Cout, const std::optional<at::Tensor>& bias,
-                                    const std::optional<at::Tensor>& residual) {
-  if (bias) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->scalar_type() == at::kFloat && bias->size(0) == Cout &&
-                          bias->device() == x.device(),
-                      "bias must be float32 [", Cout, "] on ", x.device(), "; it is ", bias->scalar_type(), " ",
-                      bias->sizes(), " on ", bias->device(), ".");
-  }
-  if (residual) {
-    const int64_t expected[] = {x.size(0), Cout, x.size(2), x.size(3)};
-    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef(expected) && residual->scalar_type() == at::kFloat &&
-                          residual->device() == x.device(),
-                      "residual must be float32 ", at::IntArrayRef(expected), " on ", x.device(), "; it is ",
-                      residual->scalar_type(), " ", residual->sizes(), " on ", residual->device(), ".");
-  }
-}
-
-inline void check_pointwise_input(const at::Tensor& dy, const at::Tensor& x, int64_t Cin) {
-  const int64_t expected[] = {dy.size(0), Cin, dy.size(2), dy.size(3)};
-  TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef(expected) && x.scalar_type() == at::kFloat && x.device() == dy.device(),
-                    "x must be float32 ", at::IntArrayRef(expected), " on ", dy.device(), "; it is ", x.scalar_type(),
-                    " ", x.sizes(), " on ", x.device(), ".");
-}
-
 inline void check_power_iteration_arguments(const at::Tensor& weight, const at::Tensor& u, const at::Tensor& v,
                                             int64_t iterations, double eps) {
   TORCH_CHECK_VALUE(weight.dim() == 3 && weight.scalar_type() == at::kFloat && weight.size(1) > 0 && weight.size(2) > 0,
@@ -104,6 +67,37 @@ inline void check_power_iteration_arguments(const at::Tensor& weight, const at::
   check_vector("v", v, weight.size(2));
   TORCH_CHECK_VALUE(iterations >= 0, "iterations is ", iterations, "; it must not be negative.");
   TORCH_CHECK_VALUE(eps > 0, "eps is ", eps, "; it must be positive.");
+}
+
+inline void check_image(const at::Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat, name, " must be float32 [N, C, H, W]; it is ",
+                    x.scalar_type(), " ", x.sizes(), ".");
+}
+
+// float32 of this shape, where `other` is.
+inline void check_tensor(const at::Tensor& x, const char* name, at::IntArrayRef shape, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.sizes() == shape, name, " must be float32 ", shape, "; it is ",
+                    x.scalar_type(), " ", x.sizes(), ".");
+  TORCH_CHECK_VALUE(x.device() == other.device(), name, " is on ", x.device(), "; move it to ", other.device(),
+                    ", where the others are.");
+}
+
+inline void check_gate_weights(const at::Tensor& s, const at::Tensor& weight_in, const at::Tensor& weight_out) {
+  TORCH_CHECK_VALUE(weight_in.dim() == 2, "weight_in must be [hidden, C]; it is ", weight_in.sizes(), ".");
+  check_tensor(weight_in, "weight_in", {weight_in.size(0), s.size(1)}, s);
+  check_tensor(weight_out, "weight_out", {s.size(1), weight_in.size(0)}, s);
+}
+
+// A product of x [N, C, H, W] with a weight that is packed for `channels` outputs.
+inline void check_pointwise_arguments(const at::Tensor& x, const char* name, const at::Tensor& weight,
+                                      int64_t channels) {
+  check_image(x, name);
+  check_tensor(weight, "The packed weight", {(channels + 15) / 16, x.size(1), 16}, x);
+}
+
+// Something of the image shape of x, with `channels` channels, that may be left out.
+inline void check_like(const std::optional<at::Tensor>& y, const char* name, int64_t channels, const at::Tensor& x) {
+  if (y) check_tensor(*y, name, {x.size(0), channels, x.size(2), x.size(3)}, x);
 }
 
 }  // namespace vf

@@ -24,7 +24,34 @@ TORCH_LIBRARY(vaebm_fast, m) {
   // weight [B, M, K], u [B, M], v [B, K], float32 -> (u, v) after the iterations
   m.def("power_iteration(Tensor weight, Tensor u, Tensor v, int iterations, float eps) -> (Tensor, Tensor)");
 
-  // From begin to the matching end, CPU tensors come from blocks that are kept when freed; release gives those back.
+  // y, skip [N, C, H, W] -> swish(y + skip_scale skip); du -> the gradient for y
+  m.def("energy_epilogue(Tensor y, Tensor? skip, float skip_scale) -> Tensor");
+  m.def("energy_epilogue_backward(Tensor du, Tensor y, Tensor? skip, float skip_scale) -> Tensor");
+
+  // s, skip [N, C, H, W], weights [hidden, C] [hidden] [C, hidden] [C] -> y, and for the backward hidden [N, hidden],
+  // gate [N, C]; dy -> the gradient for s
+  m.def(
+      "se_gate_residual(Tensor s, Tensor skip, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out) "
+      "-> (Tensor y, Tensor hidden, Tensor gate)");
+  m.def(
+      "se_gate_residual_backward(Tensor dy, Tensor s, Tensor hidden, Tensor gate, Tensor weight_in, Tensor weight_out) "
+      "-> Tensor");
+
+  // parameters [N, 2 L, H, W] (none: zeros), eps [N, L, H, W] -> z, log_p [N] or [0]; dz, dlog_p [N] -> the gradients,
+  // dparameters [0] where there are none
+  m.def(
+      "gaussian_latent(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) "
+      "-> (Tensor z, Tensor log_p)");
+  m.def(
+      "gaussian_latent_backward(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
+      "-> (Tensor dparameters, Tensor deps)");
+
+  // logits [N, 2 C, H, W], eps_x [N, C, H, W] -> x, log_p [N] or [0]; dx, dlog_p [N] -> the gradients
+  m.def("pixel_head(Tensor logits, Tensor eps_x, bool with_log_p) -> (Tensor x, Tensor log_p)");
+  m.def(
+      "pixel_head_backward(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)");
+
+  // From begin to the matching end, CPU tensors come from blocks that are kept when freed, until release gives them back.
   m.def("reuse_memory(bool begin) -> ()");
   m.def("release_memory() -> int");  // bytes
 }

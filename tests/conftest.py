@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, and a seeded generator of its own.
+"""What every test starts from: one thread, and a seeded generator of its own; and what tests of kernels ask for.
 
 The tests' tensors are small, and threads that wait for each other cost more than they give.
 """
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vaebm_fast import _extension
+
 torch.set_num_threads(1)
 
 
@@ -18,3 +20,20 @@ def _seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty, in C++ too, gives NaNs."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(100).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def compiled() -> None:
+    if not _extension.is_available():
+        pytest.skip(str(_extension.why_missing()))

@@ -436,7 +436,7 @@ def test_noise_of_another_shape_precision_or_device_is_refused() -> None:
 @pytest.mark.skipif(not _extension.is_available(), reason="the compiled part is not built")
 @pytest.mark.parametrize("arch", CELL_PLANS)
 def test_compiled_and_reference_pairs_agree(arch: str) -> None:
-    """Inverted residuals run the compiled depthwise but for groups and stride 2; every other cell is the same code."""
+    """Only convolutions are the same code: compiled are depthwise of stride 1, gates, latents, pixels, epilogues."""
     config = NVAEConfig(
         image_size=16,
         arch_instance=arch,

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_SIGMA_MIN = 1e-2
+_LOG_SIGMA_FLOOR = -2.0
+_LOG_2PI = math.log(2 * math.pi)
 
 
 def philox_words(seeds: Tensor, draw: Tensor, *, stream: int, numel: int) -> Tensor:
@@ -71,6 +74,105 @@ def power_iteration(weight: Tensor, u: Tensor, v: Tensor, *, iterations: int, ep
         v = F.normalize(torch.bmm(u[:, None], weight)[:, 0], dim=1, eps=eps)
         u = F.normalize(torch.bmm(weight, v[:, :, None])[:, :, 0], dim=1, eps=eps)
     return u, v
+
+
+def energy_epilogue(y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
+    """swish(y + skip_scale * skip); see `vaebm_fast.ops.energy_epilogue.energy_epilogue`."""
+    return F.silu(y if skip is None else torch.add(y, skip, alpha=skip_scale))
+
+
+def energy_epilogue_backward(du: Tensor, y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
+    """Its gradient for y; see `vaebm_fast.ops.energy_epilogue.energy_epilogue_backward`."""
+    t = y if skip is None else torch.add(y, skip, alpha=skip_scale)
+    sigmoid = torch.sigmoid(t)
+    return du * (sigmoid * (1 + t * (1 - sigmoid)))
+
+
+def se_gate_residual(
+    s: Tensor, skip: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
+) -> Tensor:
+    """skip + gate * s; see `vaebm_fast.ops.se_gate_residual.se_gate_residual`."""
+    hidden = F.relu(F.linear(s.mean(dim=(2, 3)), weight_in, bias_in))
+    gate = torch.sigmoid(F.linear(hidden, weight_out, bias_out))
+    return torch.addcmul(skip, s, gate[:, :, None, None])
+
+
+def se_gate_residual_backward(
+    dy: Tensor, s: Tensor, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor
+) -> Tensor:
+    """Its gradient for s; see `vaebm_fast.ops.se_gate_residual.se_gate_residual_backward`."""
+    dgate = (dy * s).sum(dim=(2, 3)) * gate * (1 - gate)
+    dmean = ((dgate @ weight_out) * (hidden > 0)) @ weight_in
+    return gate[:, :, None, None] * dy + (dmean / (s.shape[2] * s.shape[3]))[:, :, None, None]
+
+
+def gaussian_latent(
+    parameters: Tensor | None, eps: Tensor, temperature: float, *, with_log_p: bool
+) -> tuple[Tensor, Tensor | None]:
+    """z and log p(z); see `vaebm_fast.ops.gaussian_latent.gaussian_latent`."""
+    mu, log_sigma = (_soft_clamp5(raw) for raw in _raw_parameters(parameters, eps))
+    sigma = (torch.exp(log_sigma) + _SIGMA_MIN) * temperature
+    z = mu + sigma * eps
+    return z, (-0.5 * (eps * eps + _LOG_2PI) - torch.log(sigma)).flatten(1).sum(1) if with_log_p else None
+
+
+def gaussian_latent_backward(
+    dz: Tensor, dlog_p: Tensor | None, parameters: Tensor | None, eps: Tensor, temperature: float
+) -> tuple[Tensor | None, Tensor]:
+    """Its gradients; see `vaebm_fast.ops.gaussian_latent.gaussian_latent_backward`."""
+    raw_mu, raw_log_sigma = _raw_parameters(parameters, eps)
+    exponential = torch.exp(_soft_clamp5(raw_log_sigma))
+    sigma = exponential + _SIGMA_MIN
+    weight = 0.0 if dlog_p is None else dlog_p[:, None, None, None]
+    deps = dz * (sigma * temperature) - weight * eps
+    if parameters is None:
+        return None, deps
+    dlog_sigma = (dz * temperature * eps - weight / sigma) * exponential * _soft_clamp5_slope(raw_log_sigma)
+    return torch.cat((dz * _soft_clamp5_slope(raw_mu), dlog_sigma), dim=1).to(parameters.dtype), deps
+
+
+def pixel_head(logits: Tensor, eps_x: Tensor, *, with_log_p: bool) -> tuple[Tensor, Tensor | None]:
+    """x and log p(x|z); see `vaebm_fast.ops.pixel_head.pixel_head`."""
+    mu, log_sigma = (_soft_clamp5(raw) for raw in _raw_parameters(logits, eps_x))
+    sigma = torch.exp(log_sigma) + _SIGMA_MIN
+    x = torch.clamp(mu + sigma * eps_x, -1.0, 1.0) / 2 + 0.5
+    if not with_log_p:
+        return x, None
+    sigma = torch.exp(log_sigma.clamp(min=_LOG_SIGMA_FLOOR)) + _SIGMA_MIN
+    normalised = ((2 * x - 1) - mu) / sigma
+    return x, (-0.5 * (normalised * normalised + _LOG_2PI) - torch.log(sigma)).flatten(1).sum(1)
+
+
+def pixel_head_backward(dx: Tensor, dlog_p: Tensor | None, logits: Tensor, eps_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Its gradients; see `vaebm_fast.ops.pixel_head.pixel_head_backward`."""
+    raw_mu, raw_log_sigma = _raw_parameters(logits, eps_x)
+    mu, log_sigma = _soft_clamp5(raw_mu), _soft_clamp5(raw_log_sigma)
+    sigma, sigma_of_p = (torch.exp(s) + _SIGMA_MIN for s in (log_sigma, log_sigma.clamp(min=_LOG_SIGMA_FLOOR)))
+    unclamped = mu + sigma * eps_x
+    normalised = (unclamped.clamp(-1.0, 1.0) - mu) / sigma_of_p
+    weight = 0.0 if dlog_p is None else dlog_p[:, None, None, None]
+    pull = weight * normalised / sigma_of_p
+    dunclamped = (dx / 2 - pull) * ((unclamped >= -1) & (unclamped <= 1))
+    dsigma = dunclamped * eps_x + weight * (normalised.square() - 1) / sigma_of_p * (log_sigma >= _LOG_SIGMA_FLOOR)
+    dmu, dlog_sigma = dunclamped + pull, dsigma * torch.exp(log_sigma)
+    slopes = _soft_clamp5_slope(raw_mu), _soft_clamp5_slope(raw_log_sigma)
+    return torch.cat((dmu * slopes[0], dlog_sigma * slopes[1]), dim=1).to(logits.dtype), dunclamped * sigma
+
+
+def _raw_parameters(parameters: Tensor | None, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw means and log sigmas in the noise's precision; zeros that broadcast where there are none."""
+    if parameters is None:
+        return eps.new_zeros(1, 1, 1, 1), eps.new_zeros(1, 1, 1, 1)
+    mu, log_sigma = parameters.to(eps.dtype).chunk(2, dim=1)
+    return mu, log_sigma
+
+
+def _soft_clamp5(x: Tensor) -> Tensor:
+    return 5.0 * torch.tanh(x / 5.0)
+
+
+def _soft_clamp5_slope(x: Tensor) -> Tensor:
+    return 1 - torch.tanh(x / 5.0).square()
 
 
 def _philox_quads(seeds: Tensor, draw: Tensor, stream: int, quads: int) -> Tensor:

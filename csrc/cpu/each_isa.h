@@ -76,3 +76,9 @@ namespace avx2 = portable;
 namespace avx512 = portable;
 }  // namespace vf
 #endif
+
+// The function of this name in VF_KERNELS that suits this machine best.
+#define VF_BEST(function)                                  \
+  (vf::isa() == vf::Isa::avx512 ? vf::avx512::function     \
+   : vf::isa() == vf::Isa::avx2 ? vf::avx2::function       \
+                                : vf::portable::function)

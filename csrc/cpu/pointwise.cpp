@@ -55,9 +55,12 @@ const float* pointer(const at::Tensor& tensor) { return tensor.defined() ? tenso
 
 at::Tensor pointwise_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_t,
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, bool swish) {
-  const int64_t N = x.size(0), H = x.size(2), W = x.size(3), Cin = x.size(1), Cout = weight_t.size(1);
-  check_pointwise_arguments(x, weight, Cout);
-  check_pointwise_addends(x, Cout, bias, residual);
+  TORCH_CHECK_VALUE(weight_t.dim() == 3, "weight_t must be [ceil(Cin / 16), Cout, 16]; it is ", weight_t.sizes(), ".");
+  const int64_t Cout = weight_t.size(1);
+  check_pointwise_arguments(x, "x", weight, Cout);
+  if (bias) check_tensor(*bias, "bias", {Cout}, x);
+  check_like(residual, "residual", Cout, x);
+  const int64_t N = x.size(0), Cin = x.size(1), H = x.size(2), W = x.size(3);
   const at::Tensor source = x.contiguous(kLayout), packed = weight.contiguous();
   const at::Tensor start = bias ? bias->contiguous() : at::Tensor();
   const at::Tensor added = residual ? residual->contiguous(kLayout) : at::Tensor();
@@ -69,9 +72,9 @@ at::Tensor pointwise_cpu(const at::Tensor& x, const at::Tensor& weight, const at
 
 at::Tensor pointwise_backward_cpu(const at::Tensor& dy, const at::Tensor& weight_t, int64_t Cin,
                                   const std::optional<at::Tensor>& x) {
-  const int64_t N = dy.size(0), H = dy.size(2), W = dy.size(3), Cout = dy.size(1);
-  check_pointwise_arguments(dy, weight_t, Cin);
-  if (x) check_pointwise_input(dy, *x, Cin);
+  check_pointwise_arguments(dy, "dy", weight_t, Cin);
+  check_like(x, "x", Cin, dy);
+  const int64_t N = dy.size(0), Cout = dy.size(1), H = dy.size(2), W = dy.size(3);
   const at::Tensor source = dy.contiguous(kLayout), packed = weight_t.contiguous();
   const at::Tensor slope_of = x ? x->contiguous(kLayout) : at::Tensor();
   at::Tensor dx = at::empty({N, Cin, H, W}, dy.options(), kLayout);

@@ -1,8 +1,8 @@
 // The pointwise kernels for one instruction set; see each_isa.h.
 //
 // A tile of rows is packed (activated on the way) for kTileDepth channels at a time; then every group of panels meets
-// every group of kRows rows in registers. Each output is one running sum over k in order, so its bits depend neither on
-// the tiles nor on the number of threads.
+// every group of kRows rows in registers. An output is the sum, in order, of one sum for each depth, so its bits depend
+// neither on the tiles nor on the number of threads, and its error grows with the depth rather than with K.
 
 using pointwise::kPanel;
 using pointwise::kTileDepth;
@@ -31,22 +31,15 @@ void pack_rows(const Product& product, int64_t top, int64_t rows, int64_t begin,
   }
 }
 
-// Rows [m, m + rows) of panels [panel, panel + kPanels): sums over channels [begin, begin + depth) onto what is there.
+// Rows [m, m + rows) of panels [panel, panel + kPanels): the sum over channels [begin, begin + depth), with the bias if
+// these are the first, else added to what is there.
 template <int kPanels>
 __attribute__((noinline)) void multiply(const Product& product, int64_t m, int rows, int64_t panel, int64_t begin,
                                         int64_t depth, const float* scratch) {
   constexpr int kVectors = kPanels * kPanelVectors;
   const int64_t K = product.K, N = product.N, stride = scratch_stride(depth), first = panel * kPanel;
   const float* weight = product.weight + (panel * K + begin) * kPanel;
-  float* y = product.y + m * N + first;
-  Vec sum[kRows][kVectors];
-  VF_UNROLL_FULLY for (int v = 0; v < kVectors; ++v) {
-    const int lanes = lanes_at(first + v * kLanes, N);
-    const Vec start = begin == 0 && product.bias != nullptr ? load(product.bias + first + v * kLanes, lanes) : Vec{};
-    VF_UNROLL_FULLY for (int r = 0; r < kRows; ++r) {
-      sum[r][v] = begin == 0 || r >= rows ? start : load(y + r * N + v * kLanes, lanes);
-    }
-  }
+  Vec sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec w[kVectors];
     VF_UNROLL_FULLY for (int v = 0; v < kVectors; ++v) {
@@ -59,9 +52,13 @@ __attribute__((noinline)) void multiply(const Product& product, int64_t m, int r
   }
   VF_UNROLL_FULLY for (int r = 0; r < kRows; ++r) {
     if (r >= rows) break;
+    float* y = product.y + (m + r) * N + first;
     VF_UNROLL_FULLY for (int v = 0; v < kVectors; ++v) {
-      const int lanes = lanes_at(first + v * kLanes, N);
-      store(y + r * N + v * kLanes, sum[r][v], lanes);
+      const int64_t n = v * kLanes;
+      const int lanes = lanes_at(first + n, N);
+      if (begin > 0) sum[r][v] += load(y + n, lanes);
+      if (begin == 0 && product.bias != nullptr) sum[r][v] += load(product.bias + first + n, lanes);
+      store(y + n, sum[r][v], lanes);
     }
   }
 }
@@ -105,7 +102,8 @@ VF_INLINE int panels_of(int64_t left) {
 
 inline void run_tile(const Product& product, const Tile& tile, float* scratch) {
   const int64_t K = product.K;
-  for (int64_t begin = 0; begin < K; begin += kTileDepth) {
+  int64_t begin = 0;
+  do {  // once for K = 0 too, where the bias alone is left
     const int64_t depth = std::min(kTileDepth, K - begin);
     (product.swish ? pack_rows<true> : pack_rows<false>)(product, tile.top, tile.bottom - tile.top, begin, depth,
                                                          scratch);
@@ -128,5 +126,6 @@ inline void run_tile(const Product& product, const Tile& tile, float* scratch) {
       }
       panel += panels;
     }
-  }
+    begin += kTileDepth;
+  } while (begin < K);
 }

@@ -34,9 +34,16 @@ class ReusedMemory final : public c10::Allocator {
   c10::DeleterFnPtr raw_deleter() const override { return &give; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-  // Gives every kept block back; returns their bytes.
+  // From now on freed blocks are kept.
+  void keep() {
+    const std::lock_guard lock(mutex_);
+    keeps_ = true;
+  }
+
+  // Gives every kept block back, and until `keep` those that are freed; returns the bytes of the former.
   int64_t release() {
     const std::lock_guard lock(mutex_);
+    keeps_ = false;
     const size_t before = owned_;
     while (!kept_.empty()) discard(std::prev(kept_.end()));
     most_used_ = used_;
@@ -109,10 +116,16 @@ class ReusedMemory final : public c10::Allocator {
     ReusedMemory& memory = instance();
     const std::lock_guard lock(memory.mutex_);
     memory.used_ -= size;
-    memory.kept_.emplace(size, block);
+    if (memory.keeps_) {
+      memory.kept_.emplace(size, block);
+    } else {
+      memory.owned_ -= size;
+      std::free(block);
+    }
   }
 
   std::mutex mutex_;
+  bool keeps_ = false;
   Kept kept_;
   size_t owned_ = 0, used_ = 0, most_used_ = 0;  // bytes in large blocks: all, handed out, most ever handed out
 };
@@ -124,6 +137,7 @@ void reuse_memory(bool begin) {
   static c10::Allocator* before = nullptr;
   const std::lock_guard lock(mutex);
   if (begin && users++ == 0) {
+    ReusedMemory::instance().keep();
     before = c10::GetCPUAllocator();
     c10::SetCPUAllocator(&ReusedMemory::instance());
   }

@@ -60,3 +60,67 @@ VF_INLINE Vec swish_slope(Vec x) {
   const Vec one = broadcast(1.0f), e = exp_minus(x), s = one / (one + e);
   return s * fma(x, e * s, one);
 }
+
+// exp(x) for |x| <= 87, as exp_minus; NaN stays NaN.
+VF_INLINE Vec exp_keeping_nan(Vec x) { return x == x ? exp_minus(-x) : x; }
+
+// log x for normal positive x, relative error below 2^-22; NaN stays NaN.
+//
+// x = 2^e m with m in [sqrt(1/2), sqrt 2) and t = m - 1 exact; log m = t + t^2 Q(t), Q as in math.h.
+VF_INLINE Vec log_of_positive(Vec x) {
+  const IntVec bits = reinterpret_cast<IntVec>(x), e = (bits - 0x3f3504f3) >> 23;  // bits of sqrt(1/2)
+  const Vec t = reinterpret_cast<Vec>(bits - (e << 23)) - broadcast(1.0f);
+  Vec q = broadcast(-0.0763640329f);
+  q = fma(q, t, broadcast(0.127622008f));
+  q = fma(q, t, broadcast(-0.131596133f));
+  q = fma(q, t, broadcast(0.142015815f));
+  q = fma(q, t, broadcast(-0.166234091f));
+  q = fma(q, t, broadcast(0.200012416f));
+  q = fma(q, t, broadcast(-0.250008196f));
+  q = fma(q, t, broadcast(0.333333313f));
+  q = fma(q, t, broadcast(-0.5f));
+  const Vec log_m = fma(t * t, q, t), exponent = __builtin_convertvector(e, Vec);
+  const Vec log_x = fma(exponent, broadcast(0.693359375f), fma(exponent, broadcast(-2.12194440e-4f), log_m));
+  return x == x ? log_x : x;
+}
+
+struct SoftClamp {
+  Vec value, slope;
+};
+
+// 5 tanh(x / 5) and its slope 1 - tanh^2(x / 5); NaN stays NaN.
+//
+// With e = exp(-2 |x| / 5) the tanh is 1 - 2 e / (1 + e), which cancels for small x: there it is a polynomial (minimax,
+// 2^-30). The slope 4 e / (1 + e)^2 never cancels.
+VF_INLINE SoftClamp soft_clamp5(Vec x) {
+  const Vec one = broadcast(1.0f), magnitude = x < 0 ? -x : x, x2 = x * x;
+  const Vec e = exp_keeping_nan(magnitude * broadcast(-0.4f)), inverse = one / (one + e);
+  Vec p = broadcast(9.12168778e-12f);
+  p = fma(p, x2, broadcast(-8.46105075e-10f));
+  p = fma(p, x2, broadcast(5.56357662e-8f));
+  p = fma(p, x2, broadcast(-3.4529387e-6f));
+  p = fma(p, x2, broadcast(2.13331921e-4f));
+  p = fma(p, x2, broadcast(-1.33333327e-2f));
+  const Vec near = fma(x * x2, p, x), far = fma(broadcast(-10.0f) * e, inverse, broadcast(5.0f));
+  return {magnitude < broadcast(3.0f) ? near : (x < 0 ? -far : far), broadcast(4.0f) * e * inverse * inverse};
+}
+
+// x with zeros behind its first `lanes` floats.
+VF_INLINE Vec first_lanes(Vec x, int lanes) { return load(reinterpret_cast<const float*>(&x), lanes); }
+
+// A sum of vectors as if in twice the precision (Kahan).
+struct Sum {
+  Vec total{}, excess{};
+
+  VF_INLINE void add(Vec x) {
+    const Vec corrected = x - excess, next = total + corrected;
+    excess = (next - total) - corrected;
+    total = next;
+  }
+
+  VF_INLINE double across_lanes() const {
+    double sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(total[lane]) - excess[lane];
+    return sum;
+  }
+};

@@ -121,7 +121,7 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         else:
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
             s = w.project(h, swish=True)
-        return se_gate_residual(s, _run_skip(x, w.skip), w.se)
+        return se_gate_residual(s, _run_skip(x, w.skip), w.se, self._backend)
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):
@@ -161,7 +161,7 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
             else:
                 live = op.conv_0
                 s = F.conv2d(s, conv.weight, conv.bias, live.stride, live.padding, live.dilation)
-        return se_gate_residual(s, _run_skip(x, w.skip), w.se)
+        return se_gate_residual(s, _run_skip(x, w.skip), w.se, self._backend)
 
 
 def _resample(cell: Cell) -> str:

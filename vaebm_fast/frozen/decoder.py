@@ -16,10 +16,11 @@ from vaebm_fast.frozen import fold
 from vaebm_fast.frozen.cells import ActivatedConvsCell, InvertedResidualCell, freeze_cell
 from vaebm_fast.frozen.fold import Conv
 from vaebm_fast.frozen.part import Part, Slot, slots
-from vaebm_fast.frozen.units import Pointwise, gaussian_latent
+from vaebm_fast.frozen.units import Pointwise
 from vaebm_fast.models.layers import Cell, DecoderCombiner, WNConv2d
 from vaebm_fast.models.nvae import NVAE
 from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops.gaussian_latent import gaussian_latent
 
 
 class EntryWeights(NamedTuple):
@@ -116,7 +117,7 @@ class FrozenDecoder:
     """Logits, and log p(z) where asked for, from noise; differentiable in the noise alone."""
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend) -> None:
-        self._dtype = dtype
+        self._dtype, self._backend = dtype, backend
         self._entry = Entry(vae, dtype, backend)
         tower = [] if vae.config.is_vanilla else list(vae.dec_tower)[1:]
         groups = iter(enumerate(vae.dec_sampler))
@@ -147,7 +148,8 @@ class FrozenDecoder:
         noise = iter(eps_z)
 
         def latent(parameters: Tensor | None) -> Tensor:
-            z, log_p = gaussian_latent(parameters, next(noise), temperature, with_log_p=with_log_p)
+            eps = next(noise)
+            z, log_p = gaussian_latent(parameters, eps, temperature, with_log_p=with_log_p, backend=self._backend)
             if log_p is not None:
                 log_ps.append(log_p)
             return z.to(self._dtype)

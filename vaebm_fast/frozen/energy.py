@@ -15,10 +15,11 @@ from torch import Tensor
 from vaebm_fast.frozen import fold
 from vaebm_fast.frozen.fold import Conv
 from vaebm_fast.frozen.part import Part, slots
-from vaebm_fast.frozen.units import Pointwise, energy_epilogue
+from vaebm_fast.frozen.units import Pointwise
 from vaebm_fast.models.energy import EnergyNetwork, EnergyResidualBlock
 from vaebm_fast.models.layers import WNConv2d
 from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops.energy_epilogue import energy_epilogue
 
 ACTIVATION_SCALE = 1 / 1.1
 
@@ -47,8 +48,8 @@ class HeadWeights(NamedTuple):
 class FrozenStem(Part[StemWeights]):
     """u = swish(conv1(x)) of images x in [0, 1]."""
 
-    def __init__(self, conv: WNConv2d, dtype: torch.dtype) -> None:
-        self._conv = conv
+    def __init__(self, conv: WNConv2d, dtype: torch.dtype, backend: Backend) -> None:
+        self._conv, self._backend = conv, backend
         super().__init__("energy.conv1", slots(conv), dtype)
 
     def fold(self) -> StemWeights:
@@ -56,7 +57,7 @@ class FrozenStem(Part[StemWeights]):
 
     def __call__(self, x: Tensor) -> Tensor:
         conv = self.weights.conv
-        return energy_epilogue(F.conv2d(x, conv.weight, conv.bias, padding=1))
+        return energy_epilogue(F.conv2d(x, conv.weight, conv.bias, padding=1), backend=self._backend)
 
 
 class FrozenBlock(Part[BlockWeights]):
@@ -79,12 +80,12 @@ class FrozenBlock(Part[BlockWeights]):
         return BlockWeights(conv1, conv2, skip)
 
     def __call__(self, u: Tensor) -> Tensor:
-        w = self.weights
-        h = energy_epilogue(F.conv2d(u, w.conv1.weight, w.conv1.bias, padding=1))
+        w, backend = self.weights, self._backend
+        h = energy_epilogue(F.conv2d(u, w.conv1.weight, w.conv1.bias, padding=1), backend=backend)
         y = F.conv2d(h, w.conv2.weight, w.conv2.bias, stride=2 if self._downsample else 1, padding=1)
         if w.skip is None:
-            return energy_epilogue(y, u, ACTIVATION_SCALE)
-        return energy_epilogue(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u))
+            return energy_epilogue(y, u, ACTIVATION_SCALE, backend=backend)
+        return energy_epilogue(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u), backend=backend)
 
 
 class FrozenHead(Part[HeadWeights]):
@@ -107,7 +108,7 @@ class FrozenEnergy:
 
     def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
         self._dtype = dtype
-        self._stem = FrozenStem(energy.conv1, dtype)
+        self._stem = FrozenStem(energy.conv1, dtype, backend)
         self._blocks = [
             FrozenBlock(f"energy.blocks.{index}", block, dtype, backend)
             for index, block in enumerate(energy.blocks)

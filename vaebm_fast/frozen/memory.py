@@ -10,7 +10,7 @@ import torch
 
 from vaebm_fast import _extension
 
-_owners: weakref.WeakSet[object] = weakref.WeakSet()
+_owners: set[int] = set()
 
 
 @contextmanager
@@ -22,9 +22,9 @@ def reused_memory(owner: object, device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or not _extension.is_available():
         yield
         return
-    if owner not in _owners:
-        _owners.add(owner)
-        weakref.finalize(owner, _release_after_last)
+    if id(owner) not in _owners:
+        _owners.add(id(owner))
+        weakref.finalize(owner, _forget, id(owner))
     torch.ops.vaebm_fast.reuse_memory(True)
     try:
         yield
@@ -32,6 +32,8 @@ def reused_memory(owner: object, device: torch.device) -> Iterator[None]:
         torch.ops.vaebm_fast.reuse_memory(False)
 
 
-def _release_after_last() -> None:
+def _forget(owner: int) -> None:
+    """Give everything back with the last owner; blocks of its that are still in use follow when they are freed."""
+    _owners.remove(owner)
     if not _owners:
         torch.ops.vaebm_fast.release_memory()

@@ -17,10 +17,10 @@ from vaebm_fast.frozen.decoder import FrozenDecoder
 from vaebm_fast.frozen.energy import FrozenEnergy
 from vaebm_fast.frozen.memory import reused_memory
 from vaebm_fast.frozen.part import Part, StaleWeightsError, require_finite
-from vaebm_fast.frozen.units import pixel_head
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.vaebm import VAEBM
 from vaebm_fast.ops._backend import BACKENDS, Backend, choose
+from vaebm_fast.ops.pixel_head import pixel_head
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 PAIR_BACKENDS = ("reference", "cpu")  # what is not compiled yet runs as the reference does
@@ -99,7 +99,7 @@ class FrozenVAEBM:
         self._check(eps_z, eps_x)
         with reused_memory(self, self.device):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
-            return pixel_head(logits, eps_x, with_log_p=False)[0]
+            return pixel_head(logits, eps_x, with_log_p=False, backend=self.backend)[0]
 
     def energy_and_grad(
         self,
@@ -131,7 +131,7 @@ class FrozenVAEBM:
     def _energy_or_official(self, noise: Sequence[Tensor], temperature: float, *, official: bool) -> Tensor:
         """E(x), or E(x) - log p(z) - log p(x|z), [N]."""
         logits, log_p_z = self._decoder(noise[:-1], temperature, with_log_p=official)
-        x, log_p_x = pixel_head(logits, noise[-1], with_log_p=official)
+        x, log_p_x = pixel_head(logits, noise[-1], with_log_p=official, backend=self.backend)
         u = self._energy(x)
         return u if log_p_z is None or log_p_x is None else u - log_p_z - log_p_x
 

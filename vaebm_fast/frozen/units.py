@@ -1,7 +1,6 @@
-"""The few computations a frozen pair is made of, in plain PyTorch, differentiable in their inputs by autograd.
+"""What a frozen pair computes beside its ops, in plain PyTorch, differentiable in its inputs by autograd.
 
-Each names one pass that a kernel can make at once. Weights never ask for gradients. All images [N, C, H, W], NHWC in
-memory; noise and everything made of it before a network sees it keeps the noise's precision, networks have their own.
+Weights never ask for gradients. All images [N, C, H, W], NHWC in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
-from vaebm_fast.models.distributions import LOG_2PI, GaussianPixels, Normal
+from vaebm_fast.ops import se_gate_residual as ops
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise
 
@@ -67,38 +66,6 @@ def interleave(phases: list[Tensor]) -> Tensor:
     return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None) -> Tensor:
-    """skip + sigmoid(MLP(mean_hw s)) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the MLP."""
-    if se is None:
-        return s.add_(skip)
-    hidden = F.relu(F.linear(s.mean(dim=(2, 3)), se.weight_in, se.bias_in))
-    gate = torch.sigmoid(F.linear(hidden, se.weight_out, se.bias_out))
-    return torch.addcmul(skip, s, gate[:, :, None, None])
-
-
-def gaussian_latent(
-    parameters: Tensor | None, eps: Tensor, temperature: float, *, with_log_p: bool
-) -> tuple[Tensor, Tensor | None]:
-    """z = mu + temperature * sigma * eps, and log p(z) [N] in nats where asked for.
-
-    parameters: raw means and log sigmas [N, 2 L, H, W]; None is the top prior, all zeros: mu = 0, sigma = 1.01.
-    (z - mu) / (temperature * sigma) is eps, so log p(z) = -sum(eps^2 + log 2 pi) / 2 - sum log(temperature * sigma).
-    """
-    raw = (eps.new_zeros(1, 1, 1, 1),) * 2 if parameters is None else parameters.to(eps.dtype).chunk(2, dim=1)
-    prior = Normal.from_raw(raw[0], raw[1], temperature)
-    z = prior.sample(eps)
-    if not with_log_p:
-        return z, None
-    return z, (-0.5 * (eps * eps + LOG_2PI) - torch.log(prior.sigma)).flatten(1).sum(1)
-
-
-def pixel_head(logits: Tensor, eps_x: Tensor, *, with_log_p: bool) -> tuple[Tensor, Tensor | None]:
-    """x = clamp(mu + sigma eps_x, -1, 1) / 2 + 1/2 and log p(x|z) [N] with log sigma floored at -2, in nats."""
-    pixels = GaussianPixels(logits.to(eps_x.dtype))
-    x = pixels.sample(eps_x)
-    return x, pixels.log_prob(x) if with_log_p else None
-
-
-def energy_epilogue(y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
-    """swish(y + skip_scale * skip): what follows a convolution of the energy network."""
-    return F.silu(y if skip is None else y.add_(skip, alpha=skip_scale))
+def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
+    """skip + gate(s) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the gate's weights."""
+    return s.add_(skip) if se is None else ops.se_gate_residual(s, skip, *se, backend=backend)

@@ -30,6 +30,14 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pointwise": ("reference", "cpu"),
         "pointwise_backward": ("reference", "cpu"),
         "power_iteration": ("reference", "cpu"),
+        "energy_epilogue": ("reference", "cpu"),
+        "energy_epilogue_backward": ("reference", "cpu"),
+        "se_gate_residual": ("reference", "cpu"),
+        "se_gate_residual_backward": ("reference", "cpu"),
+        "gaussian_latent": ("reference", "cpu"),
+        "gaussian_latent_backward": ("reference", "cpu"),
+        "pixel_head": ("reference", "cpu"),
+        "pixel_head_backward": ("reference", "cpu"),
     }
 )
 

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast import _extension, reference
-from vaebm_fast.ops._backend import Backend, choose
+from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._checks import (
+    check_image,
+    check_tensor,
+    choose_float32,
+    differentiable_once,
+    refuse_weight_gradients,
+)
 
 PANEL = 16  # output channels that the C++ kernels keep side by side
 
@@ -88,11 +95,12 @@ def pointwise_backward(
     [N, Cin, H, W], channels_last.
     """
     Cout, Cin = weight.shape
-    if dy.dim() != 4 or dy.shape[1] != Cout:
-        raise ValueError(f"dy must be [N, {Cout}, H, W] for this weight; it is {list(dy.shape)}.")
-    if x is not None and list(x.shape) != [dy.shape[0], Cin, *dy.shape[2:]]:
-        raise ValueError(f"x must be {[dy.shape[0], Cin, *dy.shape[2:]]}, as it went in; it is {list(x.shape)}.")
-    _check_like(dy, weight=weight.forward, x=x)
+    check_image("dy", dy)
+    if dy.shape[1] != Cout:
+        raise ValueError(f"dy has {dy.shape[1]} channels; this weight gives {Cout}.")
+    check_tensor("weight", weight.forward, weight.forward.shape, dy.device, dy.dtype)
+    if x is not None:
+        check_tensor("x", x, [dy.shape[0], Cin, *dy.shape[2:]], dy.device, dy.dtype)
     if _choose("pointwise_backward", dy, weight, backend) == "reference":
         return reference.pointwise_backward(dy, weight.forward, x)
     dx: Tensor = torch.ops.vaebm_fast.pointwise_backward(dy, weight.backward, Cin, x)
@@ -102,41 +110,28 @@ def pointwise_backward(
 def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> str:
     """The backend, which must be one that reads this layout."""
     is_packed = weight.backward is not None
-    chosen = choose(op, x.device, "cpu" if is_packed and backend == "auto" else backend)
-    if backend == "auto" and not is_packed and chosen == "cpu":
-        return "reference"
+    if backend == "auto":
+        backend = "cpu" if is_packed else "reference"
+    chosen = choose_float32(op, backend, x)
     if is_packed != (chosen == "cpu"):
         raise ValueError(
             f"The weight is in the {'cpu' if is_packed else 'plain'} layout, which backend={chosen!r} does not read; "
             f"make it with pack_pointwise(weight, {chosen!r})."
         )
-    if chosen == "cpu" and x.dtype != torch.float32:
-        raise ValueError(f"{op} with backend='cpu' takes float32, not {x.dtype}; ask for backend='reference'.")
     return chosen
 
 
 def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Tensor | None) -> None:
     Cout, Cin = weight.shape
-    if x.dim() != 4 or not x.is_floating_point() or x.shape[1] != Cin:
-        raise ValueError(f"x must be floating point [N, {Cin}, H, W] for this weight; it is {x.dtype} {list(x.shape)}.")
-    _check_like(x, weight=weight.forward, bias=bias, residual=residual)
-    if bias is not None and list(bias.shape) != [Cout]:
-        raise ValueError(f"bias must be [{Cout}] for this weight; it is {list(bias.shape)}.")
-    if residual is not None and list(residual.shape) != [x.shape[0], Cout, *x.shape[2:]]:
-        raise ValueError(
-            f"residual must be {[x.shape[0], Cout, *x.shape[2:]]}, like the result; it is {list(residual.shape)}."
-        )
-    frozen = [tensor for tensor in (*weight, bias) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in frozen):
-        raise ValueError("pointwise has no gradient for weight and bias; give it weight.detach(), bias.detach().")
-
-
-def _check_like(of: Tensor, **others: Tensor | None) -> None:
-    for name, other in others.items():
-        if other is not None and other.device != of.device:
-            raise ValueError(f"{name} is on {other.device} but the input is on {of.device}; move it there.")
-        if other is not None and other.dtype != of.dtype:
-            raise ValueError(f"{name} is {other.dtype} but the input is {of.dtype}; convert one of them.")
+    check_image("x", x)
+    if x.shape[1] != Cin:
+        raise ValueError(f"x has {x.shape[1]} channels; this weight takes {Cin}.")
+    check_tensor("weight", weight.forward, weight.forward.shape, x.device, x.dtype)
+    if bias is not None:
+        check_tensor("bias", bias, [Cout], x.device, x.dtype)
+    if residual is not None:
+        check_tensor("residual", residual, [x.shape[0], Cout, *x.shape[2:]], x.device, x.dtype)
+    refuse_weight_gradients("pointwise", *(tensor for tensor in (*weight, bias) if tensor is not None))
 
 
 if _extension.is_available():
@@ -167,13 +162,5 @@ if _extension.is_available():
         dx = torch.ops.vaebm_fast.pointwise_backward(dy, weight_t, ctx.Cin, x) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, dy if ctx.needs_input_grad[4] else None, None
 
-    def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    def _no_second_derivative(ctx: Any, ddx: Tensor) -> tuple[None, ...]:
-        raise RuntimeError("pointwise is differentiable once; a weight packed for the reference has all derivatives.")
-
     torch.library.register_autograd("vaebm_fast::pointwise", _backward, setup_context=_save)
-    torch.library.register_autograd(
-        "vaebm_fast::pointwise_backward", _no_second_derivative, setup_context=_save_nothing
-    )
+    differentiable_once("pointwise")

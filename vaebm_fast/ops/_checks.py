@@ -1,0 +1,57 @@
+"""What the faces of the ops have in common: tensors that fit each other, float32 for compiled code, one derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from vaebm_fast.ops._backend import Backend, choose
+
+
+def check_image(name: str, x: Tensor) -> None:
+    """Raise ValueError unless x is floating point [N, C, H, W]."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point [N, C, H, W]; it is {x.dtype} {list(x.shape)}.")
+
+
+def check_tensor(name: str, x: Tensor, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError unless x has this shape, device and dtype."""
+    if list(x.shape) != list(shape):
+        raise ValueError(f"{name} must be {list(shape)}; it is {list(x.shape)}.")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}; move it to {device}, where the others are.")
+    if x.dtype != dtype:
+        raise ValueError(f"{name} is {x.dtype}; convert it to {dtype}, as the others are.")
+
+
+def choose_float32(op: str, backend: Backend, *tensors: Tensor | None) -> str:
+    """`choose` for the device of the tensors; compiled code computes in float32 and refuses anything else."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    chosen = choose(op, given[0].device, backend)
+    for tensor in given:
+        if chosen != "reference" and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{op} with backend={chosen!r} takes float32, not {tensor.dtype}; ask for backend='reference'."
+            )
+    return chosen
+
+
+def refuse_weight_gradients(op: str, *weights: Tensor) -> None:
+    """Raise ValueError where autograd is asked for the gradient of a frozen weight."""
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        raise ValueError(f"{op} has no gradient for its weights; detach them.")
+
+
+def differentiable_once(op: str) -> None:
+    """Register a backward for the compiled `op`_backward that says that there is none."""
+
+    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def refuse(ctx: Any, *gradients: Any) -> NoReturn:
+        raise RuntimeError(f"{op} is differentiable once; backend='reference' has further derivatives.")
+
+    torch.library.register_autograd(f"vaebm_fast::{op}_backward", refuse, setup_context=save_nothing)

@@ -1,0 +1,98 @@
+"""A group of normal latents from its prior's raw parameters and noise, with log p, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaebm_fast import _extension, reference
+from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._checks import check_image, check_tensor, choose_float32, differentiable_once
+
+
+def gaussian_latent(
+    parameters: Tensor | None, eps: Tensor, temperature: float, *, with_log_p: bool, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """z = mu + temperature sigma eps, mu = 5 tanh(m / 5), sigma = exp(5 tanh(r / 5)) + 0.01; and log p(z), or None.
+
+    (z - mu) / (temperature sigma) is eps: log p(z) = -sum(eps^2 + log 2 pi) / 2 - sum log(temperature sigma), in nats.
+    parameters: m, then r, [N, 2 L, H, W]; None stands for zeros, the top prior: mu = 0, sigma = 1.01.
+    eps: [N, L, H, W], best NHWC inside each image, images at any distance (others are copied).
+    Returns z [N, L, H, W], channels_last, and log_p [N], in the dtype of eps. The reference takes parameters of another
+    floating dtype too and widens them; the compiled backends compute in float32 only.
+    Moves 16 bytes per element of eps. Differentiable once, in parameters and eps, which are saved.
+    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    """
+    _check(parameters, eps)
+    if choose_float32("gaussian_latent", backend, eps, parameters) == "reference":
+        return reference.gaussian_latent(parameters, eps, temperature, with_log_p=with_log_p)
+    z, log_p = torch.ops.vaebm_fast.gaussian_latent(parameters, eps, temperature, with_log_p)
+    return z, log_p if with_log_p else None
+
+
+def gaussian_latent_backward(
+    dz: Tensor,
+    dlog_p: Tensor | None,
+    parameters: Tensor | None,
+    eps: Tensor,
+    temperature: float,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor | None, Tensor]:
+    """(dparameters, deps), the vector-Jacobian product of `gaussian_latent`, with e = exp(5 tanh(r / 5)).
+
+    dm = dz (1 - tanh^2(m / 5)), dr = e (temperature dz eps - dlog_p / sigma) (1 - tanh^2(r / 5)),
+    deps = temperature sigma dz - dlog_p eps. dz: [N, L, H, W]; dlog_p: [N], None for zeros; the rest as there.
+    Returns dparameters [N, 2 L, H, W], None where parameters are, and deps [N, L, H, W], both channels_last.
+    Moves 28 bytes per element of eps.
+    """
+    _check(parameters, eps)
+    check_tensor("dz", dz, eps.shape, eps.device, eps.dtype)
+    if dlog_p is not None:
+        check_tensor("dlog_p", dlog_p, eps.shape[:1], eps.device, eps.dtype)
+    if choose_float32("gaussian_latent_backward", backend, eps, parameters) == "reference":
+        return reference.gaussian_latent_backward(dz, dlog_p, parameters, eps, temperature)
+    op = torch.ops.vaebm_fast.gaussian_latent_backward
+    dparameters, deps = op(dz, dlog_p, parameters, eps, temperature)
+    return None if parameters is None else dparameters, deps
+
+
+def _check(parameters: Tensor | None, eps: Tensor) -> None:
+    check_image("eps", eps)
+    if parameters is not None:
+        check_image("parameters", parameters)
+        N, L, H, W = eps.shape
+        check_tensor("parameters", parameters, (N, 2 * L, H, W), eps.device, parameters.dtype)
+
+
+if _extension.is_available():
+
+    @torch.library.register_fake("vaebm_fast::gaussian_latent")
+    def _(parameters: Tensor | None, eps: Tensor, temperature: float, with_log_p: bool) -> tuple[Tensor, Tensor]:
+        z = torch.empty_like(eps, memory_format=torch.channels_last)
+        return z, eps.new_empty(eps.shape[0] if with_log_p else 0)
+
+    @torch.library.register_fake("vaebm_fast::gaussian_latent_backward")
+    def _(
+        dz: Tensor, dlog_p: Tensor | None, parameters: Tensor | None, eps: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        deps = torch.empty_like(eps, memory_format=torch.channels_last)
+        if parameters is None:
+            return eps.new_empty(0), deps
+        return torch.empty_like(parameters, memory_format=torch.channels_last), deps
+
+    def _save(ctx: Any, inputs: tuple[Tensor | None, Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
+        parameters, eps, ctx.temperature, ctx.with_log_p = inputs
+        ctx.save_for_backward(parameters, eps)
+
+    def _backward(ctx: Any, dz: Tensor, dlog_p: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        parameters, eps = ctx.saved_tensors
+        weight = dlog_p if ctx.with_log_p else None
+        op = torch.ops.vaebm_fast.gaussian_latent_backward
+        dparameters, deps = op(dz, weight, parameters, eps, ctx.temperature)
+        return None if parameters is None else dparameters, deps, None, None
+
+    torch.library.register_autograd("vaebm_fast::gaussian_latent", _backward, setup_context=_save)
+    differentiable_once("gaussian_latent")
