@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from vaebm_fast.triton_kernels import (
+    depthwise_swish,
+    energy_epilogue,
+    gaussian_latent,
+    pixel_head,
+    pointwise,
+    se_gate_residual,
+)
 
 ARCHITECTURES = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -89,33 +98,74 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, a call of a launcher) for every kernel, form and dtype."""
+Case = tuple[str, Callable[[], object]]
+
+
+def cases() -> Iterator[Case]:
+    """(name, a call of a launcher) for every kernel, form and dtype, at shapes of celeba_256 with 16 images."""
     for dtype in DTYPES:
-        yield from _depthwise(dtype)
+        label = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        for family in (_depthwise, _pointwise, _element_wise):
+            for name, call in family(dtype):
+                yield f"{name} {label}", call
 
 
-def _depthwise(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    from vaebm_fast.triton_kernels import depthwise_swish as kernels
+def _empty(dtype: torch.dtype, *size: int) -> Tensor:
+    x = torch.empty(size, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
-    def image(channels: int, side: int) -> Tensor:
-        x = torch.empty(16, channels, side, side, dtype=dtype, device="meta")
-        return x.to(memory_format=torch.channels_last)
 
+def _depthwise(dtype: torch.dtype) -> Iterator[Case]:
+    new = partial(_empty, dtype)
     for K in (3, 5, 7, 11):
         for upsample in (False, True):
-            h, dy = image(768, 32), image(768, 64 if upsample else 32)
-            weight, bias = torch.empty(K, K, 768, dtype=dtype, device="meta"), torch.empty(768, dtype=dtype, device="meta")
-            form = f"{K}x{K}{' up' if upsample else ''} {_short(dtype)}"
-            yield f"depthwise_swish {form}", lambda a=(h, weight, bias, upsample): kernels.depthwise_swish(*a)
-            yield (
-                f"depthwise_swish_backward {form}",
-                lambda a=(dy, h, weight, upsample): kernels.depthwise_swish_backward(*a),
-            )
+            form = f"{K}x{K} up" if upsample else f"{K}x{K}"
+            h, dy, side = new(16, 768, 32, 32), new(16, 768, 64, 64) if upsample else new(16, 768, 32, 32), new(768)
+            weight = new(K, K, 768)
+            yield f"depthwise_swish {form}", partial(depthwise_swish.depthwise_swish, h, weight, side, upsample)
+            backward = depthwise_swish.depthwise_swish_backward
+            yield f"depthwise_swish_backward {form}", partial(backward, dy, h, weight, upsample)
 
 
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
+    """Each configuration of the table once forward, as a projection, and once backward, as its gradient."""
+    new = partial(_empty, dtype)
+    for Cin, Cout, side in ((1536, 20, 32), (384, 64, 128), (768, 128, 64)):
+        x, y, weight = new(16, Cin, side, side), new(16, Cout, side, side), new(Cout, Cin)
+        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+            tf32 = " tf32" if precision == "high" else ""
+            forward = partial(pointwise.pointwise, x, weight, weight.T, new(Cout), y, True)
+            yield f"pointwise {Cin}->{Cout}{tf32}", partial(_with_precision, precision, forward)
+            backward = partial(pointwise.pointwise_backward, y, weight.T, Cin, x)
+            yield f"pointwise_backward {Cout}->{Cin}{tf32}", partial(_with_precision, precision, backward)
+
+
+def _with_precision(precision: str, call: Callable[[], object]) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        call()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
+    """Noise, and what is made of it before a network sees it, is float32 beside networks in bfloat16 too."""
+    new, noise = partial(_empty, dtype), partial(_empty, torch.float32)
+    y = new(16, 256, 64, 64)
+    yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0)
+    yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0)
+    w, b = new(16, 256), new(16)
+    yield "se_gate_residual", partial(se_gate_residual.se_gate_residual, y, y, w, b, w.T, new(256))
+    backward = partial(se_gate_residual.se_gate_residual_backward, y, y, new(16, 16), new(16, 256), w, w.T)
+    yield "se_gate_residual_backward", backward
+    eps, parameters, log_p = noise(16, 20, 32, 32), new(16, 40, 32, 32), noise(16)
+    yield "gaussian_latent", partial(gaussian_latent.gaussian_latent, parameters, eps, 1.0, True)
+    gradients = partial(gaussian_latent.gaussian_latent_backward, eps, log_p, parameters, eps, 1.0)
+    yield "gaussian_latent_backward", gradients
+    eps_x, logits = noise(16, 3, 256, 256), new(16, 6, 256, 256)
+    yield "pixel_head", partial(pixel_head.pixel_head, logits, eps_x, True)
+    yield "pixel_head_backward", partial(pixel_head.pixel_head_backward, eps_x, log_p, logits, eps_x)
 
 
 def report(matching: str = "", architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Compiled]:
@@ -125,8 +175,9 @@ def report(matching: str = "", architectures: tuple[int, ...] = ARCHITECTURES) -
             with recorded_launches() as launches:
                 call()
             for launch in launches:
+                kernel = launch.kernel.__name__ if len(launches) > 1 else ""
                 for architecture in architectures:
-                    yield compile_launch(name, launch, architecture)
+                    yield compile_launch(f"{name} {kernel}".strip(), launch, architecture)
 
 
 def main() -> None:
@@ -134,11 +185,11 @@ def main() -> None:
     parser.add_argument("matching", nargs="?", default="", help="part of a name")
     for row in report(parser.parse_args().matching):
         print(
-            f"{row.name:<46} sm_{row.architecture} {row.num_warps:2} warps {row.registers:4} registers "
+            f"{row.name:<58} sm_{row.architecture} {row.num_warps:2} warps {row.registers:4} registers "
             f"{row.shared:7} B shared {row.spills:4} B spilled",
             flush=True,
         )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,14 +1,15 @@
 """torch.ops.vaebm_triton: the ops again, under the schemas of torch.ops.vaebm_fast, for the kernels written in Triton.
 
-A namespace of its own, because under TRITON_INTERPRET=1 they run on CPU tensors too, where torch.ops.vaebm_fast has
-the C++ kernels. Triton itself is imported by the first call.
+A namespace of its own, because under TRITON_INTERPRET=1 they run on CPU tensors too, where torch.ops.vaebm_fast has the
+C++ kernels. Both share their fakes and gradients: `register`. Triton itself is imported by the first call.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,30 +19,50 @@ from vaebm_fast.ops._backend import is_interpreting
 _library = torch.library.Library("vaebm_triton", "DEF")
 
 
-def define(module: str, *schemas: str) -> None:
-    """Define ops whose implementations are the functions of the same names in `vaebm_fast.triton_kernels.<module>`."""
-    for schema in schemas:
-        name = schema.partition("(")[0]
-        _library.define(schema)
-        for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
-            _library.impl(name, _run(module, name), key)
-
-
-def namespaces() -> tuple[str, ...]:
-    """The namespaces that hold the ops, for which fakes and gradients are registered."""
-    return ("vaebm_triton", "vaebm_fast") if _extension.is_available() else ("vaebm_triton",)
-
-
 def ops_of(backend: str) -> Any:
     """The namespace whose ops run a compiled backend."""
     return torch.ops.vaebm_triton if backend == "triton" else torch.ops.vaebm_fast
 
 
+def define(op: str, forward: str, backward: str) -> None:
+    """Define `op` and its backward by what follows their names in csrc/ops.cpp.
+
+    Functions of the same names in `vaebm_fast.triton_kernels.<op>` implement them.
+    """
+    for name, arguments in ((op, forward), (f"{op}_backward", backward)):
+        _library.define(name + arguments)
+        for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
+            _library.impl(name, _run(op, name), key)
+
+
+def register(
+    op: str,
+    *,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Register fakes and gradient of `op` in both namespaces; `backward(ops, ctx, *gradients)` gets its own one."""
+
+    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def refuse(ctx: Any, *gradients: Any) -> NoReturn:
+        raise RuntimeError(f"{op} is differentiable once; backend='reference' has further derivatives.")
+
+    for namespace in ("vaebm_fast", "vaebm_triton") if _extension.is_available() else ("vaebm_triton",):
+        name, ops = f"{namespace}::{op}", getattr(torch.ops, namespace)
+        torch.library.register_fake(name, fake)
+        torch.library.register_fake(f"{name}_backward", fake_backward)
+        torch.library.register_autograd(name, partial(backward, ops), setup_context=save)
+        torch.library.register_autograd(f"{name}_backward", refuse, setup_context=save_nothing)
+
+
 def _run(module: str, name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         kernels = importlib.import_module(f"vaebm_fast.triton_kernels.{module}")
-        device = next(arg for arg in args if isinstance(arg, torch.Tensor))
-        with torch.cuda.device_of(device):  # Triton launches on the current one
-            return getattr(kernels, name)(*args)
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+            return getattr(kernels, name)(*args)  # Triton launches on the current device
 
     return run

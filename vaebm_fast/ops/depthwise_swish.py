@@ -5,7 +5,6 @@ The weight and bias are frozen: they have no gradient here. Folding batch norm i
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,8 +103,8 @@ def _choose(op: str, h: Tensor, backend: Backend) -> str:
 
 _triton.define(
     "depthwise_swish",
-    "depthwise_swish(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor",
-    "depthwise_swish_backward(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor",
+    "(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor",
+    "(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor",
 )
 
 
@@ -124,25 +123,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor)
     ctx.save_for_backward(h, weight)
 
 
-def _backward(namespace: str, ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise RuntimeError("depthwise_swish has no gradient for weight and bias; detach them.")
     h, weight = ctx.saved_tensors
-    backward = getattr(torch.ops, namespace).depthwise_swish_backward
-    return backward(dy, h, weight, ctx.upsample), None, None, None
+    return ops.depthwise_swish_backward(dy, h, weight, ctx.upsample), None, None, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    pass
-
-
-def _no_second_derivative(ctx: Any, ddh: Tensor) -> tuple[None, None, None, None]:
-    raise RuntimeError("depthwise_swish is differentiable once; backend='reference' has further derivatives.")
-
-
-for _namespace in _triton.namespaces():
-    _name = f"{_namespace}::depthwise_swish"
-    torch.library.register_fake(_name, _fake)
-    torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    torch.library.register_autograd(_name, partial(_backward, _namespace), setup_context=_save)
-    torch.library.register_autograd(f"{_name}_backward", _no_second_derivative, setup_context=_save_nothing)
+_triton.register("depthwise_swish", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vaebm_fast.triton_kernels.activation import swish, swish_slope
+from vaebm_fast.triton_kernels.activation import nhwc, swish, swish_slope
 
 
 class Config(NamedTuple):
@@ -197,19 +197,13 @@ def depthwise_swish(h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> 
     """y of `vaebm_fast.ops.depthwise_swish.depthwise_swish`, channels_last."""
     N, C, H, W = h.shape
     scale = 2 if upsample else 1
-    y = torch.empty(
-        (N, C, scale * H, scale * W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last
-    )
-    _launch(_nhwc(h), weight.contiguous(), bias.contiguous(), None, y, upsample)
+    y = torch.empty((N, C, scale * H, scale * W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
+    _launch(nhwc(h), weight.contiguous(), bias.contiguous(), None, y, upsample)
     return y
 
 
 def depthwise_swish_backward(dy: Tensor, h: Tensor, weight: Tensor, upsample: bool) -> Tensor:
     """dh of `vaebm_fast.ops.depthwise_swish.depthwise_swish_backward`, channels_last."""
     dh = torch.empty_like(h, memory_format=torch.channels_last)
-    _launch(_nhwc(dy), weight.contiguous(), None, _nhwc(h), dh, upsample)
+    _launch(nhwc(dy), weight.contiguous(), None, nhwc(h), dh, upsample)
     return dh
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
