@@ -168,16 +168,19 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     yield "pixel_head_backward", partial(pixel_head.pixel_head_backward, eps_x, log_p, logits, eps_x)
 
 
-def report(matching: str = "", architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Compiled]:
-    """Compile every case whose name contains `matching`; a name appears once per kernel that its call launches."""
+def report(
+    matching: str = "", without: tuple[str, ...] = (), architectures: tuple[int, ...] = ARCHITECTURES
+) -> Iterator[Compiled]:
+    """Compile every case whose name contains `matching` and none of `without`, a row per kernel that it launches."""
     for name, call in cases():
-        if matching in name:
-            with recorded_launches() as launches:
-                call()
-            for launch in launches:
-                kernel = launch.kernel.__name__ if len(launches) > 1 else ""
-                for architecture in architectures:
-                    yield compile_launch(f"{name} {kernel}".strip(), launch, architecture)
+        if matching not in name or any(part in name for part in without):
+            continue
+        with recorded_launches() as launches:
+            call()
+        for launch in launches:
+            kernel = launch.kernel.__name__ if len(launches) > 1 else ""
+            for architecture in architectures:
+                yield compile_launch(f"{name} {kernel}".strip(), launch, architecture)
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def pointwise_backward(
 def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> str:
     """The backend, which must be one that reads this layout."""
     is_packed = weight.backward is not None
-    if backend == "auto" and (is_packed or x.device.type == "cpu"):
+    if backend == "auto":
         backend = "cpu" if is_packed else "reference"
     chosen = choose_for(op, backend, x)
     if is_packed != (chosen == "cpu"):

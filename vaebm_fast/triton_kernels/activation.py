@@ -21,13 +21,23 @@ def swish_slope(x):
 
 
 @triton.jit
-def tanh(x):
-    """Through exp; near zero, where 1 - exp cancels, by its series: the next term is below 2^-24 of the sum."""
-    decay = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - decay) / (1.0 + decay)
+def soft_clamp5(x):
+    """5 tanh(x / 5) and its slope 1 - tanh^2(x / 5), as in csrc/cpu/vector.h.
+
+    With e = exp(-2 |x| / 5) the tanh is 1 - 2 e / (1 + e), which cancels for small x: there it is a polynomial. The
+    slope 4 e / (1 + e)^2 never cancels.
+    """
+    e = tl.exp(-0.4 * tl.abs(x))
+    inverse = 1.0 / (1.0 + e)
     x2 = x * x
-    near = x + x * x2 * (-1.0 / 3 + x2 * (2.0 / 15 - x2 * (17.0 / 315)))
-    return tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0, -far, far))
+    p = 9.12168778e-12
+    p = p * x2 - 8.46105075e-10
+    p = p * x2 + 5.56357662e-8
+    p = p * x2 - 3.4529387e-6
+    p = p * x2 + 2.13331921e-4
+    p = p * x2 - 1.33333327e-2
+    near, far = x + x * x2 * p, 5.0 - 10.0 * e * inverse
+    return tl.where(tl.abs(x) < 3.0, near, tl.where(x < 0, -far, far)), 4.0 * e * inverse * inverse
 
 
 def nhwc(x: Tensor) -> Tensor:

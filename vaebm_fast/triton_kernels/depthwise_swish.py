@@ -46,11 +46,11 @@ CONFIGS: dict[tuple[int, bool, bool, int], Config] = {
     (5, True, True, 2): Config(2, 4, 64, True, 4),
     (11, False, False, 4): Config(4, 4, 32, False, 4),
     (11, False, True, 4): Config(4, 4, 32, False, 4),
-    (11, True, False, 4): Config(4, 4, 32, False, 4),
+    (11, True, False, 4): Config(4, 4, 32, True, 4),
     (11, True, True, 4): Config(2, 4, 32, False, 4),
     (11, False, False, 2): Config(4, 4, 32, False, 4),
     (11, False, True, 2): Config(4, 4, 32, False, 4),
-    (11, True, False, 2): Config(4, 4, 32, False, 4),
+    (11, True, False, 2): Config(4, 4, 32, True, 4),
     (11, True, True, 2): Config(2, 4, 32, False, 4),
 }
 MAX_ROWS = 32  # of the target that a program walks down at most; the next one reads the TAPS - 1 rows in between again

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vaebm_fast.triton_kernels.activation import nhwc, nhwc_images, tanh
+from vaebm_fast.triton_kernels.activation import nhwc, nhwc_images, soft_clamp5
 
 BLOCK = 1024
 SIGMA_MIN = tl.constexpr(1e-2)
@@ -34,8 +34,9 @@ def latent_kernel(
         value, sigma = tl.zeros_like(noise), tl.full((BLOCK,), 1 + SIGMA_MIN, tl.float32)
     else:
         mean, spread = _parameter_offsets(n, e, numel, L)
-        value = 5 * tanh(tl.load(parameters + mean, mask=inside, other=0.0).to(tl.float32) / 5)
-        sigma = tl.exp(5 * tanh(tl.load(parameters + spread, mask=inside, other=0.0).to(tl.float32) / 5)) + SIGMA_MIN
+        value, _ = soft_clamp5(tl.load(parameters + mean, mask=inside, other=0.0).to(tl.float32))
+        log_sigma, _ = soft_clamp5(tl.load(parameters + spread, mask=inside, other=0.0).to(tl.float32))
+        sigma = tl.exp(log_sigma) + SIGMA_MIN
     sigma *= temperature
     value += sigma * noise
     tl.store(z + n * numel + e, value.to(z.dtype.element_ty), mask=inside)
@@ -60,12 +61,12 @@ def latent_backward_kernel(
     sigma = tl.full((BLOCK,), 1 + SIGMA_MIN, tl.float32)
     if parameters is not None:
         mean, spread = _parameter_offsets(n, e, numel, L)
-        tanh_m = tanh(tl.load(parameters + mean, mask=inside, other=0.0).to(tl.float32) / 5)
-        tanh_r = tanh(tl.load(parameters + spread, mask=inside, other=0.0).to(tl.float32) / 5)
-        exponential = tl.exp(5 * tanh_r)
+        _, mean_slope = soft_clamp5(tl.load(parameters + mean, mask=inside, other=0.0).to(tl.float32))
+        log_sigma, spread_slope = soft_clamp5(tl.load(parameters + spread, mask=inside, other=0.0).to(tl.float32))
+        exponential = tl.exp(log_sigma)
         sigma = exponential + SIGMA_MIN
-        dmean = gradient * (1 - tanh_m * tanh_m)
-        dspread = (gradient * temperature * noise - weight / sigma) * exponential * (1 - tanh_r * tanh_r)
+        dmean = gradient * mean_slope
+        dspread = (gradient * temperature * noise - weight / sigma) * exponential * spread_slope
         tl.store(dparameters + mean, dmean.to(dparameters.dtype.element_ty), mask=inside)
         tl.store(dparameters + spread, dspread.to(dparameters.dtype.element_ty), mask=inside)
     dnoise = gradient * (sigma * temperature) - weight * noise
@@ -99,7 +100,7 @@ def gaussian_latent_backward(
     dparameters = None
     if parameters is not None:
         parameters = nhwc(parameters)
-        dparameters = torch.empty_like(parameters)
+        dparameters = torch.empty_like(parameters, memory_format=torch.channels_last)
     if deps.numel() > 0:
         eps, dlog_p = nhwc_images(eps), None if dlog_p is None else dlog_p.contiguous()
         latent_backward_kernel[(triton.cdiv(L * H * W, BLOCK), N)](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vaebm_fast.triton_kernels.activation import nhwc, nhwc_images, tanh
+from vaebm_fast.triton_kernels.activation import nhwc, nhwc_images, soft_clamp5
 
 BLOCK = 1024
 SIGMA_MIN = tl.constexpr(1e-2)
@@ -17,12 +17,12 @@ LOG_2PI = tl.constexpr(1.8378770664093453)
 
 @triton.jit
 def _read(logits, eps_x, image_stride, n, e, inside, numel, C):
-    """tanh(m / 5), tanh(r / 5), eps_x of element e, NHWC inside image n, and where m and r lie."""
+    """mu and its slope, log sigma and its slope, eps_x of element e, NHWC inside image n; where m lies, r C behind."""
     mean = n * 2 * numel + e // C * 2 * C + e % C
-    tanh_m = tanh(tl.load(logits + mean, mask=inside, other=0.0).to(tl.float32) / 5)
-    tanh_r = tanh(tl.load(logits + mean + C, mask=inside, other=0.0).to(tl.float32) / 5)
+    mu, mu_slope = soft_clamp5(tl.load(logits + mean, mask=inside, other=0.0).to(tl.float32))
+    log_sigma, slope = soft_clamp5(tl.load(logits + mean + C, mask=inside, other=0.0).to(tl.float32))
     noise = tl.load(eps_x + n * image_stride + e, mask=inside, other=0.0).to(tl.float32)
-    return tanh_m, tanh_r, noise, mean, mean + C
+    return mu, mu_slope, log_sigma, slope, noise, mean
 
 
 @triton.jit
@@ -33,8 +33,7 @@ def pixel_kernel(
     block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     e = block * BLOCK + tl.arange(0, BLOCK)
     inside = e < numel
-    tanh_m, tanh_r, noise, _, _ = _read(logits, eps_x, image_stride, n, e, inside, numel, C)
-    mu, log_sigma = 5 * tanh_m, 5 * tanh_r
+    mu, _, log_sigma, _, noise, _ = _read(logits, eps_x, image_stride, n, e, inside, numel, C)
     clamped = tl.minimum(tl.maximum(mu + (tl.exp(log_sigma) + SIGMA_MIN) * noise, -1.0), 1.0)
     tl.store(x + n * numel + e, (clamped * 0.5 + 0.5).to(x.dtype.element_ty), mask=inside)
     if log_p is not None:
@@ -52,8 +51,7 @@ def pixel_backward_kernel(
     n = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < numel
-    tanh_m, tanh_r, noise, mean, spread = _read(logits, eps_x, image_stride, n, e, inside, numel, C)
-    mu, log_sigma = 5 * tanh_m, 5 * tanh_r
+    mu, mu_slope, log_sigma, slope, noise, mean = _read(logits, eps_x, image_stride, n, e, inside, numel, C)
     exponential = tl.exp(log_sigma)
     unclamped = mu + (exponential + SIGMA_MIN) * noise
     gradient = 0.5 * tl.load(dx + n * numel + e, mask=inside, other=0.0).to(tl.float32)
@@ -66,10 +64,10 @@ def pixel_backward_kernel(
         floored = weight * (normalised * normalised - 1) / sigma
         dsigma_of_p = tl.where(log_sigma >= LOG_SIGMA_FLOOR, floored, 0.0)
     dunclamped = tl.where((unclamped >= -1) & (unclamped <= 1), gradient - pull, 0.0)
-    dmean = (dunclamped + pull) * (1 - tanh_m * tanh_m)
-    dspread = (dunclamped * noise + dsigma_of_p) * exponential * (1 - tanh_r * tanh_r)
+    dmean = (dunclamped + pull) * mu_slope
+    dspread = (dunclamped * noise + dsigma_of_p) * exponential * slope
     tl.store(dlogits + mean, dmean.to(dlogits.dtype.element_ty), mask=inside)
-    tl.store(dlogits + spread, dspread.to(dlogits.dtype.element_ty), mask=inside)
+    tl.store(dlogits + mean + C, dspread.to(dlogits.dtype.element_ty), mask=inside)
     dnoise = dunclamped * (exponential + SIGMA_MIN)
     tl.store(deps_x + n * numel + e, dnoise.to(deps_x.dtype.element_ty), mask=inside)
 
@@ -92,7 +90,7 @@ def pixel_head_backward(dx: Tensor, dlog_p: Tensor | None, logits: Tensor, eps_x
     """(dlogits, deps_x) of `vaebm_fast.ops.pixel_head.pixel_head_backward`, channels_last."""
     N, C, H, W = eps_x.shape
     logits = nhwc(logits)
-    dlogits = torch.empty_like(logits)
+    dlogits = torch.empty_like(logits, memory_format=torch.channels_last)
     deps_x = torch.empty_like(eps_x, memory_format=torch.channels_last)
     if deps_x.numel() > 0:
         eps_x, dlog_p = nhwc_images(eps_x), None if dlog_p is None else dlog_p.contiguous()
