@@ -110,18 +110,18 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
-        h = w.expand(x)
+        h = w.expand(x, self._backend)
         if isinstance(w.depthwise, Depthwise):
             up = self._resample == "up"
             h = ops.depthwise_swish(h, w.depthwise.weight, w.depthwise.bias, upsample=up, backend=self._backend)
-            s = w.project(h, swish=True)
+            s = w.project(h, self._backend, swish=True)
         elif self._resample == "up":
             phases = depthwise_swish_phases(h, w.depthwise)
-            s = interleave([w.project(phase, swish=True) for phase in phases])
+            s = interleave([w.project(phase, self._backend, swish=True) for phase in phases])
         else:
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
-            s = w.project(h, swish=True)
-        return se_gate_residual(s, _run_skip(x, w.skip), w.se, self._backend)
+            s = w.project(h, self._backend, swish=True)
+        return se_gate_residual(s, _run_skip(x, w.skip, self._backend), w.se, self._backend)
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):
@@ -161,7 +161,7 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
             else:
                 live = op.conv_0
                 s = F.conv2d(s, conv.weight, conv.bias, live.stride, live.padding, live.dilation)
-        return se_gate_residual(s, _run_skip(x, w.skip), w.se, self._backend)
+        return se_gate_residual(s, _run_skip(x, w.skip, self._backend), w.se, self._backend)
 
 
 def _resample(cell: Cell) -> str:
@@ -196,12 +196,12 @@ def _fold_skip(cell: Cell, backend: Backend) -> Pointwise | Conv | None:
     return Pointwise.of(fold.convolution(conv), backend)
 
 
-def _run_skip(x: Tensor, skip: Pointwise | Conv | None) -> Tensor:
+def _run_skip(x: Tensor, skip: Pointwise | Conv | None, backend: Backend) -> Tensor:
     if skip is None:
         return x
     if isinstance(skip, Conv):
         return F.conv2d(F.silu(x), skip.weight, skip.bias, stride=2)
-    return F.interpolate(skip(x), scale_factor=2, mode="bilinear", align_corners=True)
+    return F.interpolate(skip(x, backend), scale_factor=2, mode="bilinear", align_corners=True)
 
 
 def _fold_se(cell: Cell) -> SqueezeExcite | None:

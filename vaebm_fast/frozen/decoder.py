@@ -68,7 +68,7 @@ class Entry(Part[EntryWeights]):
         return EntryWeights(constant, Pointwise.of(latent, self._backend))
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self.weights.latent(z).add_(self.weights.constant)
+        return self.weights.latent(z, self._backend).add_(self.weights.constant)
 
 
 class Combiner(Part[CombinerWeights]):
@@ -83,7 +83,7 @@ class Combiner(Part[CombinerWeights]):
         return CombinerWeights(Pointwise.of(feature, self._backend), Pointwise.of(latent, self._backend))
 
     def __call__(self, s: Tensor, z: Tensor) -> Tensor:
-        return self.weights.latent(z, residual=self.weights.feature(s))
+        return self.weights.latent(z, self._backend, residual=self.weights.feature(s, self._backend))
 
 
 class EluConv(Part[EluConvWeights]):
@@ -102,7 +102,7 @@ class EluConv(Part[EluConvWeights]):
     def __call__(self, s: Tensor) -> Tensor:
         conv = self.weights.conv
         if isinstance(conv, Pointwise):
-            return conv(F.elu(s))
+            return conv(F.elu(s), self._backend)
         return F.conv2d(F.elu(s), conv.weight, conv.bias, padding=self._conv.padding)
 
 

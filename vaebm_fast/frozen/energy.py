@@ -85,7 +85,7 @@ class FrozenBlock(Part[BlockWeights]):
         y = F.conv2d(h, w.conv2.weight, w.conv2.bias, stride=2 if self._downsample else 1, padding=1)
         if w.skip is None:
             return energy_epilogue(y, u, ACTIVATION_SCALE, backend=backend)
-        return energy_epilogue(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u), backend=backend)
+        return energy_epilogue(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, backend), backend=backend)
 
 
 class FrozenHead(Part[HeadWeights]):

@@ -19,11 +19,11 @@ from vaebm_fast.frozen.memory import reused_memory
 from vaebm_fast.frozen.part import Part, StaleWeightsError, require_finite
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.vaebm import VAEBM
-from vaebm_fast.ops._backend import BACKENDS, Backend, choose, why_not
+from vaebm_fast.ops._backend import BACKENDS, Backend, choose, dtypes, require_dtype, why_not
 from vaebm_fast.ops.pixel_head import pixel_head
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-PAIR_BACKENDS = ("reference", "cpu")  # those that have every op
+PAIR_BACKENDS = ("reference", "cpu", "triton")  # those that have every op
 
 
 def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
@@ -166,12 +166,12 @@ def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backe
             f"A frozen pair has no {backend!r} implementation; it has {', '.join(PAIR_BACKENDS)}, and backend='auto' "
             "takes the best of these."
         )
-    if backend == "auto":
-        is_compiled = dtype == torch.float32 and why_not("pointwise", device, "cpu") is None
+    if backend == "auto":  # triton has not run on a GPU yet: it is there for who asks
+        is_compiled = dtype in dtypes("cpu") and why_not("pointwise", device, "cpu") is None
         return "cpu" if is_compiled else "reference"
-    if backend == "cpu" and dtype != torch.float32:
-        raise ValueError(f"A frozen pair with backend='cpu' is float32, not {dtype}; ask for backend='reference'.")
-    return cast(Backend, choose("pointwise", device, backend))
+    chosen = cast(Backend, choose("pointwise", device, backend))
+    require_dtype("A frozen pair", chosen, dtype)
+    return chosen
 
 
 def _require_foldable(model: VAEBM) -> torch.device:

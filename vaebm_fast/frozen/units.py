@@ -37,9 +37,9 @@ class Pointwise(NamedTuple):
         """`conv`, a 1x1, for `backend`."""
         return cls(pack_pointwise(conv.weight, backend), conv.bias)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, *, swish: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, backend: Backend, residual: Tensor | None = None, *, swish: bool = False) -> Tensor:
         """W f(x) + b + residual, f = swish or the identity."""
-        return pointwise(x, self.weight, self.bias, residual, swish=swish)
+        return pointwise(x, self.weight, self.bias, residual, swish=swish, backend=backend)
 
 
 def depthwise_swish(h: Tensor, conv: Conv, stride: int = 1) -> Tensor:

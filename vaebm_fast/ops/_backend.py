@@ -25,19 +25,28 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "philox_words": ("reference", "cpu", "cuda"),
         "philox_normal": ("reference", "cpu", "cuda"),
-        "depthwise_swish": ("reference", "cpu", "cuda"),
-        "depthwise_swish_backward": ("reference", "cpu", "cuda"),
-        "pointwise": ("reference", "cpu"),
-        "pointwise_backward": ("reference", "cpu"),
+        "depthwise_swish": ("reference", "cpu", "triton", "cuda"),
+        "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
+        "pointwise": ("reference", "cpu", "triton"),
+        "pointwise_backward": ("reference", "cpu", "triton"),
         "power_iteration": ("reference", "cpu"),
-        "energy_epilogue": ("reference", "cpu"),
-        "energy_epilogue_backward": ("reference", "cpu"),
-        "se_gate_residual": ("reference", "cpu"),
-        "se_gate_residual_backward": ("reference", "cpu"),
-        "gaussian_latent": ("reference", "cpu"),
-        "gaussian_latent_backward": ("reference", "cpu"),
-        "pixel_head": ("reference", "cpu"),
-        "pixel_head_backward": ("reference", "cpu"),
+        "energy_epilogue": ("reference", "cpu", "triton"),
+        "energy_epilogue_backward": ("reference", "cpu", "triton"),
+        "se_gate_residual": ("reference", "cpu", "triton"),
+        "se_gate_residual_backward": ("reference", "cpu", "triton"),
+        "gaussian_latent": ("reference", "cpu", "triton"),
+        "gaussian_latent_backward": ("reference", "cpu", "triton"),
+        "pixel_head": ("reference", "cpu", "triton"),
+        "pixel_head_backward": ("reference", "cpu", "triton"),
+    }
+)
+
+# What a backend stores tensors in; all compute in float32. The reference takes every floating dtype.
+DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
+    {
+        "cpu": (torch.float32,),
+        "triton": (torch.float32, torch.bfloat16, torch.float16),
+        "cuda": (torch.float32, torch.bfloat16),
     }
 )
 
@@ -47,6 +56,27 @@ _PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("cpu",), 
 @functools.cache
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """What a compiled backend stores tensors in, here: Triton's interpreter multiplies bfloat16 as integers."""
+    return tuple(
+        dtype
+        for dtype in DTYPES[backend]
+        if not (backend == "triton" and is_interpreting() and dtype == torch.bfloat16)
+    )
+
+
+def require_dtype(op: str, backend: str, dtype: torch.dtype) -> None:
+    """Raise ValueError where `backend` does not take tensors of this dtype."""
+    if backend != "reference" and dtype not in dtypes(backend):
+        names = " or ".join(str(taken).removeprefix("torch.") for taken in dtypes(backend))
+        raise ValueError(f"{op} with backend={backend!r} takes {names}, not {dtype}; ask for backend='reference'.")
 
 
 def why_absent(backend: str) -> str | None:
@@ -72,7 +102,7 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     absent = why_absent(backend)
     if absent or backend == "reference":
         return absent
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+    if backend == "triton" and is_interpreting():
         return None
     needed = "cpu" if backend == "cpu" else "cuda"
     if device.type not in (needed, "meta"):  # on meta an implementation's fake answers, by which a plan is counted

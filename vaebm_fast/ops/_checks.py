@@ -1,14 +1,13 @@
-"""What the faces of the ops have in common: tensors that fit each other, float32 for compiled code, one derivative."""
+"""What the faces of the ops have in common: tensors that fit each other, and a backend that takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from vaebm_fast.ops._backend import Backend, choose
+from vaebm_fast.ops._backend import Backend, choose, require_dtype
 
 
 def check_image(name: str, x: Tensor) -> None:
@@ -27,15 +26,12 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int], device: torch.devic
         raise ValueError(f"{name} is {x.dtype}; convert it to {dtype}, as the others are.")
 
 
-def choose_float32(op: str, backend: Backend, *tensors: Tensor | None) -> str:
-    """`choose` for the device of the tensors; compiled code computes in float32 and refuses anything else."""
+def choose_for(op: str, backend: Backend, *tensors: Tensor | None) -> str:
+    """`choose` for the device of the tensors; raises ValueError where that backend does not take their dtypes."""
     given = [tensor for tensor in tensors if tensor is not None]
     chosen = choose(op, given[0].device, backend)
     for tensor in given:
-        if chosen != "reference" and tensor.dtype != torch.float32:
-            raise ValueError(
-                f"{op} with backend={chosen!r} takes float32, not {tensor.dtype}; ask for backend='reference'."
-            )
+        require_dtype(op, chosen, tensor.dtype)
     return chosen
 
 
@@ -43,15 +39,3 @@ def refuse_weight_gradients(op: str, *weights: Tensor) -> None:
     """Raise ValueError where autograd is asked for the gradient of a frozen weight."""
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
         raise ValueError(f"{op} has no gradient for its weights; detach them.")
-
-
-def differentiable_once(op: str) -> None:
-    """Register a backward for the compiled `op`_backward that says that there is none."""
-
-    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    def refuse(ctx: Any, *gradients: Any) -> NoReturn:
-        raise RuntimeError(f"{op} is differentiable once; backend='reference' has further derivatives.")
-
-    torch.library.register_autograd(f"vaebm_fast::{op}_backward", refuse, setup_context=save_nothing)

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
-from vaebm_fast.ops._backend import Backend, choose
-
-# What the compiled backends store tensors in; all compute in float32. The reference takes every floating dtype.
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
+from vaebm_fast import reference
+from vaebm_fast.ops import _triton
+from vaebm_fast.ops._backend import Backend, choose, require_dtype
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:
@@ -35,7 +33,7 @@ def depthwise_swish(
     s is zero outside the image. With `upsample`, s is first enlarged to [N, C, 2H, 2W], every pixel to 2x2 equal ones.
     h: [N, C, H, W], best in channels_last (others are copied into it). weight: [K, K, C], K odd, of `pack_depthwise`.
     bias: [C]. Returns [N, C, H, W], or [N, C, 2H, 2W] with `upsample`, channels_last.
-    All of one floating dtype, which DTYPES names for the compiled backends.
+    All of one floating dtype that the backend stores (`_backend.DTYPES`); the compiled ones compute in float32.
     Moves each element of h and of y once; 2 K^2 FLOP per element of y, with `upsample` 2 ((K + 1) / 2)^2: the taps
     that fall on one source pixel are summed beforehand.
     Differentiable once, in h alone: h is saved, its sigmoid is computed again.
@@ -47,9 +45,10 @@ def depthwise_swish(
         raise ValueError(f"bias must be [C] with the C = {h.shape[1]} of h; it is {list(bias.shape)}.")
     if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
         raise ValueError("depthwise_swish has no gradient for weight and bias; give it weight.detach(), bias.detach().")
-    if _choose("depthwise_swish", h, backend) == "reference":
+    chosen = _choose("depthwise_swish", h, backend)
+    if chosen == "reference":
         return reference.depthwise_swish(h, weight, bias, upsample=upsample)
-    y: Tensor = torch.ops.vaebm_fast.depthwise_swish(h, weight, bias, upsample)
+    y: Tensor = _triton.ops_of(chosen).depthwise_swish(h, weight, bias, upsample)
     return y
 
 
@@ -68,9 +67,10 @@ def depthwise_swish_backward(
     expected = [h.shape[0], h.shape[1], scale * h.shape[2], scale * h.shape[3]]
     if list(dy.shape) != expected:
         raise ValueError(f"dy must have the shape of the output, {expected}; it is {list(dy.shape)}.")
-    if _choose("depthwise_swish_backward", h, backend) == "reference":
+    chosen = _choose("depthwise_swish_backward", h, backend)
+    if chosen == "reference":
         return reference.depthwise_swish_backward(dy, h, weight, upsample=upsample)
-    dh: Tensor = torch.ops.vaebm_fast.depthwise_swish_backward(dy, h, weight, upsample)
+    dh: Tensor = _triton.ops_of(chosen).depthwise_swish_backward(dy, h, weight, upsample)
     return dh
 
 
@@ -97,43 +97,37 @@ def _check_like(h: Tensor, **others: Tensor) -> None:
 
 def _choose(op: str, h: Tensor, backend: Backend) -> str:
     chosen = choose(op, h.device, backend)
-    if chosen != "reference" and h.dtype not in DTYPES[chosen]:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[chosen])
-        raise ValueError(f"{op} with backend={chosen!r} takes {names}, not {h.dtype}; ask for backend='reference'.")
+    require_dtype(op, chosen, h.dtype)
     return chosen
 
 
-if _extension.is_available():
+_triton.define(
+    "depthwise_swish",
+    "(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor",
+    "(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor",
+)
 
-    @torch.library.register_fake("vaebm_fast::depthwise_swish")
-    def _(h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> Tensor:
-        scale = 2 if upsample else 1
-        N, C, H, W = h.shape
-        return torch.empty(
-            (N, C, scale * H, scale * W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last
-        )
 
-    @torch.library.register_fake("vaebm_fast::depthwise_swish_backward")
-    def _(dy: Tensor, h: Tensor, weight: Tensor, upsample: bool) -> Tensor:
-        return torch.empty(h.shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
+def _fake(h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> Tensor:
+    scale = 2 if upsample else 1
+    N, C, H, W = h.shape
+    return torch.empty((N, C, scale * H, scale * W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
 
-    def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-        h, weight, _, ctx.upsample = inputs
-        ctx.save_for_backward(h, weight)
 
-    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            raise RuntimeError("depthwise_swish has no gradient for weight and bias; detach them.")
-        h, weight = ctx.saved_tensors
-        return torch.ops.vaebm_fast.depthwise_swish_backward(dy, h, weight, ctx.upsample), None, None, None
+def _fake_backward(dy: Tensor, h: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+    return torch.empty(h.shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
 
-    def _save_nothing(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-        pass
 
-    def _no_second_derivative(ctx: Any, ddh: Tensor) -> tuple[None, None, None, None]:
-        raise RuntimeError("depthwise_swish is differentiable once; backend='reference' has further derivatives.")
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    h, weight, _, ctx.upsample = inputs
+    ctx.save_for_backward(h, weight)
 
-    torch.library.register_autograd("vaebm_fast::depthwise_swish", _backward, setup_context=_save)
-    torch.library.register_autograd(
-        "vaebm_fast::depthwise_swish_backward", _no_second_derivative, setup_context=_save_nothing
-    )
+
+def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        raise RuntimeError("depthwise_swish has no gradient for weight and bias; detach them.")
+    h, weight = ctx.saved_tensors
+    return ops.depthwise_swish_backward(dy, h, weight, ctx.upsample), None, None, None
+
+
+_triton.register("depthwise_swish", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

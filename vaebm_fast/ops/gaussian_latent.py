@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
+from vaebm_fast.ops import _triton
 from vaebm_fast.ops._backend import Backend
-from vaebm_fast.ops._checks import check_image, check_tensor, choose_float32, differentiable_once
+from vaebm_fast.ops._checks import check_image, check_tensor, choose_for
 
 
 def gaussian_latent(
@@ -21,14 +22,15 @@ def gaussian_latent(
     parameters: m, then r, [N, 2 L, H, W]; None stands for zeros, the top prior: mu = 0, sigma = 1.01.
     eps: [N, L, H, W], best NHWC inside each image, images at any distance (others are copied).
     Returns z [N, L, H, W], channels_last, and log_p [N], in the dtype of eps. The reference takes parameters of another
-    floating dtype too and widens them; the compiled backends compute in float32 only.
+    floating dtype too and widens them.
     Moves 16 bytes per element of eps. Differentiable once, in parameters and eps, which are saved.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
     _check(parameters, eps)
-    if choose_float32("gaussian_latent", backend, eps, parameters) == "reference":
+    chosen = choose_for("gaussian_latent", backend, eps, parameters)
+    if chosen == "reference":
         return reference.gaussian_latent(parameters, eps, temperature, with_log_p=with_log_p)
-    z, log_p = torch.ops.vaebm_fast.gaussian_latent(parameters, eps, temperature, with_log_p)
+    z, log_p = _triton.ops_of(chosen).gaussian_latent(parameters, eps, temperature, with_log_p)
     return z, log_p if with_log_p else None
 
 
@@ -52,9 +54,10 @@ def gaussian_latent_backward(
     check_tensor("dz", dz, eps.shape, eps.device, eps.dtype)
     if dlog_p is not None:
         check_tensor("dlog_p", dlog_p, eps.shape[:1], eps.device, eps.dtype)
-    if choose_float32("gaussian_latent_backward", backend, eps, parameters) == "reference":
+    chosen = choose_for("gaussian_latent_backward", backend, eps, parameters)
+    if chosen == "reference":
         return reference.gaussian_latent_backward(dz, dlog_p, parameters, eps, temperature)
-    op = torch.ops.vaebm_fast.gaussian_latent_backward
+    op = _triton.ops_of(chosen).gaussian_latent_backward
     dparameters, deps = op(dz, dlog_p, parameters, eps, temperature)
     return None if parameters is None else dparameters, deps
 
@@ -67,32 +70,39 @@ def _check(parameters: Tensor | None, eps: Tensor) -> None:
         check_tensor("parameters", parameters, (N, 2 * L, H, W), eps.device, parameters.dtype)
 
 
-if _extension.is_available():
+_triton.define(
+    "gaussian_latent",
+    "(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) -> (Tensor z, Tensor log_p)",
+    "(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
+    "-> (Tensor dparameters, Tensor deps)",
+)
 
-    @torch.library.register_fake("vaebm_fast::gaussian_latent")
-    def _(parameters: Tensor | None, eps: Tensor, temperature: float, with_log_p: bool) -> tuple[Tensor, Tensor]:
-        z = torch.empty_like(eps, memory_format=torch.channels_last)
-        return z, eps.new_empty(eps.shape[0] if with_log_p else 0)
 
-    @torch.library.register_fake("vaebm_fast::gaussian_latent_backward")
-    def _(
-        dz: Tensor, dlog_p: Tensor | None, parameters: Tensor | None, eps: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        deps = torch.empty_like(eps, memory_format=torch.channels_last)
-        if parameters is None:
-            return eps.new_empty(0), deps
-        return torch.empty_like(parameters, memory_format=torch.channels_last), deps
+def _fake(parameters: Tensor | None, eps: Tensor, temperature: float, with_log_p: bool) -> tuple[Tensor, Tensor]:
+    z = torch.empty_like(eps, memory_format=torch.channels_last)
+    return z, eps.new_empty(eps.shape[0] if with_log_p else 0)
 
-    def _save(ctx: Any, inputs: tuple[Tensor | None, Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
-        parameters, eps, ctx.temperature, ctx.with_log_p = inputs
-        ctx.save_for_backward(parameters, eps)
 
-    def _backward(ctx: Any, dz: Tensor, dlog_p: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        parameters, eps = ctx.saved_tensors
-        weight = dlog_p if ctx.with_log_p else None
-        op = torch.ops.vaebm_fast.gaussian_latent_backward
-        dparameters, deps = op(dz, weight, parameters, eps, ctx.temperature)
-        return None if parameters is None else dparameters, deps, None, None
+def _fake_backward(
+    dz: Tensor, dlog_p: Tensor | None, parameters: Tensor | None, eps: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    deps = torch.empty_like(eps, memory_format=torch.channels_last)
+    if parameters is None:
+        return eps.new_empty(0), deps
+    return torch.empty_like(parameters, memory_format=torch.channels_last), deps
 
-    torch.library.register_autograd("vaebm_fast::gaussian_latent", _backward, setup_context=_save)
-    differentiable_once("gaussian_latent")
+
+def _save(ctx: Any, inputs: tuple[Tensor | None, Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
+    parameters, eps, ctx.temperature, ctx.with_log_p = inputs
+    ctx.save_for_backward(parameters, eps)
+
+
+def _backward(ops: Any, ctx: Any, dz: Tensor, dlog_p: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    parameters, eps = ctx.saved_tensors
+    weight = dlog_p if ctx.with_log_p else None
+    op = ops.gaussian_latent_backward
+    dparameters, deps = op(dz, weight, parameters, eps, ctx.temperature)
+    return None if parameters is None else dparameters, deps, None, None
+
+
+_triton.register("gaussian_latent", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

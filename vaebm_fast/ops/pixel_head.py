@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
+from vaebm_fast.ops import _triton
 from vaebm_fast.ops._backend import Backend
-from vaebm_fast.ops._checks import check_image, check_tensor, choose_float32, differentiable_once
+from vaebm_fast.ops._checks import check_image, check_tensor, choose_for
 
 
 def pixel_head(
@@ -21,14 +22,15 @@ def pixel_head(
     max(log sigma, -2), VAEBM's floor. In nats and [-1, 1] units.
     logits: m, then r, [N, 2 C, H, W]. eps_x: [N, C, H, W], best NHWC inside each image, images at any distance (others
     are copied). Returns x [N, C, H, W], channels_last, and log_p [N], in the dtype of eps_x. The reference takes logits
-    of another floating dtype too and widens them; the compiled backends compute in float32 only.
+    of another floating dtype too and widens them.
     Moves 16 bytes per element of x. Differentiable once, in logits and eps_x, which are saved.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
     _check(logits, eps_x)
-    if choose_float32("pixel_head", backend, eps_x, logits) == "reference":
+    chosen = choose_for("pixel_head", backend, eps_x, logits)
+    if chosen == "reference":
         return reference.pixel_head(logits, eps_x, with_log_p=with_log_p)
-    x, log_p = torch.ops.vaebm_fast.pixel_head(logits, eps_x, with_log_p)
+    x, log_p = _triton.ops_of(chosen).pixel_head(logits, eps_x, with_log_p)
     return x, log_p if with_log_p else None
 
 
@@ -46,9 +48,10 @@ def pixel_head_backward(
     check_tensor("dx", dx, eps_x.shape, eps_x.device, eps_x.dtype)
     if dlog_p is not None:
         check_tensor("dlog_p", dlog_p, eps_x.shape[:1], eps_x.device, eps_x.dtype)
-    if choose_float32("pixel_head_backward", backend, eps_x, logits) == "reference":
+    chosen = choose_for("pixel_head_backward", backend, eps_x, logits)
+    if chosen == "reference":
         return reference.pixel_head_backward(dx, dlog_p, logits, eps_x)
-    dlogits, deps_x = torch.ops.vaebm_fast.pixel_head_backward(dx, dlog_p, logits, eps_x)
+    dlogits, deps_x = _triton.ops_of(chosen).pixel_head_backward(dx, dlog_p, logits, eps_x)
     return dlogits, deps_x
 
 
@@ -59,25 +62,31 @@ def _check(logits: Tensor, eps_x: Tensor) -> None:
     check_tensor("logits", logits, (N, 2 * C, H, W), eps_x.device, logits.dtype)
 
 
-if _extension.is_available():
+_triton.define(
+    "pixel_head",
+    "(Tensor logits, Tensor eps_x, bool with_log_p) -> (Tensor x, Tensor log_p)",
+    "(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)",
+)
 
-    @torch.library.register_fake("vaebm_fast::pixel_head")
-    def _(logits: Tensor, eps_x: Tensor, with_log_p: bool) -> tuple[Tensor, Tensor]:
-        x = torch.empty_like(eps_x, memory_format=torch.channels_last)
-        return x, eps_x.new_empty(eps_x.shape[0] if with_log_p else 0)
 
-    @torch.library.register_fake("vaebm_fast::pixel_head_backward")
-    def _(dx: Tensor, dlog_p: Tensor | None, logits: Tensor, eps_x: Tensor) -> tuple[Tensor, Tensor]:
-        dlogits = torch.empty_like(logits, memory_format=torch.channels_last)
-        return dlogits, torch.empty_like(eps_x, memory_format=torch.channels_last)
+def _fake(logits: Tensor, eps_x: Tensor, with_log_p: bool) -> tuple[Tensor, Tensor]:
+    x = torch.empty_like(eps_x, memory_format=torch.channels_last)
+    return x, eps_x.new_empty(eps_x.shape[0] if with_log_p else 0)
 
-    def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
-        logits, eps_x, ctx.with_log_p = inputs
-        ctx.save_for_backward(logits, eps_x)
 
-    def _backward(ctx: Any, dx: Tensor, dlog_p: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight = dlog_p if ctx.with_log_p else None
-        return *torch.ops.vaebm_fast.pixel_head_backward(dx, weight, *ctx.saved_tensors), None
+def _fake_backward(dx: Tensor, dlog_p: Tensor | None, logits: Tensor, eps_x: Tensor) -> tuple[Tensor, Tensor]:
+    dlogits = torch.empty_like(logits, memory_format=torch.channels_last)
+    return dlogits, torch.empty_like(eps_x, memory_format=torch.channels_last)
 
-    torch.library.register_autograd("vaebm_fast::pixel_head", _backward, setup_context=_save)
-    differentiable_once("pixel_head")
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+    logits, eps_x, ctx.with_log_p = inputs
+    ctx.save_for_backward(logits, eps_x)
+
+
+def _backward(ops: Any, ctx: Any, dx: Tensor, dlog_p: Tensor) -> tuple[Tensor, Tensor, None]:
+    weight = dlog_p if ctx.with_log_p else None
+    return *ops.pixel_head_backward(dx, weight, *ctx.saved_tensors), None
+
+
+_triton.register("pixel_head", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
+from vaebm_fast.ops import _triton
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import (
     check_image,
     check_tensor,
-    choose_float32,
-    differentiable_once,
+    choose_for,
     refuse_weight_gradients,
 )
 
@@ -34,6 +34,11 @@ class PointwiseWeight(NamedTuple):
 
     forward: Tensor
     backward: Tensor | None
+
+    @property
+    def transposed(self) -> Tensor:
+        """What the backward product multiplies by: `backward`, or the plain weight seen as [Cin, Cout]."""
+        return self.forward.T if self.backward is None else self.backward
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,16 +78,18 @@ def pointwise(
     """y[n, :, i, j] = W f(x[n, :, i, j]) + bias + residual[n, :, i, j]; f is swish where asked for, else the identity.
 
     x: [N, Cin, H, W], best in channels_last (others are copied into it). weight: of `pack_pointwise`, in the layout of
-    the backend; "auto" follows the layout. bias: [Cout]. residual: [N, Cout, H, W]. All of one floating dtype; cpu
-    computes in float32. Returns [N, Cout, H, W], channels_last.
-    2 Cin Cout FLOP per pixel; moves 4 bytes per element of x, residual and y, and of the weight.
+    the backend; "auto" follows the layout. bias: [Cout]. residual: [N, Cout, H, W]. All of one floating dtype
+    that the backend stores; it computes in float32. Returns [N, Cout, H, W], channels_last.
+    2 Cin Cout FLOP per pixel; moves each element of x, residual, y and the weight once.
     Differentiable once (the reference as often as one likes), in x and the residual: x is saved where it is activated.
+    Triton multiplies float32 as TF32 where `torch.set_float32_matmul_precision` allows that.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
     _check(x, weight, bias, residual)
-    if _choose("pointwise", x, weight, backend) == "reference":
+    chosen = _choose("pointwise", x, weight, backend)
+    if chosen == "reference":
         return reference.pointwise(x, weight.forward, bias, residual, swish=swish)
-    y: Tensor = torch.ops.vaebm_fast.pointwise(x, weight.forward, weight.backward, bias, residual, swish)
+    y: Tensor = _triton.ops_of(chosen).pointwise(x, weight.forward, weight.transposed, bias, residual, swish)
     return y
 
 
@@ -101,9 +108,10 @@ def pointwise_backward(
     check_tensor("weight", weight.forward, weight.forward.shape, dy.device, dy.dtype)
     if x is not None:
         check_tensor("x", x, [dy.shape[0], Cin, *dy.shape[2:]], dy.device, dy.dtype)
-    if _choose("pointwise_backward", dy, weight, backend) == "reference":
+    chosen = _choose("pointwise_backward", dy, weight, backend)
+    if chosen == "reference":
         return reference.pointwise_backward(dy, weight.forward, x)
-    dx: Tensor = torch.ops.vaebm_fast.pointwise_backward(dy, weight.backward, Cin, x)
+    dx: Tensor = _triton.ops_of(chosen).pointwise_backward(dy, weight.transposed, Cin, x)
     return dx
 
 
@@ -112,7 +120,7 @@ def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> st
     is_packed = weight.backward is not None
     if backend == "auto":
         backend = "cpu" if is_packed else "reference"
-    chosen = choose_float32(op, backend, x)
+    chosen = choose_for(op, backend, x)
     if is_packed != (chosen == "cpu"):
         raise ValueError(
             f"The weight is in the {'cpu' if is_packed else 'plain'} layout, which backend={chosen!r} does not read; "
@@ -134,33 +142,40 @@ def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Te
     refuse_weight_gradients("pointwise", *(tensor for tensor in (*weight, bias) if tensor is not None))
 
 
-if _extension.is_available():
+_triton.define(
+    "pointwise",
+    "(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, bool swish) -> Tensor",
+    "(Tensor dy, Tensor weight_t, int Cin, Tensor? x) -> Tensor",
+)
 
-    def _like(x: Tensor, channels: int) -> Tensor:
-        N, _, H, W = x.shape
-        return torch.empty((N, channels, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    @torch.library.register_fake("vaebm_fast::pointwise")
-    def _(
-        x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
-    ) -> Tensor:
-        return _like(x, weight_t.shape[1])
+def _like(x: Tensor, channels: int) -> Tensor:
+    N, _, H, W = x.shape
+    return torch.empty((N, channels, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
-    @torch.library.register_fake("vaebm_fast::pointwise_backward")
-    def _(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
-        return _like(dy, Cin)
 
-    def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, weight_t, _, _, swish = inputs
-        ctx.Cin = x.shape[1]
-        ctx.save_for_backward(weight_t, x if swish else None)
+def _fake(
+    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
+) -> Tensor:
+    return _like(x, weight_t.shape[1])
 
-    def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if any(ctx.needs_input_grad[1:4]):
-            raise RuntimeError("pointwise has no gradient for weight and bias; detach them.")
-        weight_t, x = ctx.saved_tensors
-        dx = torch.ops.vaebm_fast.pointwise_backward(dy, weight_t, ctx.Cin, x) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, dy if ctx.needs_input_grad[4] else None, None
 
-    torch.library.register_autograd("vaebm_fast::pointwise", _backward, setup_context=_save)
-    differentiable_once("pointwise")
+def _fake_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
+    return _like(dy, Cin)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, weight_t, _, _, swish = inputs
+    ctx.Cin = x.shape[1]
+    ctx.save_for_backward(weight_t, x if swish else None)
+
+
+def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if any(ctx.needs_input_grad[1:4]):
+        raise RuntimeError("pointwise has no gradient for weight and bias; detach them.")
+    weight_t, x = ctx.saved_tensors
+    dx = ops.pointwise_backward(dy, weight_t, ctx.Cin, x) if ctx.needs_input_grad[0] else None
+    return dx, None, None, None, dy if ctx.needs_input_grad[4] else None, None
+
+
+_triton.register("pointwise", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
+from vaebm_fast.ops import _triton
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import (
     check_image,
     check_tensor,
-    choose_float32,
-    differentiable_once,
+    choose_for,
     refuse_weight_gradients,
 )
 
@@ -34,7 +34,7 @@ def se_gate_residual(
     """y = skip + gate s, gate = sigmoid(W_out hidden + b_out) [N, C], hidden = relu(W_in mean_hw(s) + b_in).
 
     s, skip: [N, C, H, W], best in channels_last (others are copied into it). weight_in: [hidden, C]. bias_in: [hidden].
-    weight_out: [C, hidden]. bias_out: [C]. All of one floating dtype; the compiled backends compute in float32 only.
+    weight_out: [C, hidden]. bias_out: [C]. All of one floating dtype.
     Returns y [N, C, H, W], channels_last.
     Moves 12 bytes per element, 4 more where an image's s does not stay in a cache between its mean and its gate.
     Differentiable once, in s and skip: s, hidden and gate are saved; the gradient for skip is dy.
@@ -45,9 +45,10 @@ def se_gate_residual(
     check_tensor("bias_in", bias_in, weight_in.shape[:1], s.device, s.dtype)
     check_tensor("bias_out", bias_out, s.shape[1:2], s.device, s.dtype)
     refuse_weight_gradients("se_gate_residual", weight_in, bias_in, weight_out, bias_out)
-    if choose_float32("se_gate_residual", backend, s) == "reference":
+    chosen = choose_for("se_gate_residual", backend, s)
+    if chosen == "reference":
         return reference.se_gate_residual(s, skip, weight_in, bias_in, weight_out, bias_out)
-    y: Tensor = torch.ops.vaebm_fast.se_gate_residual(s, skip, weight_in, bias_in, weight_out, bias_out)[0]
+    y: Tensor = _triton.ops_of(chosen).se_gate_residual(s, skip, weight_in, bias_in, weight_out, bias_out)[0]
     return y
 
 
@@ -71,9 +72,10 @@ def se_gate_residual_backward(
     check_tensor("dy", dy, s.shape, s.device, s.dtype)
     check_tensor("hidden", hidden, (s.shape[0], weight_in.shape[0]), s.device, s.dtype)
     check_tensor("gate", gate, s.shape[:2], s.device, s.dtype)
-    if choose_float32("se_gate_residual_backward", backend, s) == "reference":
+    chosen = choose_for("se_gate_residual_backward", backend, s)
+    if chosen == "reference":
         return reference.se_gate_residual_backward(dy, s, hidden, gate, weight_in, weight_out)
-    ds: Tensor = torch.ops.vaebm_fast.se_gate_residual_backward(dy, s, hidden, gate, weight_in, weight_out)
+    ds: Tensor = _triton.ops_of(chosen).se_gate_residual_backward(dy, s, hidden, gate, weight_in, weight_out)
     return ds
 
 
@@ -85,30 +87,39 @@ def _check(s: Tensor, weight_in: Tensor, weight_out: Tensor) -> None:
     check_tensor("weight_out", weight_out, (s.shape[1], weight_in.shape[0]), s.device, s.dtype)
 
 
-if _extension.is_available():
+_triton.define(
+    "se_gate_residual",
+    "(Tensor s, Tensor skip, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out) "
+    "-> (Tensor y, Tensor hidden, Tensor gate)",
+    "(Tensor dy, Tensor s, Tensor hidden, Tensor gate, Tensor weight_in, Tensor weight_out) -> Tensor",
+)
 
-    @torch.library.register_fake("vaebm_fast::se_gate_residual")
-    def _(
-        s: Tensor, skip: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y = torch.empty_like(s, memory_format=torch.channels_last)
-        return y, s.new_empty((s.shape[0], weight_in.shape[0])), s.new_empty(s.shape[:2])
 
-    @torch.library.register_fake("vaebm_fast::se_gate_residual_backward")
-    def _(dy: Tensor, s: Tensor, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
-        return torch.empty_like(s, memory_format=torch.channels_last)
+def _fake(
+    s: Tensor, skip: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(s, memory_format=torch.channels_last)
+    return y, s.new_empty((s.shape[0], weight_in.shape[0])), s.new_empty(s.shape[:2])
 
-    def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        s, _, weight_in, _, weight_out, _ = inputs
-        _, hidden, gate = output
-        ctx.mark_non_differentiable(hidden, gate)
-        ctx.save_for_backward(s, hidden, gate, weight_in, weight_out)
 
-    def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
-        if any(ctx.needs_input_grad[2:]):
-            raise RuntimeError("se_gate_residual has no gradient for its weights; detach them.")
-        ds = torch.ops.vaebm_fast.se_gate_residual_backward(dy, *ctx.saved_tensors)
-        return ds, dy, None, None, None, None
+def _fake_backward(
+    dy: Tensor, s: Tensor, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor
+) -> Tensor:
+    return torch.empty_like(s, memory_format=torch.channels_last)
 
-    torch.library.register_autograd("vaebm_fast::se_gate_residual", _backward, setup_context=_save)
-    differentiable_once("se_gate_residual")
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    s, _, weight_in, _, weight_out, _ = inputs
+    _, hidden, gate = output
+    ctx.mark_non_differentiable(hidden, gate)
+    ctx.save_for_backward(s, hidden, gate, weight_in, weight_out)
+
+
+def _backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
+    if any(ctx.needs_input_grad[2:]):
+        raise RuntimeError("se_gate_residual has no gradient for its weights; detach them.")
+    ds = ops.se_gate_residual_backward(dy, *ctx.saved_tensors)
+    return ds, dy, None, None, None, None
+
+
+_triton.register("se_gate_residual", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

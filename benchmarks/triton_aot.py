@@ -1,0 +1,198 @@
+"""What every Triton kernel compiles to, without a GPU: registers, shared memory and spills for sm_80 and sm_90.
+
+The launchers are called with tensors of the meta device at the shapes of celeba_256, and each launch is compiled
+instead of run, with the very arguments, constants and alignments that it would have there. `python -m
+benchmarks.triton_aot` prints the table; TRITON_CACHE_DIR says where compiled kernels are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from vaebm_fast.triton_kernels import (
+    depthwise_swish,
+    energy_epilogue,
+    gaussian_latent,
+    pixel_head,
+    pointwise,
+    se_gate_residual,
+)
+
+ARCHITECTURES = (80, 90)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Compiled(NamedTuple):
+    """One launch for one architecture; shared memory and spills in bytes, the latter per thread."""
+
+    name: str
+    architecture: int
+    registers: int
+    shared: int
+    spills: int
+    num_warps: int
+
+
+class Launch(NamedTuple):
+    """A launch that was asked for."""
+
+    kernel: JITFunction[Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Kernels launched inside are not run but noted."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(self, args, kwargs))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def compile_launch(name: str, launch: Launch, architecture: int) -> Compiled:
+    """What Triton's own launcher would compile for these arguments on that architecture."""
+    target = GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    kwargs = {**launch.kwargs, "debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, given = bind(*launch.args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, given)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    registers, spills = _resources(compiled.asm["cubin"])
+    return Compiled(name, architecture, registers, compiled.metadata.shared, spills, compiled.metadata.num_warps)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) per thread; a kernel that spills nothing has neither."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
+
+
+Case = tuple[str, Callable[[], object]]
+
+
+def cases() -> Iterator[Case]:
+    """(name, a call of a launcher) for every kernel, form and dtype, at shapes of celeba_256 with 16 images."""
+    for dtype in DTYPES:
+        label = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        for family in (_depthwise, _pointwise, _element_wise):
+            for name, call in family(dtype):
+                yield f"{name} {label}", call
+
+
+def _empty(dtype: torch.dtype, *size: int) -> Tensor:
+    x = torch.empty(size, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _depthwise(dtype: torch.dtype) -> Iterator[Case]:
+    new = partial(_empty, dtype)
+    for K in (3, 5, 7, 11):
+        for upsample in (False, True):
+            form = f"{K}x{K} up" if upsample else f"{K}x{K}"
+            h, dy, side = new(16, 768, 32, 32), new(16, 768, 64, 64) if upsample else new(16, 768, 32, 32), new(768)
+            weight = new(K, K, 768)
+            yield f"depthwise_swish {form}", partial(depthwise_swish.depthwise_swish, h, weight, side, upsample)
+            backward = depthwise_swish.depthwise_swish_backward
+            yield f"depthwise_swish_backward {form}", partial(backward, dy, h, weight, upsample)
+
+
+def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
+    """Each configuration of the table once forward, as a projection, and once backward, as its gradient."""
+    new = partial(_empty, dtype)
+    for Cin, Cout, side in ((1536, 20, 32), (384, 64, 128), (768, 128, 64)):
+        x, y, weight = new(16, Cin, side, side), new(16, Cout, side, side), new(Cout, Cin)
+        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+            tf32 = " tf32" if precision == "high" else ""
+            forward = partial(pointwise.pointwise, x, weight, weight.T, new(Cout), y, True)
+            yield f"pointwise {Cin}->{Cout}{tf32}", partial(_with_precision, precision, forward)
+            backward = partial(pointwise.pointwise_backward, y, weight.T, Cin, x)
+            yield f"pointwise_backward {Cout}->{Cin}{tf32}", partial(_with_precision, precision, backward)
+
+
+def _with_precision(precision: str, call: Callable[[], object]) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        call()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
+    """Noise, and what is made of it before a network sees it, is float32 beside networks in bfloat16 too."""
+    new, noise = partial(_empty, dtype), partial(_empty, torch.float32)
+    y = new(16, 256, 64, 64)
+    yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0)
+    yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0)
+    w, b = new(16, 256), new(16)
+    yield "se_gate_residual", partial(se_gate_residual.se_gate_residual, y, y, w, b, w.T, new(256))
+    backward = partial(se_gate_residual.se_gate_residual_backward, y, y, new(16, 16), new(16, 256), w, w.T)
+    yield "se_gate_residual_backward", backward
+    eps, parameters, log_p = noise(16, 20, 32, 32), new(16, 40, 32, 32), noise(16)
+    yield "gaussian_latent", partial(gaussian_latent.gaussian_latent, parameters, eps, 1.0, True)
+    gradients = partial(gaussian_latent.gaussian_latent_backward, eps, log_p, parameters, eps, 1.0)
+    yield "gaussian_latent_backward", gradients
+    eps_x, logits = noise(16, 3, 256, 256), new(16, 6, 256, 256)
+    yield "pixel_head", partial(pixel_head.pixel_head, logits, eps_x, True)
+    yield "pixel_head_backward", partial(pixel_head.pixel_head_backward, eps_x, log_p, logits, eps_x)
+
+
+def report(
+    matching: str = "", without: tuple[str, ...] = (), architectures: tuple[int, ...] = ARCHITECTURES
+) -> Iterator[Compiled]:
+    """Compile every case whose name contains `matching` and none of `without`, a row per kernel that it launches."""
+    for name, call in cases():
+        if matching not in name or any(part in name for part in without):
+            continue
+        with recorded_launches() as launches:
+            call()
+        for launch in launches:
+            kernel = launch.kernel.__name__ if len(launches) > 1 else ""
+            for architecture in architectures:
+                yield compile_launch(f"{name} {kernel}".strip(), launch, architecture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("matching", nargs="?", default="", help="part of a name")
+    for row in report(parser.parse_args().matching):
+        print(
+            f"{row.name:<58} sm_{row.architecture} {row.num_warps:2} warps {row.registers:4} registers "
+            f"{row.shared:7} B shared {row.spills:4} B spilled",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Functions of float32 blocks that kernels share, and the layout that their launchers ask for."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def swish(x):
+    """x sigmoid(x)."""
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def swish_slope(x):
+    sigmoid = tl.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+@triton.jit
+def soft_clamp5(x):
+    """5 tanh(x / 5) and its slope 1 - tanh^2(x / 5), as in csrc/cpu/vector.h.
+
+    With e = exp(-2 |x| / 5) the tanh is 1 - 2 e / (1 + e), which cancels for small x: there it is a polynomial. The
+    slope 4 e / (1 + e)^2 never cancels.
+    """
+    e = tl.exp(-0.4 * tl.abs(x))
+    inverse = 1.0 / (1.0 + e)
+    x2 = x * x
+    p = 9.12168778e-12
+    p = p * x2 - 8.46105075e-10
+    p = p * x2 + 5.56357662e-8
+    p = p * x2 - 3.4529387e-6
+    p = p * x2 + 2.13331921e-4
+    p = p * x2 - 1.33333327e-2
+    near, far = x + x * x2 * p, 5.0 - 10.0 * e * inverse
+    return tl.where(tl.abs(x) < 3.0, near, tl.where(x < 0, -far, far)), 4.0 * e * inverse * inverse
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """x [N, C, H, W] with channels innermost in memory, copied only where they are not."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def nhwc_images(x: Tensor) -> Tensor:
+    """x with NHWC memory inside each image, images at any distance: a view into the flat noise is not copied."""
+    return x if x[:1].is_contiguous(memory_format=torch.channels_last) else nhwc(x)

@@ -1,0 +1,129 @@
+"""pointwise and its backward: one GEMM over all pixels, swish in its prologue, what is element-wise in its epilogue."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vaebm_fast.triton_kernels.activation import nhwc, swish, swish_slope
+
+
+class Config(NamedTuple):
+    """A program is BLOCK_M pixels by BLOCK_N output channels, BLOCK_K input channels at a time."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# By shape class and how operands are multiplied. benchmarks/tune_triton.py measures candidates.
+CONFIGS: dict[tuple[str, str], Config] = {
+    ("narrow", "half"): Config(128, 32, 64, 4, 3),
+    ("small", "half"): Config(64, 64, 64, 4, 4),
+    ("large", "half"): Config(128, 128, 64, 8, 3),
+    ("narrow", "tf32"): Config(128, 32, 32, 4, 3),
+    ("small", "tf32"): Config(64, 64, 32, 4, 3),
+    ("large", "tf32"): Config(128, 128, 32, 8, 3),
+    ("narrow", "ieee"): Config(64, 32, 16, 4, 3),
+    ("small", "ieee"): Config(64, 64, 16, 4, 3),
+    ("large", "ieee"): Config(64, 64, 16, 4, 3),
+}
+GROUP = 8  # blocks of pixels whose programs run side by side, so that they share the weight in the L2 cache
+
+
+@triton.jit
+def pointwise_kernel(
+    x, weight, bias, residual, slope_of, y, M, outer, stride_outer, stride_inner,
+    INNER: tl.constexpr, ACTIVATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid: one program per BLOCK_M x BLOCK_N of y [M, outer] = (f(x) W' + bias + residual) swish'(slope_of).
+
+    x [M, INNER]; W [outer, INNER] by its strides; the last four terms where they are there. Reads x once per BLOCK_N
+    channels of y and W once per BLOCK_M pixels, mostly from the L2 cache; writes y once.
+    """
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(outer, BLOCK_N)
+    group, in_group = tl.program_id(0) // (GROUP * blocks_n), tl.program_id(0) % (GROUP * blocks_n)
+    group_rows = tl.minimum(blocks_m - group * GROUP, GROUP)
+    block_m, block_n = group * GROUP + in_group % group_rows, in_group // group_rows
+    m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    k = tl.arange(0, BLOCK_K)
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, INNER, BLOCK_K):
+        a_inner, b_inner = start + k[None, :], start + k[:, None]
+        a = tl.load(x + m * INNER + a_inner, mask=(m < M) & (a_inner < INNER), other=0.0)
+        b = tl.load(
+            weight + n.to(tl.int64) * stride_outer + b_inner.to(tl.int64) * stride_inner,
+            mask=(n < outer) & (b_inner < INNER), other=0.0,
+        )  # fmt: skip
+        if ACTIVATE:
+            a = swish(a.to(tl.float32)).to(a.dtype)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+
+    inside = (m < M) & (n < outer)
+    offset = m * outer + n
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < outer, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
+    if slope_of is not None:
+        total *= swish_slope(tl.load(slope_of + offset, mask=inside, other=0.0).to(tl.float32))
+    tl.store(y + offset, total.to(y.dtype.element_ty), mask=inside)
+
+
+def shape_class(M: int, inner: int, outer: int) -> str:
+    """narrow: heads of latents and pixels. small: their gradients, and where larger blocks leave processors idle."""
+    if outer <= 32:
+        return "narrow"
+    return "small" if outer <= 64 or inner <= 32 or M * outer < 256 * 128 * 128 else "large"
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """float32 is multiplied as it is or as TF32: `torch.set_float32_matmul_precision` says."""
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, slope_of: Tensor | None, activate: bool
+) -> Tensor:
+    """W f(x) and what is added or multiplied to it; weight [outer, inner], of any strides."""
+    N, inner, H, W = x.shape
+    outer, M = weight.shape[0], N * H * W
+    y = torch.empty((N, outer, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    precision = precision_of(x.dtype)
+    config = CONFIGS[shape_class(M, inner, outer), precision]
+    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(outer, config.BLOCK_N),)
+    pointwise_kernel[grid](
+        nhwc(x), weight, bias, _optional(residual), _optional(slope_of), y, M, outer, *weight.stride(),
+        INNER=inner, ACTIVATE=activate, PRECISION="tf32" if precision == "tf32" else "ieee", GROUP=GROUP,
+        **config._asdict(),
+    )  # fmt: skip
+    return y
+
+
+def pointwise(
+    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
+) -> Tensor:
+    """y of `vaebm_fast.ops.pointwise.pointwise`, channels_last."""
+    return _launch(x, weight, None if bias is None else bias.contiguous(), residual, None, swish)
+
+
+def pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
+    """dx of `vaebm_fast.ops.pointwise.pointwise_backward`, channels_last."""
+    return _launch(dy, weight_t, None, None, x, False)
+
+
+def _optional(x: Tensor | None) -> Tensor | None:
+    return None if x is None else nhwc(x)
