@@ -84,27 +84,32 @@ def _random(dtype: torch.dtype, *size: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
+def tune_depthwise_swish() -> None:
+    """The 5x5 entries: wider windows are in no published decoder."""
+    sizes = list(product((1, 2, 4, 8), (1, 2, 4, 8), (32, 64, 128), (True,), (2, 4, 8)))
+    for key in depthwise_swish.CONFIGS:
+        K, upsample, backward, itemsize = key
+        if K == 5:
+            dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+            calls = depthwise_calls(K, upsample, backward, dtype)
+            tune(depthwise_swish.CONFIGS, key, map(depthwise_swish.Config._make, sizes), calls)
+
+
+def tune_pointwise() -> None:
+    sizes = list(product((64, 128), (32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)))
+    for key in pointwise.CONFIGS:
+        shape_class, precision = key
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        calls = pointwise_calls(shape_class, torch.bfloat16 if precision == "half" else torch.float32)
+        tune(pointwise.CONFIGS, key, map(pointwise.Config._make, sizes), calls)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kernel", choices=("depthwise_swish", "pointwise"))
     kernel = parser.parse_args().kernel
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    if kernel == "depthwise_swish":
-        for key in depthwise_swish.CONFIGS:
-            K, upsample, backward, itemsize = key
-            if K == 5:  # wider windows are in no published decoder
-                candidates = map(
-                    depthwise_swish.Config._make, product((1, 2, 4, 8), (1, 2, 4, 8), (32, 64, 128), (True,), (2, 4, 8))
-                )
-                dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-                tune(depthwise_swish.CONFIGS, key, candidates, depthwise_calls(K, upsample, backward, dtype))
-        return
-    for products in pointwise.CONFIGS:
-        shape_class, precision = products
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        dtype = torch.bfloat16 if precision == "half" else torch.float32
-        sizes = product((64, 128), (32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4))
-        tune(pointwise.CONFIGS, products, map(pointwise.Config._make, sizes), pointwise_calls(shape_class, dtype))
+    {"depthwise_swish": tune_depthwise_swish, "pointwise": tune_pointwise}[kernel]()
 
 
 if __name__ == "__main__":

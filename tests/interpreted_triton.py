@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import vaebm_fast as vf
 from vaebm_fast import reference
+from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
+from vaebm_fast.models import EnergyNetwork
 from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
@@ -329,6 +332,27 @@ def test_latents_and_pixels_read_views_of_the_flat_noise() -> None:
         first = parameters if noise is eps else logits
         view, copy = op(first, noise, *given), op(first, noise.contiguous(), *given)
         assert all(torch.equal(a, b) for a, b in zip(view, copy, strict=True))
+
+
+def test_the_frozen_pair_runs_on_triton(bands: pytest.MonkeyPatch) -> None:
+    """Every op of the pair, strung together: U and its gradients are those of the plain modules."""
+    bands.undo()  # its weights and other tensors come and go too
+    config = NVAEConfig(
+        image_size=8, num_latent_scales=2, num_groups_per_scale=1, num_latent_per_group=2, num_channels_enc=4,
+        num_channels_dec=4, num_preprocess_cells=1, num_postprocess_cells=1, num_cell_per_cond_enc=1,
+        num_cell_per_cond_dec=1,
+    )  # fmt: skip
+    energy = EnergyNetwork(EnergyConfig(8, 3, 4, parse_blocks("1-1d 1-2d")))
+    model = vf.VAEBM(vf.NVAE(config).eval(), energy)
+    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    eps_z, eps_x = layout.split(torch.randn(2, layout.dim))
+    u, gradients = model.energy_and_grad(eps_z, eps_x, "official")
+    fast = model.freeze(backend="triton")
+    fast_u, fast_gradients = fast.energy_and_grad(eps_z, eps_x, "official")
+    assert fast.backend == "triton"
+    torch.testing.assert_close(fast_u, u, rtol=1e-5, atol=1e-5)
+    for fast_gradient, gradient in zip(fast_gradients, gradients, strict=True):
+        torch.testing.assert_close(fast_gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_the_interpreter_refuses_what_it_multiplies_wrongly() -> None:
