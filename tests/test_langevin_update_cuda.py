@@ -28,13 +28,21 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def run_kernel(
-    library: ctypes.CDLL, eps: Tensor, gradient: Tensor, seeds: Tensor, draw: int, prior: bool = False, offset: int = 0
+    library: ctypes.CDLL,
+    eps: Tensor,
+    gradient: Tensor,
+    seeds: Tensor,
+    draw: int,
+    *,
+    prior: bool = False,
+    offset: int = 0,
+    flags: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """State and flags, after checking that nothing beside the state was written; it begins `offset` elements late."""
     memory = torch.full((eps.numel() + 2 * GUARD + 4,), 7.0)
     start = GUARD + (-(memory.data_ptr() // 4 + GUARD)) % 4 + offset
     state = memory[start : start + eps.numel()].view_as(eps).copy_(eps)
-    flags, k = torch.full_like(seeds, -1), torch.tensor(draw)
+    flags, k = torch.full_like(seeds, -1) if flags is None else flags.clone(), torch.tensor(draw)
     library.langevin_update(
         pointer(gradient), pointer(seeds), pointer(k), ctypes.c_uint32(3), ctypes.c_double(0.3),
         ctypes.c_bool(prior), ctypes.c_int64(eps.shape[0]), ctypes.c_int64(eps.shape[1]), pointer(state),
@@ -57,7 +65,7 @@ def test_emulated_kernel_equals_the_twin_bit_for_bit(emulated: ctypes.CDLL, D: i
     eps, gradient = 3 * torch.randn(4, D), 10 * torch.randn(4, D)
     for draw in (1, 2**32 - 1, 2**32 + 5):
         for offset in (0, 1):  # an offset takes rows of whole quads off their alignment
-            state, flags = run_kernel(emulated, eps, gradient, seeds, draw, prior, offset)
+            state, flags = run_kernel(emulated, eps, gradient, seeds, draw, prior=prior, offset=offset)
             expected, _ = expected_of(eps, gradient, seeds, draw, prior)
             assert torch.equal(state, expected) and flags.tolist() == [-1] * 4
 
@@ -75,6 +83,7 @@ def test_emulated_kernel_flags_what_is_not_finite_and_keeps_the_first_draw(
         expected, expected_flags = expected_of(eps, gradient, seeds, draw)
         assert flags.tolist() == expected_flags.tolist() == [-1, 6, -1, 6]
         torch.testing.assert_close(state, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(run_kernel(emulated, state, gradient, seeds, 7, flags=flags)[1], flags)
 
 
 @pytest.mark.parametrize(("N", "D"), [(0, 5), (3, 0)])
