@@ -39,18 +39,20 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """Every kernel of csrc/cuda, once each."""
-    return [*_philox(), *_depthwise()]
+    return [*_noise(), *_depthwise()]
 
 
-def _philox() -> Iterator[Kernel]:
+def _noise() -> Iterator[Kernel]:
     N, preset = 16, PRESETS["celeba_256"]
     D = NoiseLayout(preset.nvae.latent_shapes, (3, 256, 256)).dim
     counters = N * -(-D // 4)
     shape = f"noise of celeba_256, N = {N}"
     words = Work(memory_bytes=4.0 * N * D, integer=120 * counters)
     normals = Work(memory_bytes=4.0 * N * D, integer=150 * counters, fp32_flop=90 * counters, special=2 * counters)
+    moved = Work(memory_bytes=12.0 * N * D, integer=150 * counters, fp32_flop=110 * counters, special=2 * counters)
     yield Kernel("philox_words", "philox_words_kernel", 256, shape, words)
     yield Kernel("philox_normal", "philox_normal_kernel", 256, shape, normals)
+    yield Kernel("langevin_update", "langevin_update_kernel", 256, shape, moved)
 
 
 @dataclass(frozen=True)

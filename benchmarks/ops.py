@@ -19,6 +19,7 @@ from vaebm_fast.ops import _backend
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
 from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_backward
+from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.ops.philox_normal import philox_normal
 from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
 from vaebm_fast.ops.pointwise import pack_pointwise, pointwise, pointwise_backward
@@ -83,6 +84,21 @@ def _philox_normal(N: int, D: int) -> list[Case]:
         return lambda *, backend: philox_normal(seeds, draw, stream=int(Stream.CHAIN), numel=D, backend=backend)
 
     return [Case("philox_normal", f"{N}x{D}", 4 * N * D, 0, make, "tests/test_noise.py")]
+
+
+def _langevin_update(N: int, D: int) -> list[Case]:
+    """A step of N chains, noise included, over the state that the last call left."""
+
+    def make(device: torch.device) -> Run:
+        eps, gradient = _normal(device, N, D), _normal(device, N, D)
+        seeds, draw = seed_tensor(range(N), device), draw_tensor(1, device)
+        flags = torch.full_like(seeds, -1)
+        stream, step_size = int(Stream.CHAIN), 3e-6
+        return lambda *, backend: langevin_update(
+            eps, gradient, seeds, draw, flags, stream=stream, step_size=step_size, backend=backend
+        )
+
+    return [Case("langevin_update", f"{N}x{D}", 12 * N * D, 0, make, "tests/test_langevin_update.py")]
 
 
 def _normal(device: torch.device, *size: int) -> Tensor:
@@ -218,6 +234,8 @@ CASES: tuple[Case, ...] = (
     *_depthwise(4, 1536, 16),  # cifar10
     *_philox_normal(1, 1_942_528),  # celeba_256
     *_philox_normal(16, 146_688),  # celeba_64
+    *_langevin_update(1, 1_942_528),  # celeba_256
+    *_langevin_update(16, 146_688),  # celeba_64
 )
 
 

@@ -25,10 +25,10 @@ from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
 from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.cost import pair_flops
-from vaebm_fast.langevin import langevin_step
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
+from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.ops._backend import why_absent
+from vaebm_fast.ops.langevin_update import langevin_update
 
 PLAIN, NHWC, COMPILED = "plain", "plain NHWC", "plain NHWC, torch.compile"
 FROZEN = {"frozen, reference": "reference", "frozen, cpu": "cpu"}
@@ -40,9 +40,9 @@ EnergyAndGrad = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tens
 
 @dataclass(frozen=True)
 class Candidate:
-    """A step and its gradient, both [N, D], ready to be called; what computes them, and what it cost to make."""
+    """A step and its gradient [N, D], ready to be called; what computes them, and what it cost to make."""
 
-    step: Callable[[], Tensor]
+    step: Callable[[], None]
     gradient: Callable[[], Tensor]
     backend: str
     compile_s: float | None = None
@@ -81,10 +81,12 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
         _, gradients = call(*layout.split(start))
         return layout.join(gradients[:-1], gradients[-1])
 
-    def step() -> Tensor:
-        """From the same state each time, so that every call does the same work."""
-        noise = normal(seeds, 1, Stream.CHAIN, layout.dim)
-        return langevin_step(start, gradient(), noise, PRESETS[preset].sampling.step_size)
+    eps, draw, nonfinite_at = start.clone(), draw_tensor(1, device), torch.full_like(seeds, -1)
+    step_size = PRESETS[preset].sampling.step_size
+
+    def step() -> None:
+        """With the gradient at the start each time, so that every call does the same work."""
+        langevin_update(eps, gradient(), seeds, draw, nonfinite_at, stream=int(Stream.CHAIN), step_size=step_size)
 
     return Candidate(step, gradient, backend, compile_s)
 

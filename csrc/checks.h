@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 
@@ -99,6 +100,26 @@ inline void check_pointwise_arguments(const at::Tensor& x, const char* name, con
 // Something of the image shape of x, with `channels` channels, that may be left out.
 inline void check_like(const std::optional<at::Tensor>& y, const char* name, int64_t channels, const at::Tensor& x) {
   if (y) check_tensor(*y, name, {x.size(0), channels, x.size(2), x.size(3)}, x);
+}
+
+// eps and nonfinite_at are written in place, and therefore contiguous.
+inline void check_langevin_arguments(const at::Tensor& eps, const at::Tensor& gradient, const at::Tensor& seeds,
+                                     const at::Tensor& draw, const at::Tensor& nonfinite_at, int64_t stream,
+                                     double step_size) {
+  TORCH_CHECK_VALUE(eps.dim() == 2 && eps.scalar_type() == at::kFloat && eps.is_contiguous(),
+                    "eps must be float32 [N, D] and contiguous; it is ", eps.scalar_type(), " ", eps.sizes(),
+                    " with strides ", eps.strides(), ".");
+  check_noise_arguments(seeds, draw, stream, eps.size(1));
+  check_tensor(gradient, "gradient", eps.sizes(), eps);
+  TORCH_CHECK_VALUE(seeds.size(0) == eps.size(0) && seeds.device() == eps.device(), "seeds must be int64 [",
+                    eps.size(0), "] on ", eps.device(), ", one per row of eps; they are ", seeds.sizes(), " on ",
+                    seeds.device(), ".");
+  TORCH_CHECK_VALUE(nonfinite_at.scalar_type() == at::kLong && nonfinite_at.sizes() == seeds.sizes() &&
+                        nonfinite_at.is_contiguous() && nonfinite_at.device() == eps.device(),
+                    "nonfinite_at must be int64 [", eps.size(0), "], contiguous, on ", eps.device(), "; it is ",
+                    nonfinite_at.scalar_type(), " ", nonfinite_at.sizes(), " on ", nonfinite_at.device(), ".");
+  TORCH_CHECK_VALUE(step_size > 0 && std::isfinite(step_size), "step_size is ", step_size,
+                    "; it must be a positive number.");
 }
 
 }  // namespace vf

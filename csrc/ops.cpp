@@ -52,6 +52,12 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def(
       "pixel_head_backward(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)");
 
+  // eps and gradient float32 [N, D], seeds, draw and stream as above; nonfinite_at int64 [N], -1 while finite, else the
+  // first draw after which an image was not
+  m.def(
+      "langevin_update(Tensor(a!) eps, Tensor gradient, Tensor seeds, Tensor draw, Tensor(b!) nonfinite_at, "
+      "int stream, float step_size, bool prior) -> ()");
+
   // From begin to the matching end, CPU tensors come from blocks that are kept when freed, until release gives them back.
   m.def("reuse_memory(bool begin) -> ()");
   m.def("release_memory() -> int");  // bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -12,12 +12,14 @@ from golden import CASES, ENERGY_CASES, REPOSITORY, case_path, load_expected, re
 from torch import Tensor, nn
 
 import vaebm_fast as vf
+from vaebm_fast import reference
 from vaebm_fast.config import EnergyTraining, NVAEConfig, VAETraining
 from vaebm_fast.data import quantise
 from vaebm_fast.langevin import langevin_chain
 from vaebm_fast.models.distributions import GaussianPixels, LogisticMixturePixels
 from vaebm_fast.models.layers import effective_weight
-from vaebm_fast.noise import NoiseLayout
+from vaebm_fast.noise import NoiseLayout, seed_tensor
+from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.training.energy import EnergyUpdate
 from vaebm_fast.training.losses import (
     batchnorm_loss,
@@ -156,11 +158,15 @@ def test_gradients_of_the_potential_in_noise_space(case: str, potential: Any) ->
 
 @pytest.mark.parametrize("potential", ["official", "paper"])
 @pytest.mark.parametrize("case", ENERGY_CASES)
-def test_chain_on_given_noise(case: str, potential: Any) -> None:
+def test_chain_on_given_noise(case: str, potential: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin of the update with recorded noise in place of its own."""
     golden, model = expected_of(case), model_of(case)
     expected, start = golden[f"chain_{potential}"], golden["decode"]
     layout = NoiseLayout(model.latent_shapes, model.image_shape)
-    noise = [[tensor.float() for tensor in step] for step in golden["chain_noise"]]
+    noise = [layout.join([eps.float() for eps in eps_z], eps_x.float()) for *eps_z, eps_x in golden["chain_noise"]]
+    monkeypatch.setattr(reference, "philox_normal", lambda seeds, draw, **_: noise[int(draw) - 1])
+    seeds = seed_tensor(range(noise[0].shape[0]))
+    update = partial(langevin_update, seeds=seeds, stream=0, step_size=expected["step_size"], backend="reference")
     energies: list[Tensor] = []
 
     def energy_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,9 +178,8 @@ def test_chain_on_given_noise(case: str, potential: Any) -> None:
     eps, _ = langevin_chain(
         energy_and_grad,
         layout.join(start["eps_z"], start["eps_x"]),
-        lambda k: layout.join(noise[k - 1][:-1], noise[k - 1][-1]),
+        update,
         steps=expected["num_steps"],
-        step_size=expected["step_size"],
     )
     eps_z, eps_x = layout.split(eps)
     assert relative_error(torch.stack(energies), expected["energies"]) < 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vaebm_fast.langevin import LangevinSampler, NonFiniteChainError, langevin_c
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import DecoderCombiner
 from vaebm_fast.noise import Stream, normal, seed_tensor
+from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.replay import ReplayRing
 
 TINY_NVAE = NVAEConfig(
@@ -91,17 +93,21 @@ def test_stationary_variance_in_a_bowl_is_one_over_one_minus_a_quarter_step(step
     assert abs(float(eps.mean())) < 5 * math.sqrt(expected / eps.numel())
 
 
-def test_a_chain_is_the_update_with_the_noise_it_is_given_and_records_u_before_each_step() -> None:
+def test_a_chain_repeats_the_update_it_is_given_and_records_u_before_each_step() -> None:
     start, noise = torch.randn(2, 5), torch.randn(3, 2, 5)
-    states = [start]
+    given, states = start.clone(), [start]
+
+    def update(eps: Tensor, gradient: Tensor, *, draw: Tensor, nonfinite_at: Tensor) -> None:
+        eps += -0.05 * gradient + math.sqrt(0.1) * noise[int(draw) - 1]
+
     final, potentials = langevin_chain(
         lambda eps: (eps.square().sum(1), 2 * eps),
         start,
-        lambda k: noise[k - 1],
+        update,
         steps=3,
-        step_size=0.1,
-        on_step=lambda k, eps: states.append(eps),
+        on_step=lambda k, eps: states.append(eps.clone()),
     )
+    assert torch.equal(start, given)
     for k in range(3):
         expected = states[k] - 0.05 * 2 * states[k] + math.sqrt(0.1) * noise[k]
         torch.testing.assert_close(states[k + 1], expected)
@@ -131,7 +137,9 @@ def test_noise_of_a_chain_has_the_same_bits_in_any_batch_and_order() -> None:
 def test_a_given_start_replaces_the_seeds_own() -> None:
     sampler = LangevinSampler(Bowl(), steps=1, step_size=0.5)
     own = sampler.start([1, 2])
+    given = own.clone()
     assert torch.equal(sampler.run([1, 2], start=own).eps, sampler.run([1, 2]).eps)
+    assert torch.equal(own, given), "the caller's start is not written to"
     moved = sampler.run([1, 2], start=own + 1).eps - sampler.run([1, 2]).eps
     torch.testing.assert_close(moved, torch.full_like(moved, 0.75))
 
@@ -148,9 +156,9 @@ def test_chains_that_leave_the_numbers_are_named_with_the_first_step_after_one_w
         gradient[1, 0] = bad if calls == 2 else 0
         return eps.sum(1), gradient
 
-    zeros = torch.zeros(6, 3)
+    update = partial(langevin_update, seeds=seed_tensor(range(6)), stream=0, step_size=0.1)
     with pytest.raises(NonFiniteChainError, match=r"^2 chains .* first at step 2 \(positions \[1, 4\]\)") as caught:
-        langevin_chain(energy_and_grad, zeros, lambda k: zeros, steps=5, step_size=0.1)
+        langevin_chain(energy_and_grad, torch.zeros(6, 3), update, steps=5)
     assert caught.value.images == [1, 4]
     assert calls == 5, "the host looks once, when all steps are done"
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vaebm_fast.config import POTENTIALS, Potential
-from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
+from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
+from vaebm_fast.ops.langevin_update import langevin_update
 
 EnergyAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -60,45 +62,51 @@ class NonFiniteChainError(RuntimeError):
         )
 
 
-def langevin_step(eps: Tensor, gradient: Tensor, noise: Tensor, step_size: float) -> Tensor:
-    """eps - (h/2) dU/deps + sqrt(h) noise, elementwise (VAEBM, arXiv:2010.00654, equation 3)."""
-    return eps - (step_size / 2) * gradient + math.sqrt(step_size) * noise
+class Update(Protocol):
+    """A step of the chain in place: `langevin_update` bound to seeds, stream and step size, or one like it.
+
+    draw: int64 [], the number k of the step. nonfinite_at: int64 [N], where -1 is to become k once a row of eps [N, D]
+    is not finite.
+    """
+
+    def __call__(self, eps: Tensor, gradient: Tensor, *, draw: Tensor, nonfinite_at: Tensor) -> None: ...
 
 
 def langevin_chain(
     energy_and_grad: EnergyAndGrad,
-    eps: Tensor,
-    noise: Callable[[int], Tensor],
+    start: Tensor,
+    update: Update,
     *,
     steps: int,
-    step_size: float,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run `steps` Langevin steps from eps [N, D]; returns the final eps and U before each step, [T, N].
+    """Run `steps` steps from `start` [N, D]; returns the final state and U before each step, [T, N].
 
-    `noise(k)` [N, D] is the noise of step k = 1, 2, ...; `on_step(k, eps)` sees the state after step k. The host waits
-    once, at the end. Raises NonFiniteChainError when a state stopped being finite.
+    `start` stays as it is. One other tensor holds the state, and each step writes over it: U must not be a view of it,
+    and `on_step(k, eps)`, which sees it after step k = 1, 2, ..., clones what it keeps.
+    The host waits once, at the end. Raises NonFiniteChainError when a state stopped being finite.
     """
-    potentials, finite = [], []
+    eps = start.detach().clone(memory_format=torch.contiguous_format)
+    draw = draw_tensor(0, eps.device)
+    nonfinite_at = torch.full((eps.shape[0],), -1, dtype=torch.int64, device=eps.device)
+    potentials = []
     for k in range(1, steps + 1):
         u, gradient = energy_and_grad(eps)
-        eps = langevin_step(eps, gradient, noise(k), step_size)
+        with torch.no_grad():
+            update(eps, gradient, draw=draw.add_(1), nonfinite_at=nonfinite_at)
         potentials.append(u)
-        finite.append(torch.isfinite(eps).all(dim=1))
         if on_step is not None:
             on_step(k, eps)
-    if not potentials:
-        return eps, eps.new_empty(0, eps.shape[0])
-    _raise_if_not_finite(torch.stack(finite))
-    return eps, torch.stack(potentials)
+    _raise_if_not_finite(nonfinite_at)
+    return eps, torch.stack(potentials) if potentials else eps.new_empty(0, eps.shape[0])
 
 
-def _raise_if_not_finite(finite: Tensor) -> None:
-    """`finite` [T, N]: was chain n finite after step t?"""
-    if not bool(finite.all()):
-        broken = ~finite.cpu()
-        images = broken.any(dim=0).nonzero().flatten().tolist()
-        raise NonFiniteChainError(images, step=int(broken.any(dim=1).nonzero()[0]) + 1)
+def _raise_if_not_finite(nonfinite_at: Tensor) -> None:
+    """`nonfinite_at` [N]: the step after which chain n first was not finite, -1 where it always was."""
+    steps = nonfinite_at.cpu()
+    images = (steps >= 0).nonzero().flatten()
+    if len(images) > 0:
+        raise NonFiniteChainError(images.tolist(), step=int(steps[images].min()))
 
 
 @dataclass(frozen=True)
@@ -140,13 +148,18 @@ class LangevinSampler:
         self.steps = steps
         self.step_size = step_size
         self.potential: Potential = potential
+        self._has_prior = potential == "paper"
         self.temperature = temperature
         self.device = torch.device(device)
         self.layout = NoiseLayout(self.model.latent_shapes, self.model.image_shape)
 
     def _energy_and_grad(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """U, and its gradient without the prior's part, which `langevin_update` adds on its way."""
         eps_z, eps_x = self.layout.split(eps)
-        u, gradients = self.model.energy_and_grad(eps_z, eps_x, self.potential, self.temperature)
+        potential = "energy" if self._has_prior else self.potential
+        u, gradients = self.model.energy_and_grad(eps_z, eps_x, potential, self.temperature)
+        if self._has_prior:
+            u = u + torch.linalg.vector_norm(eps, dim=1).square() / 2
         return u, self.layout.join(gradients[:-1], gradients[-1])
 
     def start(self, seeds: Iterable[int] | Tensor, stream: Stream = Stream.CHAIN) -> Tensor:
@@ -166,6 +179,7 @@ class LangevinSampler:
     ) -> Chains:
         """One batch of chains from `start` [N, D], or from `self.start`; seeds as numbers or as `seed_tensor`'s [N].
 
+        `on_step` as in `langevin_chain`: it clones what it keeps.
         Raises ValueError when `start` has another shape, NonFiniteChainError as `langevin_chain` does.
         """
         if self._followed is not None:
@@ -175,13 +189,11 @@ class LangevinSampler:
         if start is not None and tuple(start.shape) != needed:
             raise ValueError(f"start has shape {tuple(start.shape)}; {needed[0]} seeds of this model need {needed}.")
 
-        def noise(k: int) -> Tensor:
-            return normal(keys, k, stream, self.layout.dim)
-
-        eps = self.start(keys, stream) if start is None else start
-        eps, potentials = langevin_chain(
-            self._energy_and_grad, eps, noise, steps=self.steps, step_size=self.step_size, on_step=on_step
+        start = self.start(keys, stream) if start is None else start
+        update = partial(
+            langevin_update, seeds=keys, stream=int(stream), step_size=self.step_size, prior=self._has_prior
         )
+        eps, potentials = langevin_chain(self._energy_and_grad, start, update, steps=self.steps, on_step=on_step)
         with torch.no_grad():
             images = self.model.mean_image(self.layout.split(eps)[0], self.temperature)
         return Chains(eps, potentials, images)

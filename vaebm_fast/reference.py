@@ -33,6 +33,25 @@ def philox_normal(seeds: Tensor, draw: Tensor, *, stream: int, numel: int) -> Te
     return normals.flatten(1)[:, :numel].contiguous()
 
 
+def langevin_update(
+    eps: Tensor,
+    gradient: Tensor,
+    seeds: Tensor,
+    draw: Tensor,
+    nonfinite_at: Tensor,
+    *,
+    stream: int,
+    step_size: float,
+    prior: bool = False,
+) -> None:
+    """A Langevin step of eps [N, D], in place; see `vaebm_fast.ops.langevin_update.langevin_update`."""
+    noise = philox_normal(seeds, draw, stream=stream, numel=eps.shape[1])
+    slope = gradient + eps if prior else gradient
+    eps.copy_(eps - (step_size / 2) * slope + math.sqrt(step_size) * noise)
+    is_first = (nonfinite_at < 0) & ~torch.isfinite(eps).all(dim=1)
+    nonfinite_at.copy_(torch.where(is_first, draw.reshape(()) & _MASK, nonfinite_at))
+
+
 def depthwise_swish(h: Tensor, weight: Tensor, bias: Tensor, *, upsample: bool = False) -> Tensor:
     """Depthwise convolution of swish(h); see `vaebm_fast.ops.depthwise_swish.depthwise_swish`."""
     s = F.silu(h)

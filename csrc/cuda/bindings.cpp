@@ -37,6 +37,18 @@ at::Tensor philox_normal_cuda(const at::Tensor& seeds, const at::Tensor& draw, i
   return out;
 }
 
+void langevin_update_cuda(at::Tensor& eps, const at::Tensor& gradient, const at::Tensor& seeds, const at::Tensor& draw,
+                          at::Tensor& nonfinite_at, int64_t stream, double step_size, bool prior) {
+  check_langevin_arguments(eps, gradient, seeds, draw, nonfinite_at, stream, step_size);
+  const c10::cuda::CUDAGuard guard(eps.device());
+  const at::Tensor slope = gradient.contiguous(), keys = seeds.contiguous();
+  launch_langevin_update(slope.const_data_ptr<float>(), keys.const_data_ptr<int64_t>(), draw.const_data_ptr<int64_t>(),
+                         static_cast<uint32_t>(stream), step_size, prior, eps.size(0), eps.size(1),
+                         eps.mutable_data_ptr<float>(), nonfinite_at.mutable_data_ptr<int64_t>(),
+                         c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 // Calls launch(T{}) with the type that a kernel has for this scalar type.
 template <class Launch>
 void with_storage(at::ScalarType type, const Launch& launch) {
@@ -98,6 +110,7 @@ at::Tensor depthwise_swish_backward_cuda(const at::Tensor& dy, const at::Tensor&
 TORCH_LIBRARY_IMPL(vaebm_fast, CUDA, m) {
   m.impl("philox_words", &vf::philox_words_cuda);
   m.impl("philox_normal", &vf::philox_normal_cuda);
+  m.impl("langevin_update", &vf::langevin_update_cuda);
   m.impl("depthwise_swish", &vf::depthwise_swish_cuda);
   m.impl("depthwise_swish_backward", &vf::depthwise_swish_backward_cuda);
 }

@@ -15,6 +15,11 @@ void launch_philox_words(const int64_t* seeds, const int64_t* draw, uint32_t str
 void launch_philox_normal(const int64_t* seeds, const int64_t* draw, uint32_t stream, int64_t N, int64_t numel,
                           float* out, cudaStream_t cuda_stream);
 
+// gradient [N, D], seeds [N], draw [1]; eps [N, D] and nonfinite_at [N] in place; all contiguous
+void launch_langevin_update(const float* gradient, const int64_t* seeds, const int64_t* draw, uint32_t stream,
+                            double step_size, bool prior, int64_t N, int64_t D, float* eps, int64_t* nonfinite_at,
+                            cudaStream_t cuda_stream);
+
 // T: float or Bf16. NHWC: h and dh [N, H, W, C], y and dy likewise, or [N, 2H, 2W, C] upsampled; weight [K, K, C], K
 // odd; bias [C]; all contiguous
 template <class T>

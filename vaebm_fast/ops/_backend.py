@@ -25,6 +25,7 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "philox_words": ("reference", "cpu", "cuda"),
         "philox_normal": ("reference", "cpu", "cuda"),
+        "langevin_update": ("reference", "cpu", "cuda"),
         "depthwise_swish": ("reference", "cpu", "triton", "cuda"),
         "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
         "pointwise": ("reference", "cpu", "triton"),

@@ -25,7 +25,7 @@ def philox_words(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backen
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    _check(seeds, draw, stream, numel)
+    check_noise(seeds, draw, stream, numel)
     if choose("philox_words", seeds.device, backend) == "reference":
         return reference.philox_words(seeds, draw, stream=stream, numel=numel)
     words: Tensor = torch.ops.vaebm_fast.philox_words(seeds, draw, stream, numel)
@@ -37,7 +37,7 @@ def philox_normal(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backe
 
     (z0, z1) = sqrt(-2 log u) (cos, sin)(2 pi w1 / 2^32) with u = w0 / 2^32 + 2^-33; |z| < 6.77.
     """
-    _check(seeds, draw, stream, numel)
+    check_noise(seeds, draw, stream, numel)
     if choose("philox_normal", seeds.device, backend) == "reference":
         return reference.philox_normal(seeds, draw, stream=stream, numel=numel)
     normals: Tensor = torch.ops.vaebm_fast.philox_normal(seeds, draw, stream, numel)
@@ -50,7 +50,8 @@ def philox_uniform(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, back
     return ((words >> 9) & 0x7FFFFF).mul_(2).add_(1).to(torch.float32).mul_(2.0**-24)
 
 
-def _check(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> None:
+def check_noise(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> None:
+    """Raise ValueError unless these are arguments of `philox_words`."""
     if seeds.dim() != 1 or seeds.dtype != torch.int64:
         raise ValueError(f"seeds must be int64 [N], one per image; they are {seeds.dtype} {list(seeds.shape)}.")
     if draw.numel() != 1 or draw.dtype != torch.int64:

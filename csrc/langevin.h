@@ -1,0 +1,28 @@
+// The Langevin update, element by element: the definition that every backend repeats letter by letter.
+#pragma once
+
+#include "philox.h"
+
+namespace vf {
+
+// What a step multiplies by: h / 2 and sqrt(h), each rounded to fp32 once.
+struct LangevinStep {
+  float half, root;
+  bool prior;
+};
+
+inline LangevinStep langevin_step(double step_size, bool prior) {
+  return {static_cast<float>(step_size / 2), static_cast<float>(std::sqrt(step_size)), prior};
+}
+
+// eps - (h / 2) (gradient + prior * eps) + sqrt(h) noise
+VF_HD float langevin_update(float eps, float gradient, float noise, const LangevinStep& step) {
+  const float slope = step.prior ? add(gradient, eps) : gradient;
+  return add(add(eps, mul(-step.half, slope)), mul(step.root, noise));
+}
+
+// The bits of |a|: they grow with |a|, and from kInfinity on a is infinite or NaN.
+constexpr uint32_t kInfinity = 0x7f800000u;
+VF_HD uint32_t magnitude(float a) { return bits_of(a) & 0x7fffffffu; }
+
+}  // namespace vf

@@ -1,0 +1,84 @@
+"""One step of a Langevin chain on all its noise at once; the step's own noise is made where it is used."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vaebm_fast import _extension, reference
+from vaebm_fast.ops._backend import Backend, choose
+from vaebm_fast.ops._checks import check_tensor
+from vaebm_fast.ops.philox_normal import check_noise
+
+
+def langevin_update(
+    eps: Tensor,
+    gradient: Tensor,
+    seeds: Tensor,
+    draw: Tensor,
+    nonfinite_at: Tensor,
+    *,
+    stream: int,
+    step_size: float,
+    prior: bool = False,
+    backend: Backend = "auto",
+) -> None:
+    """eps <- eps - (h/2) gradient + sqrt(h) z in place, z = `philox_normal(seeds, draw, stream, D)`, h = `step_size`.
+
+    eps: float32 [N, D], contiguous; written. gradient: float32 [N, D], dU/deps. seeds [N], draw [] or [1] and stream:
+    as for `philox_normal`. prior: add eps to the gradient, that of |eps|^2 / 2; `gradient` must not hold it then.
+    nonfinite_at: int64 [N], contiguous; the caller fills it with -1 before the first step. Image n gets the low 32 bits
+    of the draw after which its row first was not finite, and keeps them.
+    Nothing here waits for the device, and what changes from step to step is in tensors: a graph may capture it.
+    h/2 and sqrt(h) are rounded to float32 once, products and sums one by one as written: the bits are the same on every
+    backend, in any batch.
+    Moves 12 bytes per element: eps and gradient read once, eps written once.
+    No gradient. Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    Source: VAEBM, arXiv:2010.00654, equation 3.
+    """
+    _check(eps, gradient, seeds, draw, nonfinite_at, stream, step_size)
+    if torch.is_grad_enabled() and (eps.requires_grad or gradient.requires_grad):
+        raise ValueError("langevin_update has no gradient; call it under torch.no_grad().")
+    if choose("langevin_update", eps.device, backend) == "reference":
+        reference.langevin_update(
+            eps, gradient, seeds, draw, nonfinite_at, stream=stream, step_size=step_size, prior=prior
+        )
+    else:
+        torch.ops.vaebm_fast.langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream, step_size, prior)
+
+
+def _check(
+    eps: Tensor, gradient: Tensor, seeds: Tensor, draw: Tensor, nonfinite_at: Tensor, stream: int, step_size: float
+) -> None:
+    if eps.dim() != 2 or eps.dtype != torch.float32 or not eps.is_contiguous():
+        raise ValueError(
+            f"eps must be float32 [N, D] and contiguous; it is {eps.dtype} {list(eps.shape)} with strides "
+            f"{list(eps.stride())}."
+        )
+    N, D = eps.shape
+    check_noise(seeds, draw, stream, D)
+    check_tensor("gradient", gradient, eps.shape, eps.device, eps.dtype)
+    check_tensor("seeds", seeds, (N,), eps.device, torch.int64)
+    check_tensor("nonfinite_at", nonfinite_at, (N,), eps.device, torch.int64)
+    if not nonfinite_at.is_contiguous():
+        raise ValueError(f"nonfinite_at must be contiguous; its stride is {nonfinite_at.stride(0)}.")
+    if not (step_size > 0 and math.isfinite(step_size)):
+        raise ValueError(f"step_size is {step_size}; it must be a positive number.")
+
+
+if _extension.is_available():
+
+    @torch.library.register_fake("vaebm_fast::langevin_update")
+    def _(
+        eps: Tensor,
+        gradient: Tensor,
+        seeds: Tensor,
+        draw: Tensor,
+        nonfinite_at: Tensor,
+        stream: int,
+        step_size: float,
+        prior: bool,
+    ) -> None:
+        pass
