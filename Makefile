@@ -9,7 +9,7 @@ CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 
-.PHONY: help demo test bench lint build clean
+.PHONY: help demo test bench gpu lint build clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,11 @@ bench: $(BUILT) ## Measure the ops and the whole pair on this machine; results i
 	@$(BIN)/python -m pytest --benchmark-columns=median,rounds benchmarks/bench_ops.py benchmarks/bench_pair.py \
 		$(addprefix --compile ,$(COMPILE)) $(addprefix --case ,$(CASES))
 	@$(BIN)/python -m benchmarks.report
+
+# Installs nothing: GPU_PYTHON brings torch for CUDA, Triton, pytest and pytest-benchmark.
+GPU_PYTHON ?= python3
+gpu: ## Where a GPU is: build in place, tests, sanitisers and benchmarks within nine minutes
+	@$(GPU_PYTHON) -m benchmarks.gpu
 
 lint: $(INSTALLED) ## Check style, formatting and types
 	@$(BIN)/ruff check .

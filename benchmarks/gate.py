@@ -7,16 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+GPU_TESTS = "tests/test_gpu.py"
 
 
 @functools.cache
 def why_red(*files: str) -> str | None:
     """Why no figure may be reported: the last lines of pytest on these files where a test failed, else None.
 
-    In a process of its own: tests set threads and memory as they need. No test collected counts as failed.
+    In a process of its own: tests set threads and memory as they need. No test collected counts as failed. Where there
+    is a GPU the tests that use it decide.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    chosen = (*files, GPU_TESTS, "-m", "gpu") if torch.cuda.is_available() else files
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None

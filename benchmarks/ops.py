@@ -50,7 +50,7 @@ class Case:
         return f"{self.op} {self.shape}"
 
 
-def _depthwise(N: int, C: int, H: int, K: int = 5, *, upsample: bool = False) -> list[Case]:
+def depthwise_cases(N: int, C: int, H: int, K: int = 5, *, upsample: bool = False) -> list[Case]:
     """Forward and backward of the depthwise on an H x H image; upsampled, the result has twice the side."""
     scale, taps = (2, (K + 1) // 2) if upsample else (1, K)
     small, large = N * C * H * H, N * C * (scale * H) ** 2
@@ -76,7 +76,7 @@ def _depthwise(N: int, C: int, H: int, K: int = 5, *, upsample: bool = False) ->
     ]
 
 
-def _philox_normal(N: int, D: int) -> list[Case]:
+def philox_normal_cases(N: int, D: int) -> list[Case]:
     """Noise of N images; its integer work is not counted as FLOPs."""
 
     def make(device: torch.device) -> Run:
@@ -86,7 +86,7 @@ def _philox_normal(N: int, D: int) -> list[Case]:
     return [Case("philox_normal", f"{N}x{D}", 4 * N * D, 0, make, "tests/test_noise.py")]
 
 
-def _langevin_update(N: int, D: int) -> list[Case]:
+def langevin_update_cases(N: int, D: int) -> list[Case]:
     """A step of N chains, noise included, over the state that the last call left."""
 
     def make(device: torch.device) -> Run:
@@ -106,7 +106,7 @@ def _normal(device: torch.device, *size: int) -> Tensor:
     return tensor.to(memory_format=torch.channels_last) if len(size) == 4 else tensor
 
 
-def _pointwise(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False) -> list[Case]:
+def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False) -> list[Case]:
     """Forward with bias and backward; with `swish` the input is activated, and read once more backward."""
     x, y, weight = 4 * N * Cin * H * H, 4 * N * Cout * H * H, 4 * Cin * Cout
 
@@ -133,7 +133,7 @@ def _pointwise(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False) -> l
     ]
 
 
-def _energy_epilogue(N: int, C: int, H: int) -> list[Case]:
+def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
     """With a skip, each way."""
 
     def forward(device: torch.device) -> Run:
@@ -151,7 +151,7 @@ def _energy_epilogue(N: int, C: int, H: int) -> list[Case]:
     ]
 
 
-def _se_gate_residual(N: int, C: int, H: int) -> list[Case]:
+def se_gate_residual_cases(N: int, C: int, H: int) -> list[Case]:
     """Forward s is read for its mean too; backward dy and s for the gate's gradient, then dy again."""
     hidden = max(C // 16, 4)
 
@@ -176,7 +176,7 @@ def _se_gate_residual(N: int, C: int, H: int) -> list[Case]:
     ]
 
 
-def _heads(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
+def heads_cases(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
     """Latents, or pixels, with log p each way."""
 
     def forward(device: torch.device) -> Run:
@@ -200,7 +200,7 @@ def _heads(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
     ]
 
 
-def _power_iteration(B: int, M: int, K: int, iterations: int = 4) -> list[Case]:
+def power_iteration_cases(B: int, M: int, K: int, iterations: int = 4) -> list[Case]:
     """A training step's iterations on convolutions of one shape; each reads W from a cache at best."""
 
     def make(device: torch.device) -> Run:
@@ -212,30 +212,30 @@ def _power_iteration(B: int, M: int, K: int, iterations: int = 4) -> list[Case]:
 
 
 CASES: tuple[Case, ...] = (
-    *_pointwise(1, 64, 384, 128),  # celeba_256: expand and project of its highest latents, of its lowest
-    *_pointwise(1, 384, 64, 128, swish=True),
-    *_pointwise(1, 1024, 6144, 8),
-    *_pointwise(1, 6144, 1024, 8, swish=True),
-    *_pointwise(4, 192, 1152, 16),  # celeba_64
-    *_pointwise(4, 1152, 192, 16, swish=True),
-    *_energy_epilogue(1, 64, 256),  # celeba_256
-    *_se_gate_residual(1, 64, 128),
-    *_se_gate_residual(1, 512, 16),
-    *_heads(1, 20, 128),
-    *_heads(1, 3, 256, pixels=True),
-    *_power_iteration(48, 512, 512),
-    *_depthwise(1, 384, 128),  # celeba_256, highest resolution of its latents
-    *_depthwise(1, 768, 64),
-    *_depthwise(1, 3072, 16),
-    *_depthwise(1, 192, 128, upsample=True),  # celeba_256, post-processing
-    *_depthwise(1, 96, 256),
-    *_depthwise(4, 1152, 16),  # celeba_64
-    *_depthwise(4, 288, 32, upsample=True),
-    *_depthwise(4, 1536, 16),  # cifar10
-    *_philox_normal(1, 1_942_528),  # celeba_256
-    *_philox_normal(16, 146_688),  # celeba_64
-    *_langevin_update(1, 1_942_528),  # celeba_256
-    *_langevin_update(16, 146_688),  # celeba_64
+    *pointwise_cases(1, 64, 384, 128),  # celeba_256: expand and project of its highest latents, of its lowest
+    *pointwise_cases(1, 384, 64, 128, swish=True),
+    *pointwise_cases(1, 1024, 6144, 8),
+    *pointwise_cases(1, 6144, 1024, 8, swish=True),
+    *pointwise_cases(4, 192, 1152, 16),  # celeba_64
+    *pointwise_cases(4, 1152, 192, 16, swish=True),
+    *energy_epilogue_cases(1, 64, 256),  # celeba_256
+    *se_gate_residual_cases(1, 64, 128),
+    *se_gate_residual_cases(1, 512, 16),
+    *heads_cases(1, 20, 128),
+    *heads_cases(1, 3, 256, pixels=True),
+    *power_iteration_cases(48, 512, 512),
+    *depthwise_cases(1, 384, 128),  # celeba_256, highest resolution of its latents
+    *depthwise_cases(1, 768, 64),
+    *depthwise_cases(1, 3072, 16),
+    *depthwise_cases(1, 192, 128, upsample=True),  # celeba_256, post-processing
+    *depthwise_cases(1, 96, 256),
+    *depthwise_cases(4, 1152, 16),  # celeba_64
+    *depthwise_cases(4, 288, 32, upsample=True),
+    *depthwise_cases(4, 1536, 16),  # cifar10
+    *philox_normal_cases(1, 1_942_528),  # celeba_256
+    *philox_normal_cases(16, 146_688),  # celeba_64
+    *langevin_update_cases(1, 1_942_528),  # celeba_256
+    *langevin_update_cases(16, 146_688),  # celeba_64
 )
 
 

@@ -27,11 +27,18 @@ from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.cost import pair_flops
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
-from vaebm_fast.ops._backend import why_absent
+from vaebm_fast.ops._backend import Backend, why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
 
 PLAIN, NHWC, COMPILED = "plain", "plain NHWC", "plain NHWC, torch.compile"
-FROZEN = {"frozen, reference": "reference", "frozen, cpu": "cpu"}
+FROZEN: dict[str, tuple[Backend, torch.dtype]] = {
+    "frozen, reference": ("reference", torch.float32),
+    "frozen, cpu": ("cpu", torch.float32),
+    "frozen, triton": ("triton", torch.float32),
+    "frozen, reference, bf16": ("reference", torch.bfloat16),
+    "frozen, triton, bf16": ("triton", torch.bfloat16),
+}
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the gradient's norm: a wrong one is not to be timed
 CANDIDATES = (PLAIN, NHWC, COMPILED, *FROZEN)
 TESTS = ("tests/test_frozen.py", "tests/test_golden.py")
 
@@ -52,9 +59,12 @@ def why_not(candidate: str, device: torch.device) -> str | None:
     """Why this machine cannot run a candidate; None where it can."""
     if candidate not in CANDIDATES:
         raise ValueError(f"Candidate {candidate!r} is not known; there are {', '.join(CANDIDATES)}.")
-    if FROZEN.get(candidate) == "cpu":
-        return why_absent("cpu") if device.type == "cpu" else "it runs on a CPU"
-    return None
+    backend, dtype = FROZEN.get(candidate, ("reference", torch.float32))
+    if (backend == "cpu") != (device.type == "cpu") and backend != "reference":
+        return f"{backend} does not run on {device.type}"
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return "half precision is for GPUs"
+    return why_absent(backend)
 
 
 def build(candidate: str, preset: str, batch: int, device: torch.device, model: VAEBM | None = None) -> Candidate:
@@ -66,7 +76,8 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
     start = normal(seeds, 0, Stream.CHAIN, layout.dim)
     compile_s = None
     if candidate in FROZEN:
-        pair = model.freeze(backend=FROZEN[candidate])  # type: ignore[arg-type]
+        name, dtype = FROZEN[candidate]
+        pair = model.freeze(dtype, name)
         call: EnergyAndGrad = lambda eps_z, eps_x: pair.energy_and_grad(eps_z, eps_x, "official")  # noqa: E731
         backend = str(pair.backend)
     elif candidate == COMPILED:
@@ -151,7 +162,7 @@ def measure_pair(
             "batch": batch,
             "candidate": name,
             "backend": candidate.backend,
-            "dtype": "float32",
+            "dtype": str(_dtype(name)).removeprefix("torch."),
             "flops": batch * (frozen_flops if name in FROZEN else plain_flops),
             "compile_s": candidate.compile_s,
             **summary(samples[name]),
@@ -165,12 +176,16 @@ def measure_pair(
 flops_of = cache(pair_flops)
 
 
+def _dtype(candidate: str) -> torch.dtype:
+    return FROZEN[candidate][1] if candidate in FROZEN else torch.float32
+
+
 def _require_agreement(gradients: dict[str, Tensor]) -> None:
-    """Raise ValueError unless all candidates have the same gradient: a wrong one is not to be timed."""
+    """Raise ValueError unless all candidates have the gradient of the first, as far as their precision allows."""
     first, *others = gradients
     for name in others:
         error = float((gradients[name] - gradients[first]).norm() / gradients[first].norm())
-        if not error < 1e-4:
+        if not error < AGREEMENT[_dtype(name)]:
             raise ValueError(f"The gradients of {name} and of {first} differ by {error:.1e} of their norm.")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gate, measure, ops, report
+from benchmarks import gate, gpu, measure, ops, report
 from benchmarks.conftest import Replay
 from benchmarks.environment import environment
 from benchmarks.pair import COMPILED, NHWC, PLAIN, measure_pair
@@ -198,3 +198,35 @@ def test_the_pair_is_measured_with_all_that_a_row_promises() -> None:
     assert plain["memory_before_mib"] < plain["peak_memory_mib"] < measure.peak_memory_mib(CPU)
     del ballast
     assert len(report.derived(content(plain, frozen))) == 2
+
+
+def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
+    def python(program: str) -> tuple[str, ...]:
+        return (sys.executable, "-c", program)
+
+    planned = [
+        gpu.Stage("build", python("print('built')"), 60),
+        gpu.Stage("tests", python("raise SystemExit(3)"), 60),
+        gpu.Stage("memcheck", python("import time; print('on', flush=True); time.sleep(60)"), 3),
+        gpu.Stage("racecheck", ("no-such-program",), 60),
+        gpu.Stage("pair", python("print('measured')"), 60),
+    ]
+    done = gpu.run_stages(planned, 300, tmp_path / "results" / "gpu_run.json")
+    outcomes = ["passed", "exit code 3", "stopped after 3 s", "no-such-program is not on this machine", "passed"]
+    assert [stage["outcome"] for stage in done] == outcomes
+    assert done[0]["last_lines"] == ["built"] and done[2]["last_lines"] == ["on"]
+    assert json.loads((tmp_path / "results" / "gpu_run.json").read_text())["stages"] == done
+
+
+def test_nothing_follows_a_failed_gpu_build_or_the_end_of_the_time(tmp_path: Path) -> None:
+    failing = gpu.Stage("build", (sys.executable, "-c", "raise SystemExit(1)"), 60)
+    assert len(gpu.run_stages([failing, failing], 300, tmp_path / "run.json")) == 1
+    late = gpu.run_stages([gpu.Stage("pair", (sys.executable, "-c", ""), 60)], 1, tmp_path / "run.json")
+    assert late == [{"stage": "pair", "outcome": "no time left"}]
+
+
+def test_without_a_gpu_make_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = run_python("from benchmarks import gpu; gpu.main()")
+    assert done.returncode == 1 and "sees no GPU; `make gpu` needs one." in done.stderr

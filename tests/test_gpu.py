@@ -1,0 +1,94 @@
+"""On a GPU: every op of every backend there beside its twin, and the whole frozen pair. Nothing here runs without one.
+
+Tests named "sanitised" are small enough for compute-sanitizer (`make gpu`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vaebm_fast as vf
+from benchmarks import ops
+from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
+from vaebm_fast.models import EnergyNetwork
+from vaebm_fast.noise import NoiseLayout
+from vaebm_fast.ops._backend import why_not
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICE = torch.device("cuda")
+
+CASES = (
+    *ops.depthwise_cases(2, 35, 9),
+    *ops.depthwise_cases(1, 70, 5, K=3),
+    *ops.depthwise_cases(2, 33, 6, upsample=True),
+    *ops.pointwise_cases(2, 20, 33, 7),
+    *ops.pointwise_cases(1, 130, 70, 12, swish=True),
+    *ops.energy_epilogue_cases(2, 17, 9),
+    *ops.se_gate_residual_cases(2, 40, 9),
+    *ops.heads_cases(2, 5, 7),
+    *ops.heads_cases(2, 3, 9, pixels=True),
+)
+PLAIN = NVAEConfig(
+    image_size=16, num_latent_scales=2, num_groups_per_scale=2, num_latent_per_group=4, num_channels_enc=16,
+    num_channels_dec=16, num_preprocess_cells=1, num_postprocess_cells=1, num_cell_per_cond_enc=1,
+    num_cell_per_cond_dec=1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _float32_means_float32() -> Iterator[None]:
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def tensors(result: object) -> list[Tensor]:
+    return [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, Tensor)]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Of the norm."""
+    expected = expected.double().cpu()
+    return float((actual.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sanitised_op_agrees_with_its_twin(case: ops.Case, backend: Any) -> None:
+    reason = why_not(case.op, DEVICE, backend)
+    if reason is not None:
+        pytest.skip(reason)
+    run = case.make(DEVICE)
+    results, twins = tensors(run(backend=backend)), tensors(run(backend="reference"))
+    assert len(results) == len(twins) > 0
+    for result, twin in zip(results, twins, strict=True):
+        assert error(result, twin) < 1e-5  # approximate instructions: 2^-21
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(backend: Any, dtype: torch.dtype) -> None:
+    """float32 to rounding; bfloat16 within twice the error of the same pair in plain PyTorch, and 1%."""
+    model = vf.VAEBM(vf.NVAE(PLAIN).eval(), EnergyNetwork(EnergyConfig(16, 3, 16, parse_blocks("1-1d 1-2d 2-2"))))
+    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    eps = torch.randn(3, layout.dim)
+
+    def gradient(fast: Any, eps: Tensor) -> Tensor:
+        _, gradients = fast.energy_and_grad(*layout.split(eps), "official")
+        return layout.join(gradients[:-1], gradients[-1])
+
+    truth = gradient(vf.VAEBM(model.vae.double(), model.energy.double()), eps.double())
+    model = vf.VAEBM(model.vae.float().to(DEVICE), model.energy.float().to(DEVICE))
+    off = error(gradient(model.freeze(dtype, backend), eps.to(DEVICE)), truth)
+    if dtype == torch.float32:
+        assert off < 1e-5
+    else:
+        assert off < 2 * error(gradient(model.freeze(dtype, "reference"), eps.to(DEVICE)), truth) + 0.01
