@@ -29,6 +29,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "depthwise_swish_backward": ("reference", "cpu", "cuda"),
         "pointwise": ("reference", "cpu"),
         "pointwise_backward": ("reference", "cpu"),
+        "inverted_residual": ("reference", "cuda"),
+        "inverted_residual_backward": ("reference", "cuda"),
         "power_iteration": ("reference", "cpu"),
         "energy_epilogue": ("reference", "cpu"),
         "energy_epilogue_backward": ("reference", "cpu"),
