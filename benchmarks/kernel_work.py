@@ -158,15 +158,16 @@ def inverted_residual_shared(C: int, backward: bool) -> int:
 
 
 def _inverted_residual_work(N: int, H: int, W: int, C: int, hidden: int, backward: bool) -> Work:
-    """A block has 8 x 16 pixels and reads 12 x 20; forward it writes h2."""
-    blocks = float(N * -(-H // 8) * -(-W // 16))
-    products = 240 + (2 if backward else 1) * 128  # pixels times [C, hidden]
-    left = 2 * C * (240 + (128 if backward else 0))  # bytes that a chunk reads as the first products' left operands
-    window = 64 * 240 + 4 * 256 * 5 * 12 + 2 * 64 * 128
+    """A block has 8 x 16 pixels and works on 16 x 16, of which the window reads 12 x 20; forward it writes h2."""
+    blocks, products = float(N * -(-H // 8) * -(-W // 16)), 4 if backward else 3  # of [128 pixels, C] and [C, hidden]
+    # What a chunk moves through shared memory and L1: operands, hidden values, the window, weights.
+    left = 2 * C * (256 + (128 if backward else 0))
+    window = 64 * 256 + 4 * 256 * 5 * 12 + 2 * 64 * 128
+    weights = 8 * (products - 1) * 64 * C + 8 * 25 * 64  # each warp reads all
     return Work(
         memory_bytes=2.0 * N * H * W * ((3 if backward else 2) * C + hidden),
-        tensor_flop=2 * blocks * products * C * hidden,
+        tensor_flop=2 * blocks * products * 128 * C * hidden,
         fp32_flop=2 * 25 * blocks * 128 * hidden,
-        special=2 * blocks * (240 + 128) * hidden,
-        shared_bytes=blocks * (hidden / 32) * (left + window),
+        special=2 * blocks * 3 * 128 * hidden,
+        shared_bytes=blocks * (hidden / 32) * (left + window + weights),
     )

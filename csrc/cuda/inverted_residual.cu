@@ -9,10 +9,10 @@
 // Backward the same: ds stands for x, each weight for the other one's transpose, the window is flipped, the slope of
 // swish at h2 and at h1 for swish; h1 is computed again, at the warp's own pixels.
 //
-// Bytes: x read, s written, h2 written where wanted; backward ds, x, h2 read, dx written; of what is read through the
+// Bytes: x read, s written, h2 written where wanted; backward ds, x, h2 read, dx written; what is read through the
 // window 1.9 times, from L2 beyond the first. Weights are read by every block, from L2 and L1.
-// FLOP per pixel: tensor 2 C hidden (1.9 + 1), backward 2 C hidden (1.9 + 2); fp32 50 hidden. Special functions: 2
-// per activation, 1.9 + 1 hidden of them per pixel. Shared memory, C = 32, 64, 128: 45, 60, 90 KB; backward 55, 78, 124.
+// Per output pixel: tensor FLOP 2 C hidden (2 + 1), backward 2 C hidden (2 + 2); fp32 FLOP 50 hidden; special functions
+// 2 hidden (2 + 1). Shared memory for C = 32, 64, 128: 45, 60, 90 KB, backward 55, 78, 124 KB.
 // No atomics: an output is summed in one order, whatever its place in the batch.
 #include <cstdint>
 
@@ -32,7 +32,8 @@ constexpr int kChunk = 32;       // channels that a step of every product takes
 constexpr int kPairs = kChunk / 2;
 constexpr int kPitch = kAcross + 1;  // odd, for the two rows of pixels that a warp reads at once to lie in other banks
 constexpr int kPad = 4;              // words; rows a multiple of 32 banks apart would collide in load_matrices()
-static_assert(kPixels % 16 == 0 && kRows * kColumns == 16 * kWarps && kRows / 2 * (kColumns / kRun) == kWarps);
+static_assert(kPixels % 16 == 0 && kRows * kColumns == 16 * kWarps && kRows / 2 * (kColumns / kRun) == kWarps &&
+              kPixels <= 32 * kWarps);
 
 struct Arguments {
   const Bf16* source;      // [N, H, W, C]: x, backward ds
@@ -124,6 +125,18 @@ __device__ void load_own(const Arguments& a, const Place& at, OperandRow<C> (&ow
   }
 }
 
+// [32, 32] of a weight, whose rows are `pitch` apart, as the right operand of two products of depth 16.
+struct Weight {
+  FourWords rows[4];
+
+  __device__ Weight(const Bf16* first, int pitch, int lane) {
+    const int row = lane / 8 * 8 + lane / 4 % 2;  // and every second from there, for the order of Sums
+    const Bf16* from = first + int64_t{row} * pitch + 8 * (lane % 4);
+    VF_UNROLL
+    for (int j = 0; j < 4; ++j) rows[j] = load_four_words(from + int64_t{2 * j} * pitch, true);
+  }
+};
+
 // A warp's sums [16 pixels, 32 channels]: lane 4 p + q holds channels 8 q .. 8 q + 7 of pixels p and p + 8, two channels
 // of both in each tile. That is the order of a left operand too.
 struct Sums {
@@ -138,15 +151,12 @@ struct Sums {
     }
   }
 
-  // += left [16, 32] times the transpose of weight [32, 32], whose rows are `pitch` apart.
-  __device__ void add_product(const FragmentA (&left)[2], const Bf16* weight, int pitch, int lane) {
-    const int column = lane / 4;
+  // += left [16, 32] times the transpose of weight.
+  __device__ void add_product(const FragmentA (&left)[2], const Weight& weight) {
     VF_UNROLL
     for (int j = 0; j < 4; ++j) {
-      const int channel = column / 2 * 8 + 2 * j + column % 2;
-      const FourWords words = load_four_words(weight + int64_t{channel} * pitch + 8 * (lane % 4), true);
-      multiply_add(tiles[j], left[0], {{words.v[0], words.v[1]}});
-      multiply_add(tiles[j], left[1], {{words.v[2], words.v[3]}});
+      multiply_add(tiles[j], left[0], {{weight.rows[j].v[0], weight.rows[j].v[1]}});
+      multiply_add(tiles[j], left[1], {{weight.rows[j].v[2], weight.rows[j].v[3]}});
     }
   }
 
@@ -167,42 +177,54 @@ __device__ __forceinline__ void load_left(FragmentA (&left)[2], const uint32_t* 
   for (int s = 0; s < 2; ++s) left[s] = load_matrices(row + 8 * s + lane / 16 * 4);
 }
 
-// bias + source [16, C] times the transpose of weight [32, C].
-template <int C>
-__device__ Sums hidden_sums(const uint32_t* row, const Bf16* weight, const Bf16* bias, int lane) {
-  Sums sums;
-  sums.start(bias, lane);
+// bias + source [16, C] times the transpose of weight [32, C], for kTiles sources; `rows` as above.
+template <int C, int kTiles>
+__device__ void start_hidden(Sums (&sums)[kTiles], const uint32_t* const (&rows)[kTiles], const Bf16* weight,
+                             const Bf16* bias, int lane) {
   VF_UNROLL
+  for (int t = 0; t < kTiles; ++t) sums[t].start(bias, lane);
+  VF_ROLL  // or C = 64 takes more than 128 registers
   for (int c = 0; c < C; c += kChunk) {
-    FragmentA left[2];
-    load_left(left, row + c / 2, lane);
-    sums.add_product(left, weight + c, C, lane);
-  }
-  return sums;
-}
-
-// The chunk of hidden channels from `first` at all pixels that the window reads: forward swish(h1), backward dh2.
-template <int C, bool kForward>
-__device__ void fill_hidden(const Arguments& a, const Place& at, int first, ForwardShared<C>& shared) {
-  VF_ROLL
-  for (int rows = 16 * at.warp; rows < kPixels; rows += 16 * kWarps) {
-    const Bf16* bias = kForward ? a.expand_bias + first : nullptr;
-    Sums sums = hidden_sums<C>(shared.source[rows + at.lane % 16], a.in_weight + int64_t{first} * C, bias, at.lane);
+    const Weight part(weight + c, C, lane);
     VF_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int p = rows + at.lane / 4 + 8 * half, y = p / kAcross, x = p % kAcross;
-      const int64_t pixel = at.pixel(a, y - kHalo, x - kHalo);
-      FourWords h2{};
-      if (!kForward) h2 = load_four_words(a.h2 + pixel * a.hidden + first + at.lane % 4 * 8, pixel >= 0);
-      VF_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        float& value = sums.tiles[i / 2].v[2 * half + i % 2];
-        if (kForward) value = pixel >= 0 ? swish(value) : 0.0f;  // outside the image, swish of the bias would stand
-        if (!kForward) value *= swish_slope(to_values(Word<Bf16>{h2.v[i / 2]}).v[i % 2]);
-      }
-      store_four_words(sums.words(half), &shared.hidden[y][x][at.lane % 4 * 4]);
+    for (int t = 0; t < kTiles; ++t) {
+      FragmentA left[2];
+      load_left(left, rows[t] + c / 2, lane);
+      sums[t].add_product(left, part);
     }
   }
+}
+
+// Pixels p and p + 8 of the lane's `sums` into the hidden chunk from channel `first`: swish, backward times its slope.
+template <bool kForward>
+__device__ void put_hidden(const Arguments& a, const Place& at, int first, int p, Sums& sums, Hidden& hidden) {
+  VF_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int y = (p + 8 * half) / kAcross, x = (p + 8 * half) % kAcross;
+    const int64_t pixel = at.pixel(a, y - kHalo, x - kHalo);
+    FourWords h2{};
+    if (!kForward) h2 = load_four_words(a.h2 + pixel * a.hidden + first + at.lane % 4 * 8, pixel >= 0);
+    VF_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      float& value = sums.tiles[i / 2].v[2 * half + i % 2];
+      if (kForward) value = pixel >= 0 ? swish(value) : 0.0f;  // outside the image, swish of the bias would stand
+      if (!kForward) value *= swish_slope(to_values(Word<Bf16>{h2.v[i / 2]}).v[i % 2]);
+    }
+    store_four_words(sums.words(half), &hidden[y][x][at.lane % 4 * 4]);
+  }
+}
+
+// The chunk at all pixels that the window reads: forward swish(h1), backward dh2. Two tiles of 16 pixels for each warp,
+// to load a weight once for both; there are 15, and the last warp has the last of them twice.
+template <int C, bool kForward>
+__device__ void fill_hidden(const Arguments& a, const Place& at, int first, ForwardShared<C>& shared) {
+  const int pixels[2] = {32 * at.warp, min(32 * at.warp + 16, kPixels - 16)};
+  const uint32_t* const rows[2] = {shared.source[pixels[0] + at.lane % 16], shared.source[pixels[1] + at.lane % 16]};
+  Sums sums[2];
+  const Bf16* bias = kForward ? a.expand_bias + first : nullptr;
+  start_hidden<C>(sums, rows, a.in_weight + int64_t{first} * C, bias, at.lane);
+  VF_UNROLL
+  for (int t = 0; t < 2; ++t) put_hidden<kForward>(a, at, first, pixels[t] + at.lane / 4, sums[t], shared.hidden);
 }
 
 // The window over the chunk from channel `first`: a thread has one pair of channels of eight pixels of a row.
@@ -234,10 +256,12 @@ struct Window {
   }
 
   __device__ void write_h2(const Arguments& a, const Place& at, int first) const {
+    const int64_t pixel = at.own_pixel(a, at.lane / kPairs * kRun);
+    const int count = pixel < 0 ? 0 : a.W - at.left - at.column;
+    Bf16* to = a.h2 + pixel * a.hidden + first + at.lane % kPairs * 2;
     VF_UNROLL
     for (int t = 0; t < kRun; ++t) {
-      const int64_t pixel = at.own_pixel(a, at.lane / kPairs * kRun + t);
-      if (pixel >= 0) store_word(to_word(sums[t]), a.h2 + pixel * a.hidden + first + at.lane % kPairs * 2);
+      if (t < count) store_word(to_word(sums[t]), to + int64_t{t} * a.hidden);
     }
   }
 
@@ -267,7 +291,7 @@ struct Output {
   __device__ void add(const Arguments& a, int first, const FragmentA (&left)[2], int lane) {
     VF_UNROLL
     for (int c = 0; c < C; c += kChunk) {
-      sums[c / kChunk].add_product(left, a.out_weight + int64_t{c} * a.hidden + first, a.hidden, lane);
+      sums[c / kChunk].add_product(left, Weight(a.out_weight + int64_t{c} * a.hidden + first, a.hidden, lane));
     }
   }
 
@@ -333,8 +357,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) inverted_residual_b
     __syncthreads();
     FragmentA left[2];
     Window<false>(a, at, first, shared->both.hidden).to_left(left, at, shared->both.middle[at.warp]);
-    const Bf16* weight = a.expand_weight + int64_t{first} * C;
-    multiply_by_slope(left, hidden_sums<C>(shared->x[at.warp][at.lane % 16], weight, a.expand_bias + first, at.lane));
+    Sums h1[1];
+    const uint32_t* const rows[1] = {shared->x[at.warp][at.lane % 16]};
+    start_hidden<C>(h1, rows, a.expand_weight + int64_t{first} * C, a.expand_bias + first, at.lane);
+    multiply_by_slope(left, h1[0]);
     output.add(a, first, left, at.lane);
   }
   output.write(a, at);
