@@ -220,3 +220,18 @@ def test_the_op_on_a_gpu_equals_the_twin(shape: tuple[int, ...]) -> None:
     wide = twice_as_wide(of_backward(w))
     truth = reference.inverted_residual_backward(ds.double(), x.double(), h2.double(), **wide)
     assert_as_accurate(dx, plain, truth)
+
+
+@pytest.mark.gpu
+def test_cpp_ops_pass_opcheck() -> None:
+    reason = why_not("inverted_residual", torch.device("cuda"), "cuda")
+    if reason is not None or not torch.cuda.is_available():
+        pytest.skip(reason or "there is no GPU")
+    x, ds, w = tensors((2, 32, 9, 17, 64))
+    x, ds, w = x.cuda(), ds.cuda(), {name: weight.cuda() for name, weight in w.items()}
+    ops = torch.ops.vaebm_fast
+    for with_h2 in (False, True):
+        torch.library.opcheck(ops.inverted_residual.default, (x, *w.values(), with_h2))
+    torch.library.opcheck(ops.inverted_residual.default, (x.clone().requires_grad_(), *w.values(), True))
+    h2 = ops.inverted_residual(x, *w.values(), True)[1]
+    torch.library.opcheck(ops.inverted_residual_backward.default, (ds, x, h2, *of_backward(w).values()))
