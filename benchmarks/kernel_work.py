@@ -39,7 +39,7 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """Every kernel of csrc/cuda, once each."""
-    return [*_noise(), *_depthwise()]
+    return [*_noise(), *_depthwise(), *_inverted_residual()]
 
 
 def _noise() -> Iterator[Kernel]:
@@ -136,4 +136,40 @@ def _depthwise_work(w: DepthwiseWindow, N: int, H: int, W: int, C: int, bytes_ea
         fp32_flop=2 * threads * w.taps * w.phases * w.taps * w.cells,
         special=2 * (staged if w.forward else cells),
         shared_bytes=4 * (staged + threads * w.stride * w.columns(w.cells)),
+    )
+
+
+def _inverted_residual() -> Iterator[Kernel]:
+    """The cells of celeba_256's last three resolutions."""
+    for C, hidden, H in ((32, 96, 256), (64, 384, 128), (128, 768, 64)):
+        for backward in (False, True):
+            yield Kernel(
+                label=f"inverted_residual C = {C}{', backward' if backward else ''}",
+                symbol=f"inverted_residual{'_backward' if backward else ''}_kernel<{C}>",
+                threads=256,
+                shape=f"{H} x {H} x {C}, hidden {hidden}, N = 16",
+                work=_inverted_residual_work(16, H, H, C, hidden, backward),
+                dynamic_shared=inverted_residual_shared(C, backward),
+            )
+
+
+def inverted_residual_shared(C: int, backward: bool) -> int:
+    """Bytes of a block: source tile, hidden chunk, the warps' left operands, backward x; operands' rows are padded."""
+    row = 2 * C + 16
+    return 240 * row + 12 * 21 * 64 + 128 * 80 + (128 * row if backward else 0)
+
+
+def _inverted_residual_work(N: int, H: int, W: int, C: int, hidden: int, backward: bool) -> Work:
+    """A block has 8 x 16 pixels and works on 16 x 16, of which the window reads 12 x 20; forward it writes h2."""
+    blocks, products = float(N * -(-H // 8) * -(-W // 16)), 4 if backward else 3  # of [128 pixels, C] and [C, hidden]
+    # What a chunk moves through shared memory and L1: operands, hidden values, the window, weights.
+    left = 2 * C * (256 + (128 if backward else 0))
+    window = 64 * 256 + 4 * 256 * 5 * 12 + 2 * 64 * 128
+    weights = 8 * (products - 1) * 64 * C + 8 * 25 * 64  # each warp reads all
+    return Work(
+        memory_bytes=2.0 * N * H * W * ((3 if backward else 2) * C + hidden),
+        tensor_flop=2 * blocks * products * 128 * C * hidden,
+        fp32_flop=2 * 25 * blocks * 128 * hidden,
+        special=2 * blocks * 3 * 128 * hidden,
+        shared_bytes=blocks * (hidden / 32) * (left + window + weights),
     )

@@ -76,10 +76,12 @@ inline void check_image(const at::Tensor& x, const char* name) {
                     x.scalar_type(), " ", x.sizes(), ".");
 }
 
-// float32 of this shape, where `other` is.
-inline void check_tensor(const at::Tensor& x, const char* name, at::IntArrayRef shape, const at::Tensor& other) {
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.sizes() == shape, name, " must be float32 ", shape, "; it is ",
-                    x.scalar_type(), " ", x.sizes(), ".");
+// Of this type, float32 or bfloat16, and shape, where `other` is.
+inline void check_tensor(const at::Tensor& x, const char* name, at::IntArrayRef shape, const at::Tensor& other,
+                         at::ScalarType type = at::kFloat) {
+  TORCH_CHECK_VALUE(x.scalar_type() == type && x.sizes() == shape, name, " must be ",
+                    type == at::kFloat ? "float32 " : "bfloat16 ", shape, "; it is ", x.scalar_type(), " ", x.sizes(),
+                    ".");
   TORCH_CHECK_VALUE(x.device() == other.device(), name, " is on ", x.device(), "; move it to ", other.device(),
                     ", where the others are.");
 }
@@ -120,6 +122,25 @@ inline void check_langevin_arguments(const at::Tensor& eps, const at::Tensor& gr
                     nonfinite_at.scalar_type(), " ", nonfinite_at.sizes(), " on ", nonfinite_at.device(), ".");
   TORCH_CHECK_VALUE(step_size > 0 && std::isfinite(step_size), "step_size is ", step_size,
                     "; it must be a positive number.");
+}
+
+// For the CUDA kernels, which store bfloat16.
+inline void check_inverted_residual(const at::Tensor& x, const at::Tensor& expand_weight,
+                                    const at::Tensor& expand_bias, const at::Tensor& depthwise_weight,
+                                    const at::Tensor& project_weight) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kBFloat16, "x must be bfloat16 [N, C, H, W]; it is ",
+                    x.scalar_type(), " ", x.sizes(), ".");
+  TORCH_CHECK_VALUE(expand_weight.dim() == 2, "expand_weight must be [hidden, C]; it is ", expand_weight.sizes(), ".");
+  const int64_t C = x.size(1), hidden = expand_weight.size(0);
+  TORCH_CHECK_VALUE((C == 32 || C == 64 || C == 128) && hidden % 32 == 0 && hidden < (1 << 20), "C is ", C,
+                    " and hidden ", hidden,
+                    "; the kernel takes C = 32, 64 or 128 and hidden a multiple of 32, below 2^20.");
+  TORCH_CHECK_VALUE(x.size(2) < (1 << 30) && x.size(3) < (1 << 30), "x is ", x.sizes(),
+                    "; the kernel takes H and W below 2^30.");
+  check_tensor(expand_weight, "expand_weight", {hidden, C}, x, at::kBFloat16);
+  check_tensor(expand_bias, "expand_bias", {hidden}, x, at::kBFloat16);
+  check_tensor(depthwise_weight, "depthwise_weight", {5, 5, hidden}, x, at::kBFloat16);
+  check_tensor(project_weight, "project_weight", {C, hidden}, x, at::kBFloat16);
 }
 
 }  // namespace vf

@@ -87,6 +87,37 @@ def pointwise_backward(dy: Tensor, weight: Tensor, x: Tensor | None = None) -> T
     return dx * (sigmoid * (1 + x * (1 - sigmoid)))
 
 
+def inverted_residual(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+    *,
+    with_h2: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """s and h2; see `vaebm_fast.ops.inverted_residual.inverted_residual`."""
+    h2 = depthwise_swish(pointwise(x, expand_weight, expand_bias), depthwise_weight, depthwise_bias)
+    return pointwise(h2, project_weight, project_bias, swish=True), h2 if with_h2 else None
+
+
+def inverted_residual_backward(
+    ds: Tensor,
+    x: Tensor,
+    h2: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    depthwise_weight: Tensor,
+    project_weight: Tensor,
+) -> Tensor:
+    """Its gradient for x; see `vaebm_fast.ops.inverted_residual.inverted_residual_backward`."""
+    h1 = pointwise(x, expand_weight, expand_bias)
+    dh1 = depthwise_swish_backward(pointwise_backward(ds, project_weight, h2), h1, depthwise_weight)
+    return pointwise_backward(dh1, expand_weight)
+
+
 def power_iteration(weight: Tensor, u: Tensor, v: Tensor, *, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
     """Leading singular vectors of [B, M, K]; see `vaebm_fast.ops.power_iteration.power_iteration`."""
     for _ in range(iterations):

@@ -6,6 +6,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <tuple>
+
 #include "../checks.h"
 #include "launchers.h"
 #include "storage.h"
@@ -104,6 +106,57 @@ at::Tensor depthwise_swish_backward_cuda(const at::Tensor& dy, const at::Tensor&
   return dh;
 }
 
+// Contiguous in this order and 16-byte aligned, which a part of a larger tensor need not be.
+at::Tensor aligned(const at::Tensor& tensor, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  const at::Tensor packed = tensor.contiguous(format);
+  return reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0 ? packed : packed.clone(format);
+}
+
+std::tuple<at::Tensor, at::Tensor> inverted_residual_cuda(
+    const at::Tensor& x, const at::Tensor& expand_weight, const at::Tensor& expand_bias,
+    const at::Tensor& depthwise_weight, const at::Tensor& depthwise_bias, const at::Tensor& project_weight,
+    const at::Tensor& project_bias, bool with_h2) {
+  check_inverted_residual(x, expand_weight, expand_bias, depthwise_weight, project_weight);
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), hidden = expand_weight.size(0);
+  check_tensor(depthwise_bias, "depthwise_bias", {hidden}, x, at::kBFloat16);
+  check_tensor(project_bias, "project_bias", {C}, x, at::kBFloat16);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor source = aligned(x, at::MemoryFormat::ChannelsLast);
+  const at::Tensor weights[] = {aligned(expand_weight),  aligned(expand_bias),    aligned(depthwise_weight),
+                                aligned(depthwise_bias), aligned(project_weight), aligned(project_bias)};
+  at::Tensor s = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor h2 = with_h2 ? at::empty({N, hidden, H, W}, x.options(), at::MemoryFormat::ChannelsLast)
+                          : at::empty({0}, x.options());
+  launch_inverted_residual(data<Bf16>(source), data<Bf16>(weights[0]), data<Bf16>(weights[1]), data<Bf16>(weights[2]),
+                           data<Bf16>(weights[3]), data<Bf16>(weights[4]), data<Bf16>(weights[5]), N, H, W, C, hidden,
+                           static_cast<Bf16*>(s.mutable_data_ptr()),
+                           with_h2 ? static_cast<Bf16*>(h2.mutable_data_ptr()) : nullptr,
+                           c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {s, h2};
+}
+
+at::Tensor inverted_residual_backward_cuda(const at::Tensor& ds, const at::Tensor& x, const at::Tensor& h2,
+                                           const at::Tensor& expand_weight, const at::Tensor& expand_bias,
+                                           const at::Tensor& depthwise_weight, const at::Tensor& project_weight) {
+  check_inverted_residual(x, expand_weight, expand_bias, depthwise_weight, project_weight);
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), hidden = expand_weight.size(0);
+  check_tensor(ds, "ds", x.sizes(), x, at::kBFloat16);
+  check_tensor(h2, "h2", {N, hidden, H, W}, x, at::kBFloat16);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto channels_last = at::MemoryFormat::ChannelsLast;
+  const at::Tensor images[] = {aligned(ds, channels_last), aligned(x, channels_last), aligned(h2, channels_last)};
+  const at::Tensor weights[] = {aligned(expand_weight), aligned(expand_weight.t()), aligned(expand_bias),
+                                aligned(depthwise_weight), aligned(project_weight.t())};
+  at::Tensor dx = at::empty(x.sizes(), x.options(), channels_last);
+  launch_inverted_residual_backward(data<Bf16>(images[0]), data<Bf16>(images[1]), data<Bf16>(images[2]),
+                                    data<Bf16>(weights[0]), data<Bf16>(weights[1]), data<Bf16>(weights[2]),
+                                    data<Bf16>(weights[3]), data<Bf16>(weights[4]), N, H, W, C, hidden,
+                                    static_cast<Bf16*>(dx.mutable_data_ptr()), c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return dx;
+}
+
 }  // namespace
 }  // namespace vf
 
@@ -113,4 +166,6 @@ TORCH_LIBRARY_IMPL(vaebm_fast, CUDA, m) {
   m.impl("langevin_update", &vf::langevin_update_cuda);
   m.impl("depthwise_swish", &vf::depthwise_swish_cuda);
   m.impl("depthwise_swish_backward", &vf::depthwise_swish_backward_cuda);
+  m.impl("inverted_residual", &vf::inverted_residual_cuda);
+  m.impl("inverted_residual_backward", &vf::inverted_residual_backward_cuda);
 }

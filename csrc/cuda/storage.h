@@ -64,6 +64,23 @@ __device__ __forceinline__ void store_word(Word<T> word, T* to) {
   *reinterpret_cast<WordInMemory*>(to) = word.bits;
 }
 
+// Four words that move at once, 16-byte aligned in memory.
+struct __attribute__((may_alias, aligned(16))) FourWords {
+  uint32_t v[4];
+};
+
+// Those at `from`, zeros and not read unless `exists`.
+__device__ __forceinline__ FourWords load_four_words(const Bf16* from, bool exists) {
+  FourWords words{};
+  if (exists) words = *reinterpret_cast<const FourWords*>(from);
+  return words;
+}
+
+template <class T>
+__device__ __forceinline__ void store_four_words(const FourWords& words, T* to) {
+  *reinterpret_cast<FourWords*>(to) = words;
+}
+
 // Whether rows of C elements are whole words, and aligned, in all these tensors.
 template <class... T>
 bool are_whole_words(int C, const T*... tensors) {

@@ -30,6 +30,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
         "pointwise": ("reference", "cpu", "triton"),
         "pointwise_backward": ("reference", "cpu", "triton"),
+        "inverted_residual": ("reference", "cuda"),
+        "inverted_residual_backward": ("reference", "cuda"),
         "power_iteration": ("reference", "cpu"),
         "energy_epilogue": ("reference", "cpu", "triton"),
         "energy_epilogue_backward": ("reference", "cpu", "triton"),

@@ -1,0 +1,237 @@
+"""The CUDA kernels of inverted_residual, emulated on the CPU, against the twin in fp64."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_build import REPOSITORY, barriers, emulate, emulate_sanitised, run_sanitised
+from torch import Tensor
+
+from benchmarks.kernel_work import inverted_residual_shared
+from vaebm_fast import reference
+from vaebm_fast.ops._backend import why_not
+from vaebm_fast.ops.inverted_residual import inverted_residual, inverted_residual_backward
+
+GUARD = 64  # elements on either side of an output that no kernel may touch
+
+# N, C, H, W, hidden: one pixel; less than the window; several ragged blocks and chunks; several images; every C
+SHAPES = [
+    (1, 32, 1, 1, 32),
+    (1, 32, 2, 3, 32),
+    (1, 32, 18, 20, 64),
+    (2, 32, 9, 17, 32),
+    (1, 64, 10, 18, 64),
+    (1, 128, 9, 5, 32),
+]
+
+Weights = dict[str, Tensor]
+
+
+def case_name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return emulate("inverted_residual", tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="module")
+def race_checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emulate_sanitised("inverted_residual", "thread", tmp_path_factory.mktemp("emulation"))
+
+
+def tensors(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Weights]:
+    """x and a cotangent, NCHW in channels_last, and weights, scaled so that every stage is of the order of one."""
+    N, C, H, W, hidden = shape
+    x, ds = (torch.randn(N, H, W, C).bfloat16().permute(0, 3, 1, 2) for _ in range(2))
+    weights = {
+        "expand_weight": 2 * torch.randn(hidden, C) / C**0.5,
+        "expand_bias": torch.randn(hidden),
+        "depthwise_weight": torch.randn(5, 5, hidden) / 3,
+        "depthwise_bias": torch.randn(hidden),
+        "project_weight": torch.randn(C, hidden) / hidden**0.5,
+        "project_bias": torch.randn(C),
+    }
+    return x, ds, {name: weight.bfloat16() for name, weight in weights.items()}
+
+
+def of_backward(weights: Weights) -> Weights:
+    return {name: w for name, w in weights.items() if name not in ("depthwise_bias", "project_bias")}
+
+
+def twice_as_wide(weights: Weights) -> Weights:
+    return {name: weight.double() for name, weight in weights.items()}
+
+
+class Output:
+    """NaNs that a kernel is to overwrite, between guards that it is not to touch."""
+
+    def __init__(self, N: int, C: int, H: int, W: int) -> None:
+        self.shape = (N, H, W, C)
+        self.memory = torch.full((N * H * W * C + 2 * GUARD,), torch.nan, dtype=torch.bfloat16)
+        self.inner = self.memory[GUARD : self.memory.numel() - GUARD]
+
+    def read(self) -> Tensor:
+        assert self.memory[:GUARD].isnan().all() and self.memory[-GUARD:].isnan().all()
+        assert not self.inner.isnan().any()
+        return self.inner.reshape(self.shape).permute(0, 3, 1, 2)
+
+
+def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    assert all(t is None or t.data_ptr() % 16 == 0 or t.numel() == 0 for t in tensors)
+    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+
+
+def forward(library: ctypes.CDLL, x: Tensor, w: Weights, with_h2: bool = True) -> tuple[Tensor, Tensor | None]:
+    N, C, H, W = x.shape
+    hidden = len(w["expand_bias"])
+    s, h2 = Output(N, C, H, W), Output(N, hidden, H, W)
+    sizes = [ctypes.c_int64(N), *map(ctypes.c_int, (H, W, C, hidden))]
+    library.forward(*pointers(x, *w.values()), *sizes, *pointers(s.inner, h2.inner if with_h2 else None))
+    if not with_h2:
+        assert h2.memory.isnan().all()
+    return s.read(), h2.read() if with_h2 else None
+
+
+def backward(library: ctypes.CDLL, ds: Tensor, x: Tensor, h2: Tensor, w: Weights) -> Tensor:
+    N, C, H, W = x.shape
+    dx = Output(N, C, H, W)
+    transposed = [w[name].T.contiguous() for name in ("expand_weight", "project_weight")]
+    given = (ds, x, h2, w["expand_weight"], transposed[0], w["expand_bias"], w["depthwise_weight"], transposed[1])
+    sizes = [ctypes.c_int64(N), *map(ctypes.c_int, (H, W, C, len(w["expand_bias"])))]
+    library.backward(*pointers(*given), *sizes, *pointers(dx.inner))
+    return dx.read()
+
+
+def assert_as_accurate(result: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """Error at most twice that of the twin, which rounds to bf16 at every step, plus half an ulp of the largest."""
+    allowed = 2 * (plain.double() - truth).abs().max() + 2.0**-9 * truth.abs().max()
+    assert (result.double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=case_name)
+def test_the_kernel_equals_the_twin(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
+    x, _, w = tensors(shape)
+    s, h2 = forward(emulated, x, w)
+    plain, plain_h2 = reference.inverted_residual(x, **w, with_h2=True)
+    truth, true_h2 = reference.inverted_residual(x.double(), **twice_as_wide(w), with_h2=True)
+    assert h2 is not None and plain_h2 is not None and true_h2 is not None
+    assert_as_accurate(h2, plain_h2, true_h2)
+    assert_as_accurate(s, plain, truth)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=case_name)
+def test_the_backward_kernel_equals_the_twin(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
+    x, ds, w = tensors(shape)
+    h2 = reference.inverted_residual(x, **w, with_h2=True)[1]
+    assert h2 is not None
+    h2, w = h2.contiguous(memory_format=torch.channels_last), of_backward(w)
+    plain = reference.inverted_residual_backward(ds, x, h2, **w)
+    truth = reference.inverted_residual_backward(ds.double(), x.double(), h2.double(), **twice_as_wide(w))
+    assert_as_accurate(backward(emulated, ds, x, h2, w), plain, truth)
+
+
+def test_h2_is_written_only_where_it_is_asked_for(emulated: ctypes.CDLL) -> None:
+    x, _, w = tensors((1, 32, 9, 5, 32))
+    assert torch.equal(forward(emulated, x, w, with_h2=False)[0], forward(emulated, x, w)[0])
+
+
+def test_kernels_have_the_same_bits_whatever_the_place_in_the_batch(emulated: ctypes.CDLL) -> None:
+    x, ds, w = tensors((3, 32, 5, 18, 64))
+    s, h2 = forward(emulated, x, w)
+    assert h2 is not None
+    dx = backward(emulated, ds, x, h2, w)
+    one = slice(1, 2)
+    assert torch.equal(forward(emulated, x[one], w)[0], s[one])
+    assert torch.equal(backward(emulated, ds[one], x[one], h2[one], w), dx[one])
+
+
+def test_kernels_pad_with_zeros_not_with_neighbours_or_the_bias(emulated: ctypes.CDLL) -> None:
+    """An image of zeros between images of NaNs; h2 has 25 taps on swish(expand_bias) in its middle, 9 at a corner."""
+    x, ds, w = tensors((3, 32, 5, 5, 32))
+    x[0] = x[2] = ds[0] = ds[2] = torch.nan
+    x[1] = 0
+    s, h2 = forward(emulated, x[1:2], w)
+    assert h2 is not None
+    level = torch.nn.functional.silu(w["expand_bias"].double()).bfloat16().double()
+    taps, start = w["depthwise_weight"].double(), w["depthwise_bias"].double()
+    torch.testing.assert_close(h2[0, :, 2, 2].double(), start + taps.sum((0, 1)) * level, rtol=2.0**-8, atol=1e-3)
+    torch.testing.assert_close(
+        h2[0, :, 0, 0].double(), start + taps[2:, 2:].sum((0, 1)) * level, rtol=2.0**-8, atol=1e-3
+    )
+    assert not backward(emulated, ds[1:2], x[1:2], h2, w).isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 32, 3, 3, 32), (1, 64, 0, 3, 32), (2, 128, 3, 0, 32)], ids=case_name)
+def test_kernels_take_empty_images(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
+    x, ds, w = tensors(shape)
+    s, h2 = forward(emulated, x, w)
+    assert h2 is not None and s.numel() == backward(emulated, ds, x, h2, w).numel() == 0
+
+
+@pytest.mark.parametrize("C", [32, 64, 128])
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_the_report_counts_the_shared_memory_of_a_block(emulated: ctypes.CDLL, C: int, is_backward: bool) -> None:
+    assert emulated.shared_bytes(ctypes.c_int(C), ctypes.c_bool(is_backward)) == inverted_residual_shared(
+        C, is_backward
+    )
+
+
+@pytest.mark.slow
+def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
+    done = run_sanitised(emulate_sanitised("inverted_residual", "address", tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_thread_sanitizer_finds_nothing(race_checked: Path) -> None:
+    done = run_sanitised(race_checked)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("barrier", barriers(REPOSITORY / "csrc" / "cuda" / "inverted_residual.cu"))
+def test_every_barrier_is_needed(race_checked: Path, barrier: str) -> None:
+    done = run_sanitised(race_checked, drop_barrier=barrier)
+    assert done.returncode == 66 and "data race" in done.stderr and "inverted_residual" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 64, 128, 128, 384)], ids=case_name)
+def test_the_op_on_a_gpu_equals_the_twin(shape: tuple[int, ...]) -> None:
+    reason = why_not("inverted_residual", torch.device("cuda"), "cuda")
+    if reason is not None or not torch.cuda.is_available():
+        pytest.skip(reason or "there is no GPU")
+    x, ds, w = tensors(shape)
+    x, ds, w = x.cuda(), ds.cuda(), {name: weight.cuda() for name, weight in w.items()}
+    leaf = x.clone().requires_grad_()
+    s, h2 = inverted_residual(leaf, **w, with_h2=True, backend="cuda")
+    assert h2 is not None
+    (dx,) = torch.autograd.grad(s, leaf, ds)
+    assert torch.equal(dx, inverted_residual_backward(ds, x, h2, **of_backward(w), backend="cuda"))
+
+    truth, _ = reference.inverted_residual(x.double(), **twice_as_wide(w), with_h2=False)
+    assert_as_accurate(s.detach(), reference.inverted_residual(x, **w, with_h2=False)[0], truth)
+    plain = reference.inverted_residual_backward(ds, x, h2, **of_backward(w))
+    wide = twice_as_wide(of_backward(w))
+    truth = reference.inverted_residual_backward(ds.double(), x.double(), h2.double(), **wide)
+    assert_as_accurate(dx, plain, truth)
+
+
+@pytest.mark.gpu
+def test_cpp_ops_pass_opcheck() -> None:
+    reason = why_not("inverted_residual", torch.device("cuda"), "cuda")
+    if reason is not None or not torch.cuda.is_available():
+        pytest.skip(reason or "there is no GPU")
+    x, ds, w = tensors((2, 32, 9, 17, 64))
+    x, ds, w = x.cuda(), ds.cuda(), {name: weight.cuda() for name, weight in w.items()}
+    ops = torch.ops.vaebm_fast
+    for with_h2 in (False, True):
+        torch.library.opcheck(ops.inverted_residual.default, (x, *w.values(), with_h2))
+    torch.library.opcheck(ops.inverted_residual.default, (x.clone().requires_grad_(), *w.values(), True))
+    h2 = ops.inverted_residual(x, *w.values(), True)[1]
+    torch.library.opcheck(ops.inverted_residual_backward.default, (ds, x, h2, *of_backward(w).values()))
