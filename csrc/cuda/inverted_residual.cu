@@ -27,8 +27,8 @@ constexpr int kK = 5, kHalo = kK / 2;
 constexpr int kRows = 8, kColumns = 16;  // of output pixels
 constexpr int kDown = kRows + kK - 1, kAcross = kColumns + kK - 1, kPixels = kDown * kAcross;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRun = 8;          // outputs of a thread, in a row
-constexpr int kChunk = 32;       // channels that a step of every product takes
+constexpr int kRun = 8;     // outputs of a thread, in a row
+constexpr int kChunk = 32;  // channels that a step of every product takes
 constexpr int kPairs = kChunk / 2;
 constexpr int kPitch = kAcross + 1;  // odd, for the two rows of pixels that a warp reads at once to lie in other banks
 constexpr int kPad = 4;              // words; rows a multiple of 32 banks apart would collide in load_matrices()
@@ -96,9 +96,7 @@ struct Place {
   }
 
   // Of the warp's 16, those of its operands' rows: eight of one row of the image, then eight of the next.
-  __device__ int64_t own_pixel(const Arguments& a, int i) const {
-    return pixel(a, row + i / kRun, column + i % kRun);
-  }
+  __device__ int64_t own_pixel(const Arguments& a, int i) const { return pixel(a, row + i / kRun, column + i % kRun); }
 };
 
 // Eight neighbouring channels `group` of a pixel into its row of an operand; zeros for pixel -1.
@@ -137,8 +135,8 @@ struct Weight {
   }
 };
 
-// A warp's sums [16 pixels, 32 channels]: lane 4 p + q holds channels 8 q .. 8 q + 7 of pixels p and p + 8, two channels
-// of both in each tile. That is the order of a left operand too.
+// A warp's sums [16 pixels, 32 channels]: lane 4 p + q holds channels 8 q .. 8 q + 7 of pixels p and p + 8, two of them
+// in each tile. That is the order of a left operand too.
 struct Sums {
   FragmentC tiles[4];
 
