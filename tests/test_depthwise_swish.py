@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import assert_as_accurate
 from torch import Tensor
 
 from vaebm_fast import reference
@@ -61,33 +56,6 @@ def plain(h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> Tensor:
 def plain_backward(dy: Tensor, h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> Tensor:
     h = h.detach().requires_grad_()
     return torch.autograd.grad(plain(h, weight, bias, upsample), h, dy)[0]
-
-
-def assert_as_accurate(result: Tensor, fp32: Tensor, fp64: Tensor) -> None:
-    """Error at most twice plain PyTorch's in float32, plus 2^-23 of the largest number: sums differ in their order."""
-    assert result.shape == fp64.shape and result.dtype == torch.float32
-    if result.numel() == 0:
-        return
-    allowed = 2 * (fp32 - fp64).abs().max() + 2.0**-23 * fp64.abs().max()
-    assert (result - fp64).abs().max() <= allowed
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty, in C++ too, gives NaNs."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(100).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def compiled() -> None:
-    reason = why_not("depthwise_swish", torch.device("cpu"), "cpu")
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("upsample", [False, True])
@@ -302,24 +270,3 @@ def test_only_a_depthwise_weight_is_packed() -> None:
     assert packed.shape == (3, 3, 2) and packed.is_contiguous() and packed[1, 2, 1] == weight[1, 0, 1, 2]
     with pytest.raises(ValueError, match=r"A depthwise weight is \[C, 1, K, K\]; this one is \[2, 2, 3, 3\]"):
         pack_depthwise(torch.zeros(2, 2, 3, 3))
-
-
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_narrower_instruction_sets_pass_the_tests_of_the_kernels(capability: str, compiled: None) -> None:
-    if platform.machine() != "x86_64":
-        pytest.skip("only x86-64 has several")
-    program = (
-        "import sys, pytest, torch\n"
-        f"assert torch.backends.cpu.get_cpu_capability() == {capability.upper()!r}\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'test_kernel']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-OPS = ("pointwise", "energy_epilogue", "se_gate_residual", "gaussian_latent", "pixel_head")
+OPS = (
+    "depthwise_swish",
+    "power_iteration",
+    "pointwise",
+    "energy_epilogue",
+    "se_gate_residual",
+    "gaussian_latent",
+    "pixel_head",
+)
 FILES = [str(TESTS / f"test_{op}.py") for op in OPS]
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,13 +27,6 @@ SHAPES = [
     (3, 64, 576),
     (2, 96, 864),
 ]
-
-
-@pytest.fixture
-def compiled() -> None:
-    missing = why_not("power_iteration", torch.device("cpu"), "cpu")
-    if missing:
-        pytest.skip(missing)
 
 
 def tensors(shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,24 +236,3 @@ def test_bad_arguments_are_refused_in_python_and_in_cpp(change: dict[str, Any], 
     if on_cpu and why_not("power_iteration", torch.device("cpu"), "cpu") is None:
         with pytest.raises(ValueError, match=sentence):
             torch.ops.vaebm_fast.power_iteration(**given)
-
-
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_narrower_instruction_sets_pass_the_tests_of_the_kernel(capability: str, compiled: None) -> None:
-    if platform.machine() != "x86_64":
-        pytest.skip("only x86-64 has several")
-    program = (
-        "import sys, pytest, torch\n"
-        f"assert torch.backends.cpu.get_cpu_capability() == {capability.upper()!r}\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'test_kernel']))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout

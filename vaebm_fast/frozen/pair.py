@@ -30,7 +30,8 @@ def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = 
     """The compiled form of `model`: same noise, same U and gradients, folded weights in `dtype`.
 
     dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U stay in float32 (float64
-    for float64). backend: who computes; "auto" is the best there is on the model's device.
+    for float64). backend: who computes; "auto" is "cpu" for float32 on a CPU with the compiled part, else "reference":
+    "triton" has not run on a GPU yet and is there for who asks.
     Later changes of `model` need `refresh()`. Raises ValueError for a VAE in training mode, weights that are not finite
     or on several devices, a precision or a name that is not known; RuntimeError for a backend that is missing.
     """
@@ -166,7 +167,7 @@ def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backe
             f"A frozen pair has no {backend!r} implementation; it has {', '.join(PAIR_BACKENDS)}, and backend='auto' "
             "takes the best of these."
         )
-    if backend == "auto":  # triton has not run on a GPU yet: it is there for who asks
+    if backend == "auto":
         is_compiled = dtype in dtypes("cpu") and why_not("pointwise", device, "cpu") is None
         return "cpu" if is_compiled else "reference"
     chosen = cast(Backend, choose("pointwise", device, backend))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vaebm_fast import reference
 from vaebm_fast.ops import _triton
-from vaebm_fast.ops._backend import Backend, choose, require_dtype
+from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._checks import choose_for
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def depthwise_swish(
         raise ValueError(f"bias must be [C] with the C = {h.shape[1]} of h; it is {list(bias.shape)}.")
     if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
         raise ValueError("depthwise_swish has no gradient for weight and bias; give it weight.detach(), bias.detach().")
-    chosen = _choose("depthwise_swish", h, backend)
+    chosen = choose_for("depthwise_swish", backend, h)
     if chosen == "reference":
         return reference.depthwise_swish(h, weight, bias, upsample=upsample)
     y: Tensor = _triton.ops_of(chosen).depthwise_swish(h, weight, bias, upsample)
@@ -67,7 +68,7 @@ def depthwise_swish_backward(
     expected = [h.shape[0], h.shape[1], scale * h.shape[2], scale * h.shape[3]]
     if list(dy.shape) != expected:
         raise ValueError(f"dy must have the shape of the output, {expected}; it is {list(dy.shape)}.")
-    chosen = _choose("depthwise_swish_backward", h, backend)
+    chosen = choose_for("depthwise_swish_backward", backend, h)
     if chosen == "reference":
         return reference.depthwise_swish_backward(dy, h, weight, upsample=upsample)
     dh: Tensor = _triton.ops_of(chosen).depthwise_swish_backward(dy, h, weight, upsample)
@@ -93,12 +94,6 @@ def _check_like(h: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name} is on {other.device} but h is on {h.device}; move it there.")
         if other.dtype != h.dtype:
             raise ValueError(f"{name} is {other.dtype} but h is {h.dtype}; convert one of them.")
-
-
-def _choose(op: str, h: Tensor, backend: Backend) -> str:
-    chosen = choose(op, h.device, backend)
-    require_dtype(op, chosen, h.dtype)
-    return chosen
 
 
 _triton.define(
