@@ -55,7 +55,8 @@ class Tape(TorchDispatchMode):
         self.entries: list[Entry] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if WAITS & set(func.tags):
+        # lift_fresh: torch.tensor(1.0, device=...), a copy that the host waits for
+        if WAITS & set(func.tags) or func.overloadpacket is torch.ops.aten.lift_fresh:
             raise RuntimeError(f"{func} makes the host wait\nand more lines of an explanation")
         result = func(*args, **(kwargs or {}))
         args, kwargs, kept = tree_map_only(Tensor, torch.detach, (args, kwargs or {}, result))
