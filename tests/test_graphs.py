@@ -325,6 +325,22 @@ def test_a_chain_that_cannot_be_captured_runs_eagerly_after_one_warning_that_say
         assert_same(chains, eager.run(range(len(chains.eps))))
 
 
+def test_the_reason_of_a_failed_capture_is_what_was_raised_first(
+    emulated: list[graphs.Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_as_torch_does(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
+        try:
+            raise RuntimeError("the reason")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(graphs, "_record", fail_as_torch_does)
+    sampler = sampler_of(steps=1)
+    expected = sampler.run(range(2))
+    with pytest.warns(UserWarning, match="runs eagerly: the reason$"):
+        assert_same(sampler.run(range(2)), expected)
+
+
 def test_on_a_cpu_nothing_is_captured_and_nothing_fails() -> None:
     sampler = sampler_of()
     assert sampler._graphs is not None

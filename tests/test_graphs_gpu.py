@@ -124,7 +124,7 @@ def test_a_chain_that_cannot_be_captured_runs_eagerly_and_leaves_the_device_fit_
     results = [asking.run(range(2), trace_every=1)]
     with pytest.warns(UserWarning, match="could not be captured into a CUDA graph and runs eagerly: .") as caught:
         results.append(asking.run(range(2), trace_every=1))
-    assert len(caught) == 1
+    assert len(caught) == 1 and torch.cuda.current_stream() == torch.cuda.default_stream()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         results.append(asking.run(range(2), trace_every=1))

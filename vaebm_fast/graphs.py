@@ -7,6 +7,7 @@ inputs are tensors, and so is every counter; it never asks the device for a numb
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ class Graphs:
                 self._keep(key, _record(function, inputs))
             except RuntimeError as error:
                 self._has_failed = True
-                reason = str(error).strip().split("\n")[0]
+                # Ending a capture in which something was raised raises again, and says nothing of it.
+                first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+                reason = str(first).strip().split("\n")[0]
                 warnings.warn(
                     f"A chain could not be captured into a CUDA graph and runs eagerly: {reason}", stacklevel=2
                 )
@@ -85,9 +88,16 @@ def _is_capturable(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all, because the allocator keeps memory apart for each stream."""
+    return torch.cuda.Stream(device)
+
+
 def _warm_up(function: Function, inputs: Sequence[Tensor]) -> Tensors:
-    """`function(*inputs)` on a stream of its own, as it will be captured; the present stream waits for it."""
-    current, side = torch.cuda.current_stream(inputs[0].device), torch.cuda.Stream(inputs[0].device)
+    """`function(*inputs)` on the stream on which it will be captured; the present stream waits for it."""
+    device = inputs[0].device
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         outputs = function(*inputs)
@@ -100,9 +110,11 @@ def _warm_up(function: Function, inputs: Sequence[Tensor]) -> Tensors:
 @torch.inference_mode(False)  # whose tensors a replay outside of it could not write
 def _record(function: Function, inputs: Sequence[Tensor]) -> Recording:
     """Capture `function` on copies of `inputs`, with a memory pool of its own. Raises RuntimeError."""
-    with torch.cuda.device(inputs[0].device):
+    device = inputs[0].device
+    # The present stream, because torch.cuda.graph stays on its own where ending a capture raises.
+    with torch.cuda.stream(torch.cuda.current_stream(device)):
         kept, graph = tuple(given.detach().clone() for given in inputs), torch.cuda.CUDAGraph()
         # thread_local: threads of data loaders and of NCCL may do meanwhile what a capture must not.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=_side_stream(device), capture_error_mode="thread_local"):
             outputs = function(*kept)
     return Recording(kept, outputs, graph.replay)
