@@ -1,7 +1,7 @@
 """What each Triton launch does at the shapes of `triton_aot`, counted: rows for the tables that `kernel_report` prints.
 
-Memory: every tensor argument of a launch once, which is what must cross the device's bus at least. A few fp32 operations
-per element of what only passes by are not counted: memory takes longer.
+Memory: every tensor argument of a launch once, which must cross the device's bus at least. A few fp32 operations per
+element of what only passes by are not counted: memory takes longer.
 """
 
 from __future__ import annotations
