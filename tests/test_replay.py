@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_ring_is_a_list_whose_oldest_states_are_replaced(
 def test_ring_copies_what_it_takes_and_gives_and_knows_no_gradient(dtype: torch.dtype) -> None:
     ring, states = ReplayRing(3, 4, dtype=dtype), torch.randn(2, 8, requires_grad=True)
     ring.push(states[:, ::2])  # not contiguous, as the latents of all noise are not
+    assert not ring.state_dict()["states"].requires_grad
     kept = states.detach()[:, ::2].clone().to(dtype).float()
     with torch.no_grad():
         states.zero_()
@@ -164,7 +166,7 @@ def test_a_ring_that_does_not_fit_the_memory_is_refused_with_the_numbers(monkeyp
 
 def test_the_memory_of_a_ring_is_there_from_the_start() -> None:
     def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
     size, before = 2**26, resident()
     ring = ReplayRing(2**10, 2**14)

@@ -191,6 +191,7 @@ def test_the_replay_buffer_is_switched_by_one_option_and_set_by_others(
     rounded = ("--training.buffer", "--training.buffer.dtype", "bfloat16")
     assert train.main([*command, *rounded]) == 0
     assert trainers[-1][0].training.buffer == ReplayBuffer(dtype="bfloat16")
+    assert [trainers[at][0].buffer.state_dict()["states"].dtype for at in (1, -1)] == [torch.float32, torch.bfloat16]
     assert "placement is host" in error_of(
         capsys, *command, "--device", "cpu", "--training.buffer", "--training.buffer.placement", "host"
     )
