@@ -25,8 +25,8 @@ namespace emulation {
 constexpr int kWarpSize = 32;
 constexpr size_t kMaxExchangeBytes = 64;
 
-// As std::barrier, but that one's waiting threads meet in a table that all barriers share: to ThreadSanitizer this orders
-// what no barrier of ours does, and it misses races. `complete` runs when all have come, before any goes on.
+// As std::barrier, but that one's waiting threads meet in a table that all barriers share: to ThreadSanitizer this
+// orders what no barrier of ours does, and it misses races. `complete` runs when all have come, before any goes on.
 class Barrier {
  public:
   explicit Barrier(int threads, std::function<void()> complete = [] {})
