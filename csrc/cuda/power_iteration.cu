@@ -11,8 +11,8 @@
 // Grid: x covers strips (groups of columns; u and v), then matrices.
 //
 // Bytes: 4 M K for each pass; sums of strips are written and read once, 1/32 to 1/8 of that each, mostly in L2. FLOP:
-// 4 M K for each iteration. Shared memory: 0.3 KB of partial sums; gather 4.2 KB. A matrix with more than 9216 columns
-// is read twice per iteration, in panels of so many.
+// 4 M K for each iteration. Shared memory: at most 0.2 KB, gather 4 KB. A matrix with more than 9216 columns is read
+// twice per iteration, in panels of so many.
 // No atomics: all sums are taken in an order that follows from M and K alone, whatever the place in the batch.
 #include <cstdint>
 
