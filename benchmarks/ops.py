@@ -224,6 +224,7 @@ CASES: tuple[Case, ...] = (
     *heads_cases(1, 20, 128),
     *heads_cases(1, 3, 256, pixels=True),
     *power_iteration_cases(48, 512, 512),
+    *power_iteration_cases(4, 1024, 9216),  # celeba_256, four of its largest: more than a GPU's cache
     *depthwise_cases(1, 384, 128),  # celeba_256, highest resolution of its latents
     *depthwise_cases(1, 768, 64),
     *depthwise_cases(1, 3072, 16),

@@ -32,6 +32,8 @@ CASES = (
     *ops.se_gate_residual_cases(2, 40, 9),
     *ops.heads_cases(2, 5, 7),
     *ops.heads_cases(2, 3, 9, pixels=True),
+    *ops.power_iteration_cases(2, 37, 140),
+    *ops.power_iteration_cases(1, 19, 1029),
 )
 PLAIN = NVAEConfig(
     image_size=16, num_latent_scales=2, num_groups_per_scale=2, num_latent_per_group=4, num_channels_enc=16,

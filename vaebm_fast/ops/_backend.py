@@ -32,7 +32,7 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pointwise_backward": ("reference", "cpu", "triton"),
         "inverted_residual": ("reference", "cuda"),
         "inverted_residual_backward": ("reference", "cuda"),
-        "power_iteration": ("reference", "cpu"),
+        "power_iteration": ("reference", "cpu", "cuda"),
         "energy_epilogue": ("reference", "cpu", "triton"),
         "energy_epilogue_backward": ("reference", "cpu", "triton"),
         "se_gate_residual": ("reference", "cpu", "triton"),
