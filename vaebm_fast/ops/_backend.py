@@ -23,9 +23,9 @@ BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
 OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "philox_words": ("reference", "cpu", "cuda"),
-        "philox_normal": ("reference", "cpu", "cuda"),
-        "langevin_update": ("reference", "cpu", "cuda"),
+        "philox_words": ("reference", "cpu", "triton", "cuda"),
+        "philox_normal": ("reference", "cpu", "triton", "cuda"),
+        "langevin_update": ("reference", "cpu", "triton", "cuda"),
         "depthwise_swish": ("reference", "cpu", "triton", "cuda"),
         "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
         "pointwise": ("reference", "cpu", "triton"),
