@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from vaebm_fast.triton_kernels import (
     depthwise_swish,
     energy_epilogue,
+    energy_head,
     gaussian_latent,
     langevin_update,
     philox_normal,
@@ -160,6 +161,9 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     y = new(16, 256, 64, 64)
     yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0)
     yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0)
+    last, linear = new(16, 512, 4, 4), noise(512)
+    yield "energy_head", partial(energy_head.energy_head, last, last, 0.9, linear, noise(1))
+    yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), last, last, 0.9, linear)
     w, b = new(16, 256), new(16)
     yield "se_gate_residual", partial(se_gate_residual.se_gate_residual, y, y, w, b, w.T, new(256))
     backward = partial(se_gate_residual.se_gate_residual_backward, y, y, new(16, 16), new(16, 256), w, w.T)

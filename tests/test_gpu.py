@@ -31,6 +31,7 @@ CASES = (
     *ops.pointwise_cases(2, 20, 33, 7),
     *ops.pointwise_cases(1, 130, 70, 12, swish=True),
     *ops.energy_epilogue_cases(2, 17, 9),
+    *ops.energy_head_cases(2, 17, 9),
     *ops.se_gate_residual_cases(2, 40, 9),
     *ops.heads_cases(2, 5, 7),
     *ops.heads_cases(2, 3, 9, pixels=True),

@@ -35,6 +35,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "power_iteration": ("reference", "cpu"),
         "energy_epilogue": ("reference", "cpu", "triton"),
         "energy_epilogue_backward": ("reference", "cpu", "triton"),
+        "energy_head": ("reference", "cpu", "triton"),
+        "energy_head_backward": ("reference", "cpu", "triton"),
         "se_gate_residual": ("reference", "cpu", "triton"),
         "se_gate_residual_backward": ("reference", "cpu", "triton"),
         "gaussian_latent": ("reference", "cpu", "triton"),
