@@ -359,7 +359,8 @@ def test_the_frozen_pair_runs_on_triton(backend: Any, bands: pytest.MonkeyPatch)
     fast = model.freeze(backend=backend)
     with StandIns(kernels=None, namespaces=("vaebm_fast",)) as kernels:
         fast_u, fast_gradients = fast.energy_and_grad(eps_z, eps_x, "official")
-    assert fast.backend == backend and len(kernels.calls) == (2 if backend == "cuda" else 0)
+    assert fast.backend == backend
+    assert ("vaebm_fast::depthwise_swish_backward" in kernels.calls) == (backend == "cuda")
     torch.testing.assert_close(fast_u, u, rtol=1e-5, atol=1e-5)
     for fast_gradient, gradient in zip(fast_gradients, gradients, strict=True):
         torch.testing.assert_close(fast_gradient, gradient, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ def pretend_a_gpu(patch: pytest.MonkeyPatch) -> None:
 
 
 class StandIns(TorchDispatchMode):
-    """Counts the compiled ops that are called, and computes those on CPU tensors: by their twins, rounding the results.
+    """Counts the ops that are called; on CPU tensors computes the compiled ones by their twins, rounding the results.
 
     `kernels` replace a twin by something else, called as the op is; ops of other `namespaces` run as they are. The
     twins are the C++ ops where these are called alike.
@@ -38,9 +38,9 @@ class StandIns(TorchDispatchMode):
         self._kernels, self._namespaces = kernels or {}, namespaces
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func._schema.name] += 1
         if func.namespace not in self._namespaces or func._schema.name.endswith("_memory"):
             return func(*args, **(kwargs or {}))
-        self.calls[func._schema.name] += 1
         likes = func(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args))
         if any(isinstance(arg, Tensor) and arg.is_meta for arg in args):
             return likes

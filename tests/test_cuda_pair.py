@@ -6,11 +6,12 @@ Twins stand in for the kernels; the kernels themselves are tested one by one, in
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
 from golden import relative_error
-from stand_ins import StandIns, inverted_residual, pretend_a_gpu
+from stand_ins import NAMESPACES, StandIns, inverted_residual, pretend_a_gpu
 from torch import Tensor, nn
 
 import vaebm_fast as vf
@@ -50,8 +51,9 @@ def noise(model: vf.VAEBM, batch: int = 2) -> Tensor:
     return torch.randn(batch, NoiseLayout(model.latent_shapes, model.image_shape).dim)
 
 
+@cache
 def on_meta(preset: str, dtype: torch.dtype) -> Counter[str]:
-    """The compiled ops that a step of the preset calls."""
+    """The ops that a step of the preset calls."""
     with torch.device("meta"):
         model = vf.VAEBM(vf.NVAE(vf.PRESETS[preset].nvae), EnergyNetwork(vf.PRESETS[preset].energy))
     pair = model.eval().freeze(dtype, "cuda")
@@ -67,7 +69,19 @@ def test_each_op_runs_on_the_backend_that_has_it() -> None:
     assert calls["vaebm_fast::depthwise_swish"] == calls["vaebm_fast::depthwise_swish_backward"] == 44 - 17
     for call in calls:
         namespace, _, op = call.partition("::")
-        assert namespace == ("vaebm_fast" if "cuda" in _backend.OP_BACKENDS[op] else "vaebm_triton")
+        if namespace in NAMESPACES:
+            assert namespace == ("vaebm_fast" if "cuda" in _backend.OP_BACKENDS[op] else "vaebm_triton")
+
+
+def test_no_launch_fills_gradients_that_nobody_asks_for() -> None:
+    """Of h2, which is as large as the hidden tensor, and of what a gate keeps."""
+    calls = on_meta("celeba_256", torch.bfloat16)
+    assert calls["aten::zeros"] == calls["aten::zeros_like"] == calls["aten::new_zeros"] == 0
+
+
+def test_low_levels_are_no_whole_blocks() -> None:
+    """digits, 28x28: three of its cells have a number of channels that the kernel takes."""
+    assert on_meta("digits", torch.bfloat16)["vaebm_fast::inverted_residual"] == 0
 
 
 def test_there_is_no_whole_block_in_float32() -> None:

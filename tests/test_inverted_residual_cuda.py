@@ -179,7 +179,9 @@ def test_kernels_take_empty_images(emulated: ctypes.CDLL, shape: tuple[int, ...]
     assert h2 is not None and s.numel() == backward(emulated, ds, x, h2, w).numel() == 0
 
 
-def test_a_frozen_cell_runs_on_the_kernels(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_cell_runs_on_the_kernels(
+    emulated: ctypes.CDLL, compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gradient of its live module, within twice the error of the same cell in plain PyTorch."""
     live = generic(Cell(("mconv_e3k5g0",), 32, 32, use_se=True))
     x, dy, names = tensors((1, 32, 9, 17, 96))

@@ -134,6 +134,7 @@ if _extension.is_available():
     def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, expand_weight, expand_bias, depthwise_weight, _, project_weight, _, ctx.with_h2 = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else h2 gets a gradient of zeros, as large as itself
         ctx.save_for_backward(x, output[1], expand_weight, expand_bias, depthwise_weight, project_weight)
 
     def _backward(ctx: Any, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:
