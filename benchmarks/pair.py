@@ -3,7 +3,8 @@
 One step: U and its gradient with respect to all noise (official potential), the update of all noise. Random weights.
 Baselines: the plain modules as they are, the same in NHWC, on a GPU also under autocast to bfloat16, and these compiled
 by torch.compile as well as it can: one graph through `torch.func.grad`, weights frozen into it, NHWC kept, on a GPU in
-bfloat16 and replayed as a CUDA graph. The plain modules in float32 multiply as torch does unless told otherwise.
+bfloat16 and replayed as a CUDA graph (`torch_compile`). The plain modules in float32 multiply as torch does unless told
+otherwise.
 
     python -m benchmarks.pair PRESET N CANDIDATE     # one step in this process: peak memory, as JSON
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +21,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.gate import REPOSITORY
-from benchmarks.measure import default_device, peak_memory_mib, summary, synchronize, take_turns
+from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
+from benchmarks.torch_compile import EnergyAndGrad, compiled
 from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.cost import least_traffic, pair_flops
 from vaebm_fast.models.layers import channels_last
@@ -48,10 +49,7 @@ TORCHS_OWN = "tf32 in cuDNN"
 # Error of the gradient's norm above which a candidate is wrong and not to be timed; docs/performance.md on TF32.
 AGREEMENT = {"float32": 1e-4, TORCHS_OWN: 5e-2, "tf32": 5e-2, "bf16": 5e-2}
 CANDIDATES = (PLAIN, NHWC, NHWC_BF16, *FROZEN, *TO_COMPILE)
-WARM_UP_CALLS = 3  # of what was compiled: with CUDA graphs the second records and the third is the first replay
 TESTS = ("tests/test_frozen.py", "tests/test_golden.py")
-
-EnergyAndGrad = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -155,55 +153,6 @@ def plain_model(preset: str, device: torch.device, *, nhwc: bool) -> VAEBM:
     assert isinstance(model, VAEBM)
     model.to(device).requires_grad_(False)
     return channels_last(model) if nhwc else model
-
-
-def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor, *, is_bf16: bool) -> tuple[EnergyAndGrad, float]:
-    """`energy_and_grad` by torch.compile for noise like this, and the seconds that compiling took.
-
-    Freezing folds weights only where autograd is off: hence `torch.func.grad`, traced into one graph with the forward
-    pass, in place of a backward pass. Casts to bfloat16 are folded with the weights. Raises RuntimeError where weights
-    were not folded, or on a GPU no CUDA graph is replayed: the baseline would be unfair.
-    """
-    device = eps_x.device
-
-    def potential(noise: list[Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
-            u = model.potential(noise[:-1], noise[-1], "official")
-        return u.sum(), u
-
-    function = torch.compile(torch.func.grad_and_value(potential, has_aux=True), fullgraph=True, dynamic=False)
-
-    def call(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        torch.compiler.cudagraph_mark_step_begin()  # a replay writes over what the last one gave
-        with torch.no_grad():
-            gradients, (_, u) = function([*eps_z, eps_x])
-        return u, gradients
-
-    on_gpu = device.type == "cuda"
-    options = {"freezing": True, "force_layout_optimization": True}
-    options |= {"triton.cudagraphs": on_gpu, "triton.cudagraph_or_error": on_gpu}
-    # prepare_freezing: inside `torch.func.grad` autograd looks on, and weights would become inputs of the graph.
-    with torch._dynamo.config.patch(prepare_freezing=True), torch._inductor.config.patch(options):
-        began = time.perf_counter()
-        call(eps_z, eps_x)
-        synchronize(device)
-        compile_s = time.perf_counter() - began
-        for _ in range(WARM_UP_CALLS - 1):
-            u = call(eps_z, eps_x)[0].clone()
-    _require_folded(model, lambda: torch.equal(call(eps_z, eps_x)[0], u))
-    return call, compile_s
-
-
-def _require_folded(model: VAEBM, gives_the_same: Callable[[], bool]) -> None:
-    """Raise RuntimeError unless an edited weight of `model`, which becomes as it was again, no longer matters."""
-    variance = next(norm.running_var for norm in model.vae.post_process.modules() if isinstance(norm, nn.BatchNorm2d))
-    assert variance is not None
-    kept = variance.clone()
-    variance.mul_(2)
-    folded = gives_the_same()
-    variance.copy_(kept)
-    if not folded:
-        raise RuntimeError("torch.compile did not fold batch normalisation into the graph; see how it is configured.")
 
 
 def measure_pair(
