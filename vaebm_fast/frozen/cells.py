@@ -16,11 +16,13 @@ from vaebm_fast.frozen import fold
 from vaebm_fast.frozen.fold import Affine, Conv
 from vaebm_fast.frozen.part import Part, slots
 from vaebm_fast.frozen.units import (
+    Depthwise,
     Pointwise,
     SqueezeExcite,
     depthwise_swish,
     depthwise_swish_phases,
     interleave,
+    residual_tail,
     se_gate_residual,
 )
 from vaebm_fast.models.layers import (
@@ -33,16 +35,8 @@ from vaebm_fast.models.layers import (
     DownSkip,
     InvertedResidual,
 )
-from vaebm_fast.ops import depthwise_swish as ops
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.depthwise_swish import pack_depthwise
-
-
-class Depthwise(NamedTuple):
-    """A depthwise convolution as `ops.depthwise_swish` takes it: [K, K, C] and [C]."""
-
-    weight: Tensor
-    bias: Tensor
 
 
 class InvertedResidualWeights(NamedTuple):
@@ -110,18 +104,17 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
-        h = w.expand(x, self._backend)
+        h, skip = w.expand(x, self._backend), _run_skip(x, w.skip, self._backend)
         if isinstance(w.depthwise, Depthwise):
             up = self._resample == "up"
-            h = ops.depthwise_swish(h, w.depthwise.weight, w.depthwise.bias, upsample=up, backend=self._backend)
-            s = w.project(h, self._backend, swish=True)
-        elif self._resample == "up":
+            return residual_tail(h, skip, w.depthwise, w.project, w.se, self._backend, upsample=up)
+        if self._resample == "up":
             phases = depthwise_swish_phases(h, w.depthwise)
             s = interleave([w.project(phase, self._backend, swish=True) for phase in phases])
         else:
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
             s = w.project(h, self._backend, swish=True)
-        return se_gate_residual(s, _run_skip(x, w.skip, self._backend), w.se, self._backend)
+        return se_gate_residual(s, skip, w.se, self._backend)
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):

@@ -42,8 +42,12 @@ def register(
     fake_backward: Callable[..., Any],
     save: Callable[..., None],
     backward: Callable[..., Any],
+    is_compiled: bool = True,
 ) -> None:
-    """Register fakes and gradient of `op` in both namespaces; `backward(ops, ctx, *gradients)` gets its own one."""
+    """Register fakes and gradient of `op` in both namespaces; `backward(ops, ctx, *gradients)` gets its own one.
+
+    An op that is in Triton alone is not `is_compiled`.
+    """
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
@@ -51,7 +55,7 @@ def register(
     def refuse(ctx: Any, *gradients: Any) -> NoReturn:
         raise RuntimeError(f"{op} is differentiable once; backend='reference' has further derivatives.")
 
-    for namespace in ("vaebm_fast", "vaebm_triton") if _extension.is_available() else ("vaebm_triton",):
+    for namespace in ("vaebm_fast", "vaebm_triton") if is_compiled and _extension.is_available() else ("vaebm_triton",):
         name, ops = f"{namespace}::{op}", getattr(torch.ops, namespace)
         torch.library.register_fake(name, fake)
         torch.library.register_fake(f"{name}_backward", fake_backward)
