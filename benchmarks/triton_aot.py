@@ -30,6 +30,7 @@ from vaebm_fast.triton_kernels import (
     gaussian_latent,
     pixel_head,
     pointwise,
+    residual_tail,
     se_gate_residual,
 )
 
@@ -105,7 +106,7 @@ def cases() -> Iterator[Case]:
     """(name, a call of a launcher) for every kernel, form and dtype, at shapes of celeba_256 with 16 images."""
     for dtype in DTYPES:
         label = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-        for family in (_depthwise, _pointwise, _element_wise):
+        for family in (_depthwise, _pointwise, _residual_tail, _element_wise):
             for name, call in family(dtype):
                 yield f"{name} {label}", call
 
@@ -138,6 +139,22 @@ def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
             yield f"pointwise {Cin}->{Cout}{tf32}", partial(_with_precision, precision, forward)
             backward = partial(pointwise.pointwise_backward, y, weight.T, Cin, x)
             yield f"pointwise_backward {Cout}->{Cin}{tf32}", partial(_with_precision, precision, backward)
+
+
+def _residual_tail(dtype: torch.dtype) -> Iterator[Case]:
+    """Each configuration of the projection with sums, with and without swish(h2) beside h2; and an upsampled cell."""
+    new = partial(_empty, dtype)
+    for hidden, C, side, scale in ((6144, 1024, 8, 1), (1536, 256, 32, 1), (192, 32, 128, 2)):
+        h, h2, y = new(16, hidden, side, side), *(new(16, c, scale * side, scale * side) for c in (hidden, C))
+        depthwise, project, first = new(5, 5, hidden), new(C, hidden), new(16, C)
+        weights = depthwise, new(hidden), project, new(C), first, new(16), first.T, new(C)
+        given = y, h, h2, y, new(16, 16), new(16, C), depthwise, project, first, first.T
+        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+            form = f"{hidden}->{C}{' tf32' if precision == 'high' else ''}"
+            forward = partial(residual_tail.residual_tail, h, y, *weights, scale == 2)
+            yield f"residual_tail {form}", partial(_with_precision, precision, forward)
+            backward = partial(residual_tail.residual_tail_backward, *given, scale == 2)
+            yield f"residual_tail_backward {form}", partial(_with_precision, precision, backward)
 
 
 def _with_precision(precision: str, call: Callable[[], object]) -> None:

@@ -104,6 +104,12 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def config_of(x: Tensor, outer: int) -> Config:
+    """What the table says for the product of x [N, inner, H, W] that has so many channels."""
+    N, inner, H, W = x.shape
+    return CONFIGS[shape_class(N * H * W, inner, outer), precision_of(x.dtype)]
+
+
 def product(
     x: Tensor,
     weight: Tensor,
@@ -123,8 +129,7 @@ def product(
     outer = weight.shape[0]
     y = torch.empty((N, outer, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     images, pixels = (N, H * W) if with_sums or gate is not None else (1, N * H * W)
-    precision = precision_of(x.dtype)
-    config = CONFIGS[shape_class(N * H * W, inner, outer), precision]
+    config = config_of(x, outer)
     config = config._replace(BLOCK_M=min(config.BLOCK_M, max(16, triton.next_power_of_2(pixels))))
     tiles, sums = triton.cdiv(pixels, config.BLOCK_M), None
     if with_sums:
@@ -135,7 +140,7 @@ def product(
     pointwise_kernel[grid](
         nhwc(x), weight, bias, _optional(residual), _optional(slope_of), *(gate or (None, None)), y, sums,
         images, pixels, outer, *weight.stride(),
-        INNER=inner, ACTIVATE=activate, PRECISION="tf32" if precision == "tf32" else "ieee", GROUP=GROUP,
+        INNER=inner, ACTIVATE=activate, PRECISION="tf32" if precision_of(x.dtype) == "tf32" else "ieee", GROUP=GROUP,
         **config._asdict(),
     )  # fmt: skip
     return y, sums

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vaebm_fast.triton_kernels.activation import nhwc
 from vaebm_fast.triton_kernels.depthwise_swish import depthwise_activated, depthwise_swish_backward
-from vaebm_fast.triton_kernels.pointwise import precision_of, product
+from vaebm_fast.triton_kernels.pointwise import config_of, precision_of, product
 from vaebm_fast.triton_kernels.se_gate_residual import apply, gate_of, shift_of, sums_of
 
 # Whether the depthwise stores swish(h2) beside h2 for the projection to read, by the largest C of the cell and how
@@ -79,7 +79,10 @@ def residual_tail_backward(
     """dh of `vaebm_fast.ops.residual_tail.residual_tail_backward`, channels_last."""
     if h.numel() == 0:
         return torch.empty_like(h, memory_format=torch.channels_last)
-    dy = nhwc(dy)
-    shift = shift_of(sums_of(nhwc(s), dy), s.shape[2] * s.shape[3], hidden, gate, weight_in, weight_out)
-    dh2, _ = product(dy, project_weight.T, slope_of=h2, gate=(gate.contiguous(), shift))
+    dy, gate, pixels = nhwc(dy), gate.contiguous(), s.shape[2] * s.shape[3]
+    shift = shift_of(sums_of(nhwc(s), dy), pixels, hidden, gate, weight_in, weight_out)
+    if pixels >= config_of(dy, h.shape[1]).BLOCK_M:
+        dh2, _ = product(dy, project_weight.T, slope_of=h2, gate=(gate, shift))
+    else:  # blocks that end with an image would be smaller, and read the weight more often than dy and ds cost
+        dh2, _ = product(apply(dy, gate, None, shift), project_weight.T, slope_of=h2)
     return depthwise_swish_backward(dh2, h, depthwise_weight, upsample)
