@@ -153,8 +153,9 @@ def _residual_tail(dtype: torch.dtype) -> Iterator[Case]:
             form = f"{hidden}->{C}{' tf32' if precision == 'high' else ''}"
             forward = partial(residual_tail.residual_tail, h, y, *weights, scale == 2)
             yield f"residual_tail {form}", partial(_with_precision, precision, forward)
-            backward = partial(residual_tail.residual_tail_backward, *given, scale == 2)
-            yield f"residual_tail_backward {form}", partial(_with_precision, precision, backward)
+            if side > 8:  # else the launches are those of the ops that it joins
+                backward = partial(residual_tail.residual_tail_backward, *given, scale == 2)
+                yield f"residual_tail_backward {form}", partial(_with_precision, precision, backward)
 
 
 def _with_precision(precision: str, call: Callable[[], object]) -> None:

@@ -34,8 +34,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# By the largest K, upsample, backward and the bytes of an element. benchmarks/tune_triton.py measures candidates.
+# By the largest K, upsample, backward and the bytes of an element.
 CONFIGS: dict[tuple[int, bool, bool, int], Config] = {
+    # tune_triton: begin CONFIGS
+    # Not timed yet: chosen by what ptxas reports.
     (5, False, False, 4): Config(4, 4, 32, True, 4),
     (5, False, True, 4): Config(4, 4, 32, True, 4),
     (5, True, False, 4): Config(4, 4, 32, True, 4),
@@ -52,6 +54,7 @@ CONFIGS: dict[tuple[int, bool, bool, int], Config] = {
     (11, False, True, 2): Config(4, 4, 32, False, 4),
     (11, True, False, 2): Config(4, 4, 32, True, 4),
     (11, True, True, 2): Config(2, 4, 32, False, 4),
+    # tune_triton: end CONFIGS
 }
 MAX_ROWS = 32  # of the target that a program walks down at most; the next one reads the TAPS - 1 rows in between again
 

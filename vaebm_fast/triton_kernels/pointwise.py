@@ -22,8 +22,10 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By shape class and how operands are multiplied. benchmarks/tune_triton.py measures candidates.
+# By shape class and how operands are multiplied.
 CONFIGS: dict[tuple[str, str], Config] = {
+    # tune_triton: begin CONFIGS
+    # Not timed yet: chosen by what ptxas reports.
     ("narrow", "half"): Config(128, 32, 64, 4, 3),
     ("small", "half"): Config(64, 64, 64, 4, 4),
     ("large", "half"): Config(128, 128, 64, 8, 3),
@@ -33,6 +35,7 @@ CONFIGS: dict[tuple[str, str], Config] = {
     ("narrow", "ieee"): Config(64, 32, 16, 4, 3),
     ("small", "ieee"): Config(64, 64, 16, 4, 3),
     ("large", "ieee"): Config(64, 64, 16, 4, 3),
+    # tune_triton: end CONFIGS
 }
 GROUP = 8  # blocks of pixels whose programs run side by side, so that they share the weight in the L2 cache
 
