@@ -67,20 +67,20 @@ def test_residual_tail(shape: tuple[Any, ...]) -> None:
     check(shape, torch.float32)
 
 
-@pytest.mark.parametrize("shape", SHAPES[1:2] + SHAPES[4:5], ids=str)
-def test_residual_tail_in_half_precision(shape: tuple[Any, ...]) -> None:
-    check(shape, torch.float16)
+def test_residual_tail_in_half_precision() -> None:
+    check((2, 9, 33, 3, 5, 5, True), torch.float16)
 
 
-@pytest.mark.parametrize("precision", ["half", "ieee"])
 @pytest.mark.parametrize("shape_class", ["narrow", "small", "large"])
-def test_every_configuration(shape_class: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shape_class(shape_class: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images of several ragged blocks: sums of blocks, and the gate where the gradient of the projection is."""
     monkeypatch.setattr(pointwise_kernels, "shape_class", lambda *sizes: shape_class)
-    check((2, 20, 70, 12, 13, 3, False), torch.float16 if precision == "half" else torch.float32)
+    check((2, 20, 70, 12, 13, 1, False), torch.float16)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), zip((SHAPES[1], SHAPES[4]), PRECISIONS, strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), list(zip((SHAPES[1], SHAPES[4]), reversed(PRECISIONS), strict=True)), ids=str
+)
 def test_storing_the_activated_tensor_changes_no_bit(
     shape: tuple[Any, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
