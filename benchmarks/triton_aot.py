@@ -142,20 +142,26 @@ def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _residual_tail(dtype: torch.dtype) -> Iterator[Case]:
-    """Each configuration of the projection with sums, with and without swish(h2) beside h2; and an upsampled cell."""
-    new = partial(_empty, dtype)
-    for hidden, C, side, scale in ((6144, 1024, 8, 1), (1536, 256, 32, 1), (192, 32, 128, 2)):
-        h, h2, y = new(16, hidden, side, side), *(new(16, c, scale * side, scale * side) for c in (hidden, C))
+    """Both ways in the blocks of most cells; forward where swish(h2) is stored beside h2, and in narrow blocks."""
+    new, precisions = partial(_empty, dtype), ("highest", "high") if dtype == torch.float32 else ("highest",)
+    for hidden, C, side, precision in (
+        (6144, 1024, 8, "highest"),
+        (192, 32, 256, "highest"),
+        (1536, 256, 32, "highest"),
+        (1536, 256, 32, "high"),
+    ):
+        if precision not in precisions:
+            continue
+        (h, y), form = (new(16, c, side, side) for c in (hidden, C)), f"{hidden}->{C}"
         depthwise, project, first = new(5, 5, hidden), new(C, hidden), new(16, C)
         weights = depthwise, new(hidden), project, new(C), first, new(16), first.T, new(C)
-        given = y, h, h2, y, new(16, 16), new(16, C), depthwise, project, first, first.T
-        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
-            form = f"{hidden}->{C}{' tf32' if precision == 'high' else ''}"
-            forward = partial(residual_tail.residual_tail, h, y, *weights, scale == 2)
-            yield f"residual_tail {form}", partial(_with_precision, precision, forward)
-            if side > 8:  # else the launches are those of the ops that it joins
-                backward = partial(residual_tail.residual_tail_backward, *given, scale == 2)
-                yield f"residual_tail_backward {form}", partial(_with_precision, precision, backward)
+        forward = partial(residual_tail.residual_tail, h, y, *weights, False)
+        tf32 = " tf32" if precision == "high" else ""
+        yield f"residual_tail {form}{tf32}", partial(_with_precision, precision, forward)
+        if C == 256:
+            given = y, h, h, y, new(16, 16), new(16, C), depthwise, project, first, first.T
+            backward = partial(residual_tail.residual_tail_backward, *given, False)
+            yield f"residual_tail_backward {form}{tf32}", partial(_with_precision, precision, backward)
 
 
 def _with_precision(precision: str, call: Callable[[], object]) -> None:
