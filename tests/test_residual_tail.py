@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernels import nhwc
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vaebm_fast import reference
 from vaebm_fast.frozen import units
@@ -67,6 +68,33 @@ def test_the_parts_make_the_op(has_gate: bool, upsample: bool) -> None:
     _, s, *_ = saved(given, upsample)
     expected = reference.residual_tail(**given, upsample=upsample) if has_gate else skip + s
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_its_gradient_is_one_op() -> None:
+    """On the meta device, where fakes answer: autograd fills no zeros for what is saved."""
+    pytest.importorskip("triton")
+    given = {name: tensor.to("meta") for name, tensor in tensors(True).items()}
+    h, skip = (given[name].requires_grad_() for name in ("h", "skip"))
+    y = residual_tail(**given, upsample=True, backend="triton")
+    assert y.shape == skip.shape
+    with Called() as called:
+        dh, _ = torch.autograd.grad(y, (h, skip), torch.empty_like(y))
+    assert dh.shape == h.shape
+    assert [name for name in called.names if name != "aten::detach"] == [
+        "aten::empty_like", "vaebm_triton::residual_tail_backward",
+    ]  # fmt: skip
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -140,6 +140,7 @@ def _fake_backward(dy: Tensor, h: Tensor, *others: Any) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, _, depthwise_weight, _, project_weight, _, weight_in, _, weight_out, _, ctx.upsample = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros, for h2 as large as the hidden tensor
     ctx.save_for_backward(h, *output[1:], depthwise_weight, project_weight, weight_in, weight_out)
 
 
