@@ -18,6 +18,7 @@ from vaebm_fast.noise import Stream, draw_tensor, seed_tensor
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
+from vaebm_fast.ops.energy_head import energy_head, energy_head_backward
 from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_backward
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.ops.philox_normal import philox_normal
@@ -152,6 +153,26 @@ def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
     ]
 
 
+def energy_head_cases(N: int, C: int, H: int) -> list[Case]:
+    """With a skip, each way."""
+
+    def forward(device: torch.device) -> Run:
+        y, skip = (_normal(device, N, C, H, H) for _ in range(2))
+        weight, bias = _normal(device, C), _normal(device, 1)
+        return lambda *, backend: energy_head(y, skip, 0.9, weight, bias, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        y, skip = (_normal(device, N, C, H, H) for _ in range(2))
+        denergy, weight = _normal(device, N), _normal(device, C)
+        return lambda *, backend: energy_head_backward(denergy, y, skip, 0.9, weight, backend=backend)
+
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_energy_head.py"
+    return [
+        Case("energy_head", shape, 2 * size, 0, forward, tests),
+        Case("energy_head_backward", shape, 3 * size, 0, backward, tests),
+    ]
+
+
 def se_gate_residual_cases(N: int, C: int, H: int) -> list[Case]:
     """Forward s is read for its mean too; backward dy and s for the gate's gradient, then dy again."""
     hidden = max(C // 16, 4)
@@ -249,12 +270,15 @@ CASES: tuple[Case, ...] = (
     *pointwise_cases(4, 192, 1152, 16),  # celeba_64
     *pointwise_cases(4, 1152, 192, 16, swish=True),
     *energy_epilogue_cases(1, 64, 256),  # celeba_256
+    *energy_head_cases(1, 512, 4),
+    *energy_head_cases(16, 256, 4),  # celeba_64, cifar10
     *se_gate_residual_cases(1, 64, 128),
     *se_gate_residual_cases(1, 512, 16),
     *residual_tail_cases(1, 3072, 512, 16),
     *heads_cases(1, 20, 128),
     *heads_cases(1, 3, 256, pixels=True),
     *power_iteration_cases(48, 512, 512),
+    *power_iteration_cases(4, 1024, 9216),  # celeba_256, four of its largest: more than a GPU's cache
     *depthwise_cases(1, 384, 128),  # celeba_256, highest resolution of its latents
     *depthwise_cases(1, 768, 64),
     *depthwise_cases(1, 3072, 16),

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gate, gpu, measure, ops, report
+from benchmarks import gate, gpu, measure, ops, replay, report
 from benchmarks.conftest import Replay
 from benchmarks.environment import environment
 from benchmarks.pair import COMPILED, NHWC, PLAIN, measure_pair
 from benchmarks.results_file import ResultsFile
+from vaebm_fast.config import ReplayBuffer
+from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops._backend import OP_BACKENDS
 
 CPU = torch.device("cpu")
@@ -230,3 +232,40 @@ def test_without_a_gpu_make_gpu_says_so() -> None:
         pytest.skip("there is one")
     done = run_python("from benchmarks import gpu; gpu.main()")
     assert done.returncode == 1 and "sees no GPU; `make gpu` needs one." in done.stderr
+
+
+def test_the_replay_benchmark_has_a_row_for_every_buffer_and_measures_nothing_on_red_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--preset", "digits", "--batch", "2", "5", "--results", str(tmp_path)]
+    monkeypatch.setattr(replay, "why_red", lambda *files: "one failed")
+    with pytest.raises(SystemExit, match="red tests: one failed"):
+        replay.main(command)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(replay, "why_red", lambda *files: None)
+    monkeypatch.setattr(replay, "ceilings", lambda device: CEILINGS)
+    with pytest.raises(SystemExit, match="19 states is too small .* 20 are the fewest"):
+        replay.main([*command, "--capacity", "19"])
+    replay.main([*command, "--capacity", "23"])
+    (kept,) = (json.loads(path.read_text()) for path in tmp_path.glob("replay_*.json"))
+    assert {(row["operation"], row["batch"]) for row in kept["results"]} == {
+        (operation, batch) for operation in ("push, filling", "push, full", "gather") for batch in (2, 5)
+    }
+    (text,) = (path.read_text() for path in tmp_path.glob("replay_*.md"))
+    assert text.count("| list |") == 6 and text.count("| 1.00x |") >= 6 and "capacity 23" in text
+    assert text.count("bfloat16") == 6 * len(replay.placements(measure.default_device()))
+
+
+def test_the_list_and_the_rings_of_the_replay_benchmark_must_hold_the_same() -> None:
+    layout = NoiseLayout(((2, 2, 2), (1, 4, 4)), (1, 4, 4))
+    replay.Buffers(layout, 6, 4, CPU).fill(4)
+    wrong = replay.Buffers(layout, 6, 4, CPU)
+    wrong.pushes(1)["ring, float32, device"]()
+    with pytest.raises(RuntimeError, match="ring, float32, device does not hold"):
+        wrong.fill(4)
+
+
+def test_the_default_capacity_of_the_replay_benchmark_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "free_memory", lambda device: 10_000)
+    assert replay.default_capacity(ReplayBuffer(size=2000), 10) == 60  # 100 bytes per state in all buffers
+    assert replay.default_capacity(ReplayBuffer(size=50), 10) == 50

@@ -16,8 +16,10 @@ import vaebm_fast as vf
 from benchmarks import ops
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.models import EnergyNetwork
-from vaebm_fast.noise import NoiseLayout
+from vaebm_fast.noise import NoiseLayout, draw_tensor, seed_tensor
 from vaebm_fast.ops._backend import why_not
+from vaebm_fast.ops.langevin_update import langevin_update
+from vaebm_fast.ops.philox_normal import philox_normal, philox_words
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
@@ -29,12 +31,15 @@ CASES = (
     *ops.pointwise_cases(2, 20, 33, 7),
     *ops.pointwise_cases(1, 130, 70, 12, swish=True),
     *ops.energy_epilogue_cases(2, 17, 9),
+    *ops.energy_head_cases(2, 17, 9),
     *ops.se_gate_residual_cases(2, 40, 9),
     *ops.residual_tail_cases(2, 35, 17, 9),
     *ops.residual_tail_cases(2, 70, 300, 6),  # wide enough to store swish(h2)
     *ops.residual_tail_cases(2, 33, 20, 5, K=3, upsample=True),
     *ops.heads_cases(2, 5, 7),
     *ops.heads_cases(2, 3, 9, pixels=True),
+    *ops.power_iteration_cases(2, 37, 140),
+    *ops.power_iteration_cases(1, 19, 1029),
 )
 PLAIN = NVAEConfig(
     image_size=16, num_latent_scales=2, num_groups_per_scale=2, num_latent_per_group=4, num_channels_enc=16,
@@ -74,6 +79,29 @@ def test_sanitised_op_agrees_with_its_twin(case: ops.Case, backend: Any) -> None
     assert len(results) == len(twins) > 0
     for result, twin in zip(results, twins, strict=True):
         assert error(result, twin) < 1e-5  # approximate instructions: 2^-21
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("D", [1, 6, 1001, 4112])
+def test_sanitised_noise_and_update_have_the_bits_of_the_twin_on_a_cpu(D: int, backend: Any) -> None:
+    """In PyTorch on a GPU too each operation is a kernel, but of these nobody promises the bits."""
+    reason = why_not("langevin_update", DEVICE, backend)
+    if reason is not None:
+        pytest.skip(reason)
+    eps, gradient = torch.randn(3, D), torch.randn(3, D)
+    gradient[1, D // 2] = torch.nan
+
+    def run(device: torch.device, backend: Any) -> list[Tensor]:
+        seeds, draw = seed_tensor([0, 2**63, 2**64 - 1], device), draw_tensor(2**31, device)
+        state, flags = eps.to(device, copy=True), torch.full_like(seeds, -1)
+        noise = [op(seeds, draw, stream=1, numel=D, backend=backend) for op in (philox_words, philox_normal)]
+        langevin_update(
+            state, gradient.to(device), seeds, draw, flags, stream=1, step_size=0.3, prior=True, backend=backend
+        )
+        return [result.cpu() for result in (*noise, state.nan_to_num(), flags)]
+
+    for result, expected in zip(run(DEVICE, backend), run(torch.device("cpu"), "reference"), strict=True):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

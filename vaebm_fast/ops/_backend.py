@@ -23,9 +23,9 @@ BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
 OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "philox_words": ("reference", "cpu", "cuda"),
-        "philox_normal": ("reference", "cpu", "cuda"),
-        "langevin_update": ("reference", "cpu", "cuda"),
+        "philox_words": ("reference", "cpu", "triton", "cuda"),
+        "philox_normal": ("reference", "cpu", "triton", "cuda"),
+        "langevin_update": ("reference", "cpu", "triton", "cuda"),
         "depthwise_swish": ("reference", "cpu", "triton", "cuda"),
         "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
         "pointwise": ("reference", "cpu", "triton"),
@@ -34,9 +34,11 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "inverted_residual_backward": ("reference", "cuda"),
         "residual_tail": ("reference", "triton"),
         "residual_tail_backward": ("reference", "triton"),
-        "power_iteration": ("reference", "cpu"),
+        "power_iteration": ("reference", "cpu", "cuda"),
         "energy_epilogue": ("reference", "cpu", "triton"),
         "energy_epilogue_backward": ("reference", "cpu", "triton"),
+        "energy_head": ("reference", "cpu", "triton"),
+        "energy_head_backward": ("reference", "cpu", "triton"),
         "se_gate_residual": ("reference", "cpu", "triton"),
         "se_gate_residual_backward": ("reference", "cpu", "triton"),
         "gaussian_latent": ("reference", "cpu", "triton"),
