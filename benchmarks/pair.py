@@ -27,7 +27,7 @@ from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.cost import pair_flops
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
-from vaebm_fast.ops._backend import Backend, why_absent
+from vaebm_fast.ops._backend import Backend, backend_for, why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
 
 PLAIN, NHWC, COMPILED = "plain", "plain NHWC", "plain NHWC, torch.compile"
@@ -35,8 +35,10 @@ FROZEN: dict[str, tuple[Backend, torch.dtype]] = {
     "frozen, reference": ("reference", torch.float32),
     "frozen, cpu": ("cpu", torch.float32),
     "frozen, triton": ("triton", torch.float32),
+    "frozen, cuda": ("cuda", torch.float32),
     "frozen, reference, bf16": ("reference", torch.bfloat16),
     "frozen, triton, bf16": ("triton", torch.bfloat16),
+    "frozen, cuda, bf16": ("cuda", torch.bfloat16),
 }
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the gradient's norm: a wrong one is not to be timed
 CANDIDATES = (PLAIN, NHWC, COMPILED, *FROZEN)
@@ -64,7 +66,7 @@ def why_not(candidate: str, device: torch.device) -> str | None:
         return f"{backend} does not run on {device.type}"
     if dtype == torch.bfloat16 and device.type == "cpu":
         return "half precision is for GPUs"
-    return why_absent(backend)
+    return why_absent(backend) or why_absent(backend_for("pointwise", backend))
 
 
 def build(candidate: str, preset: str, batch: int, device: torch.device, model: VAEBM | None = None) -> Candidate:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vaebm_fast import _extension, cli
-from vaebm_fast.cost import META, PLANS, CellShape, Cost, _bytes_moved, cost
+from vaebm_fast.cost import META, PLANS, CellShape, Cost, _bytes_moved, _without_values, cost, step_traffic
+from vaebm_fast.frozen import cells, freeze
 
 
 @cache
@@ -26,6 +27,20 @@ def test_bytes_are_those_of_every_argument_and_result() -> None:
     assert _bytes_moved(lambda: x.permute(0, 2, 3, 1).flatten(0, 2)[1:].detach()) == 4 * 2 * 96  # the copy of flatten
     assert _bytes_moved(lambda: x.view(2, 48)[:, 1:]) == 0
     assert _bytes_moved(lambda: torch.empty(1, 3, 1, 1, device=META).expand(2, 3, 4, 4) + x) == 4 * (3 + 2 * 96)
+
+
+def test_what_the_kernels_of_one_op_hand_each_other_is_moved_too() -> None:
+    """h 5 channels of 4x4 pixels, y 3: h2 and s are written and read; dy is read twice, dh2 written and read."""
+    h, skip = (torch.empty(2, C, 4, 4, device=META) for C in (5, 3))
+    sizes = ((3, 3, 5), (5,), (3, 5), (3,), (2, 3), (2,), (3, 2), (3,))
+    weights = [torch.empty(size, device=META) for size in sizes]
+    h2, s, read, gate = 2 * 80, 2 * 48, sum(w.numel() for w in weights), 2 * (2 + 3)
+    forward = partial(torch.ops.vaebm_triton.residual_tail, h, skip, *weights, False)
+    assert _bytes_moved(forward) == 4 * (h2 + 2 * h2 + 2 * s + 2 * s + read + gate)  # h, h2, s, skip and y
+    _, *saved = forward()
+    backward = partial(torch.ops.vaebm_triton.residual_tail_backward, skip, h, *saved, *weights[::2], False)
+    read = sum(w.numel() for w in weights[::2])
+    assert _bytes_moved(backward) == 4 * (2 * s + s + h2 + 2 * h2 + 2 * h2 + read + gate)  # dy, s, h2, dh2, h and dh
 
 
 def test_a_convolutions_backward_reads_no_input() -> None:
@@ -76,6 +91,31 @@ def test_each_rewrite_of_the_pair_moves_less() -> None:
     assert traffic["frozen, reference, bfloat16"].per_image < 0.6 * reference.per_image
     if _extension.is_available():
         assert traffic["frozen, cpu, float32"].per_image < reference.per_image
+        assert traffic["frozen, triton, bfloat16"].per_image < traffic["frozen, reference, bfloat16"].per_image
+
+
+def test_whole_blocks_save_the_traffic_of_the_kernels_that_they_replace(
+    compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three kernels each way write or read h1 three times, h2 three times, their gradients twice, x, s, ds and dx once.
+
+    A whole block writes and reads h2 once, and x once more.
+    """
+    counted = celeba_256()
+    fused = [c for c in counted.cells if c.side >= 64 and not c.is_upsampled]
+    assert len(fused) == 17 and {c.in_channels for c in fused} == {32, 64, 128}
+    monkeypatch.setattr(cells, "FUSED_SIDE", 512)  # beyond the image: none
+    apart = step_traffic(freeze(_without_values("celeba_256"), torch.bfloat16, "cuda"))
+    whole = counted.traffic["frozen, cuda, bfloat16"]
+    assert apart.per_image - whole.per_image == 2 * sum(8 * c.h2 - c.x for c in fused)
+
+
+def test_a_compiled_pair_reads_its_weights_once_each_way(compiled: None) -> None:
+    """As every plan does; all but biases, which have no part backward."""
+    counted = celeba_256()
+    both_ways = next(iter(counted.plans.values())).per_step
+    for backend in ("triton", "cuda"):
+        assert 0.99 * both_ways < counted.traffic[f"frozen, {backend}, bfloat16"].per_step <= both_ways
 
 
 def test_plans_of_a_cell_by_hand() -> None:

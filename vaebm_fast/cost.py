@@ -20,22 +20,39 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vaebm_fast.config import PRESETS
 from vaebm_fast.frozen import freeze
-from vaebm_fast.frozen.cells import freeze_cell
+from vaebm_fast.frozen.cells import FUSED_SIDE, freeze_cell
 from vaebm_fast.frozen.part import tensors_of
 from vaebm_fast.langevin import ChainModel
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import Cell, InvertedResidual
 from vaebm_fast.noise import NoiseLayout
-from vaebm_fast.ops._backend import why_absent
+from vaebm_fast.ops._backend import Backend, why_absent
 
 META = torch.device("meta")
 BF16_BYTES = 2
-FUSED_SIDE = 64  # from this side on a block's weights are small and its hidden tensor large: fuse all of it
 
 # What allocates or renames, besides the operators that call themselves views.
 UNMOVED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like}
-# Arguments that a kernel takes for their shape, or for a gradient that nobody asks for here: they are not read.
-UNREAD = {torch.ops.aten.convolution_backward.default: (1,), torch.ops.aten.avg_pool2d_backward.default: (1,)}
+# Arguments that a kernel takes for their shape, for a gradient that nobody asks for here, or for its own backward: they
+# are not read.
+UNREAD = {
+    "aten::convolution_backward": (1,),
+    "aten::avg_pool2d_backward": (1,),
+    "vaebm_fast::pointwise": (2,),
+    "vaebm_triton::pointwise": (2,),
+}
+# Whose sizes an op of several kernels moves once more inside, by (arguments, results): what one of its kernels writes
+# and another reads. Not counted: swish(h2), which few cells store beside h2.
+INSIDE: dict[str, Callable[[Any, Any], tuple[Tensor, ...]]] = {
+    "vaebm_triton::residual_tail": lambda args, results: results[1:3],  # h2 and s, read again
+    "vaebm_triton::residual_tail_backward": lambda args, results: (args[0], args[2], args[2]),  # dy; dh2 both ways
+}
+# Pairs of compiled kernels; on the meta device their ops' fakes answer, so that counting them needs no GPU.
+COMPILED: dict[str, tuple[Backend, torch.dtype]] = {
+    "frozen, cpu, float32": ("cpu", torch.float32),
+    "frozen, triton, bfloat16": ("triton", torch.bfloat16),
+    "frozen, cuda, bfloat16": ("cuda", torch.bfloat16),
+}
 
 
 @dataclass(frozen=True)
@@ -146,13 +163,16 @@ class Cost:
 
 
 def cost(preset: str) -> Cost:
-    """Count a preset's step in every form that this installation can dispatch. Raises ValueError for other names."""
+    """Count a preset's step in every form that can be counted here. Raises ValueError for other names."""
     model = _without_values(preset)
     reference, halved = (freeze(model, dtype, "reference") for dtype in (torch.float32, torch.bfloat16))
-    traffic = {"plain modules, float32": step_traffic(model), "frozen, reference, float32": step_traffic(reference)}
+    traffic = {
+        "plain modules, float32": step_traffic(model),
+        "frozen, reference, float32": step_traffic(reference),
+        "frozen, reference, bfloat16": step_traffic(halved),
+    }
     if why_absent("cpu") is None:
-        traffic["frozen, cpu, float32"] = step_traffic(freeze(model, backend="cpu"))
-    traffic["frozen, reference, bfloat16"] = step_traffic(halved)
+        traffic |= {name: step_traffic(freeze(model, dtype, backend)) for name, (backend, dtype) in COMPILED.items()}
     shapes, dispatched = _decoder_cells(model)
     weights = sum(tensor.numel() for part in halved._parts for tensor in tensors_of(part.weights))
     rest = traffic["frozen, reference, bfloat16"].per_image - dispatched
@@ -189,7 +209,7 @@ def text(counted: Cost) -> str:
         lines.append(f"{f'plan: {name}, bfloat16':52}{image:14.3f}{image - rest:16.3f}{moved.per_step / 1e9:24.3f}")
     missing = why_absent("cpu")
     if missing is not None:
-        lines.append(f"frozen, cpu: not counted, because {missing}")
+        lines.append(f"{'; '.join(COMPILED)}: not counted, because {missing}")
     lines += ["", f"{'least ms per image at stated peak rates':52}" + "".join(f"{gpu:>10}" for gpu in GPUS)]
     floors = {gpu: counted.floors_ms(gpu) for gpu in GPUS}
     lines += [f"{name:52}" + "".join(f"{floors[gpu][name]:10.3f}" for gpu in GPUS) for name in floors["A100"]]
@@ -248,8 +268,9 @@ class _KernelBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func.overloadpacket not in UNMOVED:
-            read = [arg for index, arg in enumerate(args) if index not in UNREAD.get(func, ())]
-            self.total += sum(map(_distinct_bytes, tree_leaves((read, kwargs, result))))
+            read = [arg for index, arg in enumerate(args) if index not in UNREAD.get(func.name(), ())]
+            inside = INSIDE[func.name()](args, result) if func.name() in INSIDE else ()
+            self.total += sum(map(_distinct_bytes, tree_leaves((read, kwargs, result, inside))))
         return result
 
 

@@ -37,6 +37,9 @@ from vaebm_fast.models.layers import (
 )
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.depthwise_swish import pack_depthwise
+from vaebm_fast.ops.inverted_residual import inverted_residual, is_taken
+
+FUSED_SIDE = 64  # from this side on a block's weights are small and its hidden tensor large: fuse all of it
 
 
 class InvertedResidualWeights(NamedTuple):
@@ -73,7 +76,8 @@ def freeze_cell(
 class InvertedResidualCell(Part[InvertedResidualWeights]):
     """s = W2 swish(Wd * swish(W1 x + b1) + bd) + b2; y = skip(x) + gate(s) s.
 
-    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish.
+    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish. On backend "cuda" s is one
+    kernel where `inverted_residual` has one for this precision and these channels, and the image FUSED_SIDE a side.
     """
 
     def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend) -> None:
@@ -103,18 +107,32 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         return self._backend != "reference" and weight.shape[1] == 1 and self._resample != "down"
 
     def __call__(self, x: Tensor) -> Tensor:
-        w = self.weights
-        h, skip = w.expand(x, self._backend), _run_skip(x, w.skip, self._backend)
+        w, skip = self.weights, _run_skip(x, self.weights.skip, self._backend)
+        if self._is_fused(x):
+            return se_gate_residual(self._fused_branch(x), skip, w.se, self._backend)
+        h, up = w.expand(x, self._backend), self._resample == "up"
         if isinstance(w.depthwise, Depthwise):
-            up = self._resample == "up"
             return residual_tail(h, skip, w.depthwise, w.project, w.se, self._backend, upsample=up)
-        if self._resample == "up":
+        if up:
             phases = depthwise_swish_phases(h, w.depthwise)
             s = interleave([w.project(phase, self._backend, swish=True) for phase in phases])
         else:
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
             s = w.project(h, self._backend, swish=True)
         return se_gate_residual(s, skip, w.se, self._backend)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether one kernel runs the whole branch on x [N, C, H, W]."""
+        if self._backend != "cuda" or self._resample != "none" or x.shape[2] < FUSED_SIDE:
+            return False
+        middle = self.weights.depthwise
+        return isinstance(middle, Depthwise) and is_taken(x, middle.weight)
+
+    def _fused_branch(self, x: Tensor) -> Tensor:
+        """s by one kernel, which reads the same weights as those that run one after the other."""
+        expand, middle, project, _, _ = self.weights
+        weights = (expand.weight.forward, expand.bias, *middle, project.weight.forward, project.bias)
+        return inverted_residual(x, *weights, backend=self._backend)[0]
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):

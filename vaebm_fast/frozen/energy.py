@@ -18,7 +18,7 @@ from vaebm_fast.frozen.part import Part, slots
 from vaebm_fast.frozen.units import Pointwise
 from vaebm_fast.models.energy import EnergyNetwork, EnergyResidualBlock
 from vaebm_fast.models.layers import WNConv2d
-from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._backend import Backend, backend_for
 from vaebm_fast.ops.energy_epilogue import energy_epilogue
 from vaebm_fast.ops.energy_head import energy_head
 
@@ -111,7 +111,7 @@ class FrozenEnergy:
     """E(x) [N] for images x [N, C, H, W] in [0, 1], differentiable in x alone."""
 
     def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
-        self._dtype = dtype
+        self._dtype, backend = dtype, backend_for("energy_epilogue", backend)
         self._stem = FrozenStem(energy.conv1, dtype, backend)
         self._blocks = [
             FrozenBlock(f"energy.blocks.{index}", block, dtype, backend)

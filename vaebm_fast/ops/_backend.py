@@ -106,13 +106,15 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     """Why `op` cannot run with `backend` on tensors of `device`, as a clause; None when it can."""
     if backend not in OP_BACKENDS[op]:
         return f"{op} has no such implementation; it has {', '.join(OP_BACKENDS[op])}"
+    if device.type == "meta":  # an op's fake answers, by which a plan is counted: no kernel is needed
+        return _extension.why_missing() if backend in ("cpu", "cuda") else None
     absent = why_absent(backend)
     if absent or backend == "reference":
         return absent
     if backend == "triton" and is_interpreting():
         return None
     needed = "cpu" if backend == "cpu" else "cuda"
-    if device.type not in (needed, "meta"):  # on meta an implementation's fake answers, by which a plan is counted
+    if device.type != needed:
         return f"it runs on {needed} tensors and these are on {device}; move them with .to({needed!r})"
     return None
 
@@ -131,6 +133,11 @@ def choose(op: str, device: torch.device, backend: str) -> str:
     if reason is not None:
         raise RuntimeError(f"{op} cannot run with backend={backend!r}: {reason}.")
     return backend
+
+
+def backend_for(op: str, backend: Backend) -> Backend:
+    """Who runs `op` where a whole network is asked for on `backend`: what has no kernel in CUDA C++ is Triton's."""
+    return "triton" if backend == "cuda" and "cuda" not in OP_BACKENDS[op] else backend
 
 
 @dataclass(frozen=True)
