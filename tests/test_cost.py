@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from vaebm_fast import _extension, cli
-from vaebm_fast.cost import META, PLANS, CellShape, Cost, _bytes_moved, _without_values, cost, step_traffic
+from vaebm_fast.cost import (
+    META,
+    PLANS,
+    CellShape,
+    Cost,
+    _bytes_moved,
+    _without_values,
+    cost,
+    least_traffic,
+    step_traffic,
+)
 from vaebm_fast.frozen import cells, freeze
 
 
@@ -145,3 +155,9 @@ def test_the_command_prints_what_was_counted(capsys: pytest.CaptureFixture[str])
 def test_an_unknown_preset_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cost", "--preset", "celeba_512"]) == 1
     assert capsys.readouterr().err.startswith("error: Preset 'celeba_512' is not known; there are cifar10,")
+
+
+def test_the_least_traffic_is_that_of_the_leanest_plan() -> None:
+    plans = cost("digits").plans
+    assert least_traffic("digits") == min(plans.values(), key=lambda plan: plan.per_image)
+    assert least_traffic("digits").per_image < max(plan.per_image for plan in plans.values())

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vaebm_fast.config import PRESETS
-from vaebm_fast.frozen import freeze
+from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.frozen.cells import FUSED_SIDE, freeze_cell
 from vaebm_fast.frozen.part import tensors_of
 from vaebm_fast.langevin import ChainModel
@@ -174,12 +174,9 @@ def cost(preset: str) -> Cost:
     if why_absent("cpu") is None:
         traffic |= {name: step_traffic(freeze(model, dtype, backend)) for name, (backend, dtype) in COMPILED.items()}
     shapes, dispatched = _decoder_cells(model)
-    weights = sum(tensor.numel() for part in halved._parts for tensor in tensors_of(part.weights))
+    weights = _weights_of(halved)
     rest = traffic["frozen, reference, bfloat16"].per_image - dispatched
-    plans = {
-        name: Traffic(rest + BF16_BYTES * sum(map(moved, shapes)), 2 * BF16_BYTES * weights)  # each pass reads weights
-        for name, moved in PLANS.items()
-    }
+    plans = _plans(shapes, rest, weights)
     dim = NoiseLayout(model.latent_shapes, model.image_shape).dim
     return Cost(preset, dim, step_flops(model), step_flops(reference), traffic, plans, rest, tuple(shapes), weights)
 
@@ -220,6 +217,27 @@ def pair_flops(preset: str) -> tuple[int, int]:
     """FLOPs per image of a preset's step, plain and frozen. Raises ValueError for an unknown preset."""
     model = _without_values(preset)
     return step_flops(model), step_flops(freeze(model, backend="reference"))
+
+
+def least_traffic(preset: str) -> Traffic:
+    """Bytes of a preset's step in the leanest of PLANS, in bfloat16. Raises ValueError for an unknown preset."""
+    model = _without_values(preset)
+    halved = freeze(model, torch.bfloat16, "reference")
+    shapes, dispatched = _decoder_cells(model)
+    plans = _plans(shapes, step_traffic(halved).per_image - dispatched, _weights_of(halved))
+    return min(plans.values(), key=lambda plan: plan.per_image)
+
+
+def _plans(shapes: list[CellShape], rest: float, weights: int) -> dict[str, Traffic]:
+    """Traffic of every plan in bfloat16; `rest`: bytes per image outside of the cells."""
+    return {
+        name: Traffic(rest + BF16_BYTES * sum(map(moved, shapes)), 2 * BF16_BYTES * weights)  # each pass reads weights
+        for name, moved in PLANS.items()
+    }
+
+
+def _weights_of(pair: FrozenVAEBM) -> int:
+    return sum(tensor.numel() for part in pair._parts for tensor in tensors_of(part.weights))
 
 
 def step_flops(pair: ChainModel) -> int:
