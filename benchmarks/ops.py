@@ -26,6 +26,7 @@ from vaebm_fast.ops.philox_normal import philox_normal
 from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
 from vaebm_fast.ops.pointwise import pack_pointwise, pointwise, pointwise_backward
 from vaebm_fast.ops.power_iteration import power_iteration
+from vaebm_fast.ops.residual_tail import residual_tail, residual_tail_backward
 from vaebm_fast.ops.se_gate_residual import se_gate_residual, se_gate_residual_backward
 
 
@@ -232,6 +233,35 @@ def se_gate_residual_cases(N: int, C: int, H: int) -> list[Case]:
     ]
 
 
+def residual_tail_cases(N: int, hidden: int, C: int, H: int, K: int = 5, *, upsample: bool = False) -> list[Case]:
+    """Behind the expansion to `hidden` channels on H x H pixels; the result has C, on twice the side if upsampled."""
+    scale, taps, squeezed = (2, (K + 1) // 2, max(C // 16, 4)) if upsample else (1, K, max(C // 16, 4))
+    side = scale * H
+    sizes = ((K, K, hidden), (hidden,), (C, hidden), (C,), (squeezed, C), (squeezed,), (C, squeezed), (C,))
+
+    def weights(device: torch.device) -> list[Tensor]:
+        return [_normal(device, *size) / size[-1] ** 0.5 for size in sizes]
+
+    def forward(device: torch.device) -> Run:
+        h, skip, given = _normal(device, N, hidden, H, H), _normal(device, N, C, side, side), weights(device)
+        return lambda *, backend: residual_tail(h, skip, *given, upsample=upsample, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        h, (dy, s) = _normal(device, N, hidden, H, H), (_normal(device, N, C, side, side) for _ in range(2))
+        h2, gate = _normal(device, N, hidden, side, side), _normal(device, N, C).sigmoid()
+        inner, (depthwise, _, project, _, first, _, second, _) = _normal(device, N, squeezed).relu(), weights(device)
+        given = (dy, h, h2, s, inner, gate, depthwise, project, first, second)
+        return lambda *, backend: residual_tail_backward(*given, upsample=upsample, backend=backend)
+
+    shape = f"{N}x{hidden}x{H}x{H} to {C}, K = {K}{', up' if upsample else ''}"
+    small, large, y = 4 * N * hidden * H * H, 4 * N * hidden * side * side, 4 * N * C * side * side
+    flops, tests = N * side * side * hidden * (2 * taps**2 + 2 * C), "tests/test_residual_tail.py"
+    return [
+        Case("residual_tail", shape, small + 2 * large + 4 * y, flops, forward, tests),
+        Case("residual_tail_backward", shape, 2 * small + 3 * large + 4 * y, flops, backward, tests),
+    ]
+
+
 def heads_cases(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
     """Latents, or pixels, with log p each way."""
 
@@ -279,6 +309,7 @@ CASES: tuple[Case, ...] = (
     *energy_head_cases(16, 256, 4),  # celeba_64, cifar10
     *se_gate_residual_cases(1, 64, 128),
     *se_gate_residual_cases(1, 512, 16),
+    *residual_tail_cases(1, 3072, 512, 16),
     *heads_cases(1, 20, 128),
     *heads_cases(1, 3, 256, pixels=True),
     *power_iteration_cases(48, 512, 512),

@@ -33,6 +33,7 @@ from vaebm_fast.triton_kernels import (
     philox_normal,
     pixel_head,
     pointwise,
+    residual_tail,
     se_gate_residual,
 )
 
@@ -111,7 +112,7 @@ def cases() -> Iterator[Case]:
     yield from _noise()
     for dtype in DTYPES:
         label = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-        for family in (_depthwise, _pointwise, _element_wise):
+        for family in (_depthwise, _pointwise, _residual_tail, _element_wise):
             for name, call in family(dtype):
                 yield f"{name} {label}", call
 
@@ -144,6 +145,29 @@ def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
             yield f"pointwise {Cin}->{Cout}{tf32}", partial(_with_precision, precision, forward)
             backward = partial(pointwise.pointwise_backward, y, weight.T, Cin, x)
             yield f"pointwise_backward {Cout}->{Cin}{tf32}", partial(_with_precision, precision, backward)
+
+
+def _residual_tail(dtype: torch.dtype) -> Iterator[Case]:
+    """Both ways in the blocks of most cells; forward where swish(h2) is stored beside h2, and in narrow blocks."""
+    new, precisions = partial(_empty, dtype), ("highest", "high") if dtype == torch.float32 else ("highest",)
+    for hidden, C, side, precision in (
+        (6144, 1024, 8, "highest"),
+        (192, 32, 256, "highest"),
+        (1536, 256, 32, "highest"),
+        (1536, 256, 32, "high"),
+    ):
+        if precision not in precisions:
+            continue
+        (h, y), form = (new(16, c, side, side) for c in (hidden, C)), f"{hidden}->{C}"
+        depthwise, project, first = new(5, 5, hidden), new(C, hidden), new(16, C)
+        weights = depthwise, new(hidden), project, new(C), first, new(16), first.T, new(C)
+        forward = partial(residual_tail.residual_tail, h, y, *weights, False)
+        tf32 = " tf32" if precision == "high" else ""
+        yield f"residual_tail {form}{tf32}", partial(_with_precision, precision, forward)
+        if C == 256:
+            given = y, h, h, y, new(16, 16), new(16, C), depthwise, project, first, first.T
+            backward = partial(residual_tail.residual_tail_backward, *given, False)
+            yield f"residual_tail_backward {form}{tf32}", partial(_with_precision, precision, backward)
 
 
 def _with_precision(precision: str, call: Callable[[], object]) -> None:

@@ -45,7 +45,7 @@ def rows(without: tuple[str, ...] = ()) -> Iterator[Row]:
 def work(launch: Launch, arguments: Arguments) -> Work:
     """The counted work of one launch. Raises KeyError for a kernel that has no count here."""
     moved = sum(x.numel() * x.element_size() for x in arguments.values() if isinstance(x, Tensor))
-    return Work(memory_bytes=float(moved), **COUNTS[launch.kernel.__name__](arguments))
+    return Work(**{"memory_bytes": float(moved), **COUNTS[launch.kernel.__name__](arguments)})
 
 
 def _shape(arguments: Arguments) -> str:
@@ -57,7 +57,10 @@ def _shape(arguments: Arguments) -> str:
 
 
 def _depthwise(a: Arguments) -> dict[str, float]:
-    """Taps of the sliding window of the form at hand; swish of each source pixel once per strip that reads it."""
+    """Taps of the sliding window of the form at hand; swish of each source pixel once per strip that reads it.
+
+    And of each pixel of the target where swish(target) is stored too.
+    """
     K, strip, backward = a["K"], a["STRIP"], a["BACKWARD"]
     stride = 2 if a["UPSAMPLE"] and backward else 1
     phases = 2 if a["UPSAMPLE"] and not backward else 1
@@ -66,7 +69,8 @@ def _depthwise(a: Arguments) -> dict[str, float]:
     columns_per_pixel = (stride * (strip - 1) + taps) / strip
     rows_per_pixel = (a["ROWS"] * stride + taps - stride) / a["ROWS"]
     activated = target if backward else target * columns_per_pixel * rows_per_pixel
-    return {"fp32_flop": 2 * taps * taps * target, "special": 2 * activated}
+    stored = target if a["activated"] is not None else 0
+    return {"fp32_flop": 2 * taps * taps * target, "special": 2 * (activated + stored)}
 
 
 def _pointwise(a: Arguments) -> dict[str, float]:
@@ -80,15 +84,38 @@ def _pointwise(a: Arguments) -> dict[str, float]:
     return {"tensor_flop": flop * (2 if x.element_size() == 4 else 1), "special": special}
 
 
+def _noise(of: str, *, integer: int, fp32_flop: int, special: int) -> Callable[[Arguments], dict[str, float]]:
+    """So much for each Philox counter, four elements of a tensor; as `kernel_work` counts it for CUDA."""
+
+    def count(a: Arguments) -> dict[str, float]:
+        N, D = a[of].shape
+        counters = float(N * triton.cdiv(D, 4))
+        return {"integer": integer * counters, "fp32_flop": fp32_flop * counters, "special": special * counters}
+
+    return count
+
+
+def _update(a: Arguments) -> dict[str, float]:
+    """eps is read and written."""
+    count = _noise("eps", integer=150, fp32_flop=110, special=2)(a)
+    return {"memory_bytes": 12.0 * a["eps"].numel(), **count}
+
+
 def _per_element(of: str, special: int) -> Callable[[Arguments], dict[str, float]]:
     """So many special functions for each element of a tensor."""
     return lambda a: {"special": float(special * prod(a[of].shape))}
 
 
 COUNTS: dict[str, Callable[[Arguments], dict[str, float]]] = {
+    "philox_words_kernel": _noise("out", integer=120, fp32_flop=0, special=0),
+    "philox_normal_kernel": _noise("out", integer=150, fp32_flop=90, special=2),
+    "update_kernel": _update,
     "depthwise_kernel": _depthwise,
     "pointwise_kernel": _pointwise,
     "epilogue_kernel": _per_element("y", 2),
+    "head_kernel": _per_element("y", 2),
+    "total_kernel": lambda a: {},
+    "head_backward_kernel": _per_element("y", 2),
     "latent_kernel": _per_element("parameters", 3),  # exp and 1 / (1 + exp) per clamp, and half an exp for sigma
     "latent_backward_kernel": _per_element("parameters", 3),
     "pixel_kernel": _per_element("logits", 3),

@@ -1,29 +1,38 @@
-"""Which configuration of a Triton kernel is fastest on this GPU? Writes the tables that the kernels' sources hold.
+"""Which configuration of a Triton kernel is fastest on this GPU? Writes the answer into the kernels' sources.
 
-Every candidate runs at the shapes of celeba_256 that its entry of the table stands for, 16 images; the one with the
-smallest sum of median times wins. The baseline is the configuration in the source. `python -m benchmarks.tune_triton`
-prints each entry as it is to stand there, with both times in milliseconds; nothing is changed by itself.
+Every candidate runs at the shapes of celeba_256 that its entry of a table stands for, 16 images; the one with the
+smallest sum of median times wins. The baseline is the configuration in the source, which only goes for one that is
+faster by more than MARGIN. `python -m benchmarks.tune_triton [pointwise ...]` tunes these tables, by default all, one
+after another, as later ones use what earlier ones found. It writes each between its marks, with what it was measured
+on; no other line changes, and the same winners give the same file.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, MutableMapping
+import json
+from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from vaebm_fast.triton_kernels import depthwise_swish, pointwise
+from vaebm_fast.triton_kernels import depthwise_swish, pointwise, residual_tail
 
 Calls = list[Callable[[], object]]
+Clock = Callable[[Calls], float]  # the time of all of them, in milliseconds
 
-# (C, H) of the hidden tensors of celeba_256's cells; of those that upsample, before they do
-HIDDEN = ((6144, 8), (3072, 16), (1536, 32), (768, 64), (384, 128))
+BEGIN, END = "# tune_triton: begin", "# tune_triton: end"
+MARGIN = 0.02
+BATCH = 16
+# (hidden, C, H) of celeba_256's cells; of those that upsample, before they do
+CELLS = ((6144, 1024, 8), (3072, 512, 16), (1536, 256, 32), (768, 128, 64), (384, 64, 128))
 # (Cin, Cout, H) by shape class
 PRODUCTS = {
     "narrow": ((512, 20, 16), (128, 20, 64), (32, 6, 256)),
@@ -32,84 +41,162 @@ PRODUCTS = {
 }
 
 
+class Tuner(NamedTuple):
+    """A table in a kernel's source, {key: what the launcher takes for it}, and how its entries are chosen.
+
+    `calls(key, device)` is what an entry is timed by; nothing where it is left as it is.
+    """
+
+    module: ModuleType
+    table: str
+    candidates: tuple[Any, ...]
+    calls: Callable[[Any, torch.device], Calls]
+
+
 def time_ms(calls: Calls) -> float:
     """Sum of the median times; infinite where a block asks for more than the GPU has."""
     try:
         return sum(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median") for call in calls)
-    except OutOfResources:
+    except (OutOfResources, PTXASError):
         return float("inf")
 
 
-def tune(table: MutableMapping[Any, Any], key: Any, candidates: Iterable[Any], calls: Calls) -> None:
-    """Print the best configuration for `key` of `table`, which stays as it was."""
-    in_source = table[key]
-    times = {}
-    try:
-        for candidate in (in_source, *candidates):
+def tune(tuner: Tuner, clock: Clock, device: torch.device) -> None:
+    """Leave the winners in the module's table, and print them with both times."""
+    table = getattr(tuner.module, tuner.table)
+    for key, in_source in list(table.items()):
+        calls = tuner.calls(key, device)
+        if not calls:
+            continue
+        times = {}
+        for candidate in dict.fromkeys((in_source, *tuner.candidates)):
             table[key] = candidate
-            times[candidate] = time_ms(calls)
-    finally:
-        table[key] = in_source
-    best = min(times, key=lambda candidate: times[candidate])
-    print(f"    {key!r}: {type(best).__name__}{tuple(best)!r},  # {times[best]:.3f} ms, {times[in_source]:.3f} before")
+            times[candidate] = clock(calls)
+        best = min(times, key=lambda candidate: times[candidate])
+        table[key] = best if times[best] < (1 - MARGIN) * times[in_source] else in_source
+        print(f"{_literal(key)}: {_literal(table[key])}  {times[table[key]]:.3f} ms, {times[in_source]:.3f} before")
 
 
-def depthwise_calls(K: int, upsample: bool, backward: bool, dtype: torch.dtype) -> Calls:
+def write_table(tuner: Tuner, measured_on: str, source: Path | None = None) -> None:
+    """Write the module's table between its marks in `source`, by default the module's own file.
+
+    Raises ValueError where the marks are not there, once each and in order.
+    """
+    source = source or Path(str(tuner.module.__file__))
+    text = source.read_text(encoding="utf-8")
+    begin, end = f"    {BEGIN} {tuner.table}\n", f"    {END} {tuner.table}\n"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise ValueError(f"{source} must hold '{begin.strip()}' and behind it '{end.strip()}', once each.")
+    entries = getattr(tuner.module, tuner.table).items()
+    lines = [f"# {measured_on}", *(f"{_literal(key)}: {_literal(value)}," for key, value in entries)]
+    start = text.index(begin) + len(begin)
+    between = "".join(f"    {line}\n" for line in lines)
+    source.write_text(text[:start] + between + text[text.index(end) :], encoding="utf-8")
+
+
+def _literal(value: Any) -> str:
+    """As the source spells it."""
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, tuple):
+        return f"{type(value).__name__ if hasattr(value, '_fields') else ''}({', '.join(map(_literal, value))})"
+    return repr(value)
+
+
+def depthwise_calls(key: tuple[int, bool, bool, int], device: torch.device) -> Calls:
+    """Of the 5x5 entries: wider windows are in no published decoder."""
+    K, upsample, backward, itemsize = key
+    if K != 5:
+        return []
+    new, scale = _randoms(torch.float32 if itemsize == 4 else torch.bfloat16, device), 2 if upsample else 1
     calls: Calls = []
-    for C, side in HIDDEN:
-        h = _random(dtype, 16, C, side, side)
-        weight, bias = _random(dtype, K, K, C), _random(dtype, C)
+    for hidden, _, side in CELLS:
+        h, weight, bias = new(BATCH, hidden, side, side), new(K, K, hidden), new(hidden)
         if backward:
-            dy = _random(dtype, 16, C, 2 * side, 2 * side) if upsample else _random(dtype, 16, C, side, side)
+            dy = new(BATCH, hidden, scale * side, scale * side)
             calls.append(partial(depthwise_swish.depthwise_swish_backward, dy, h, weight, upsample))
         else:
             calls.append(partial(depthwise_swish.depthwise_swish, h, weight, bias, upsample))
     return calls
 
 
-def pointwise_calls(shape_class: str, dtype: torch.dtype) -> Calls:
-    calls: Calls = []
+def pointwise_calls(key: tuple[str, str], device: torch.device) -> Calls:
+    shape_class, precision = key
+    new, calls = _randoms(torch.bfloat16 if precision == "half" else torch.float32, device), Calls()
     for Cin, Cout, side in PRODUCTS[shape_class]:
-        assert pointwise.shape_class(16 * side * side, Cin, Cout) == shape_class, (Cin, Cout, side)
-        x, weight, bias = _random(dtype, 16, Cin, side, side), _random(dtype, Cout, Cin), _random(dtype, Cout)
-        calls.append(partial(pointwise.pointwise, x, weight, weight.T, bias, None, True))
+        assert pointwise.shape_class(BATCH * side * side, Cin, Cout) == shape_class, (Cin, Cout, side)
+        x, weight, bias = new(BATCH, Cin, side, side), new(Cout, Cin), new(Cout)
+        forward = partial(pointwise.pointwise, x, weight, weight.T, bias, None, True)
         # the gradient of a layer from Cout to Cin channels is a product of these sizes too
-        weight_t, activated = _random(dtype, Cin, Cout).T, _random(dtype, 16, Cout, side, side)
-        calls.append(partial(pointwise.pointwise_backward, x, weight_t, Cout, activated))
+        weight_t, activated = new(Cin, Cout).T, new(BATCH, Cout, side, side)
+        backward = partial(pointwise.pointwise_backward, x, weight_t, Cout, activated)
+        calls += [partial(_with_precision, precision, call) for call in (forward, backward)]
     return calls
 
 
-def _random(dtype: torch.dtype, *size: int) -> Tensor:
-    x = torch.randn(size, dtype=dtype, device="cuda")
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+def residual_tail_calls(key: tuple[int, str], device: torch.device) -> Calls:
+    """The forward of the cell with so many channels; the backward does not ask the table."""
+    width, precision = key
+    ((hidden, C, side),) = (cell for cell in CELLS if cell[1] == width)
+    new = _randoms(torch.bfloat16 if precision == "half" else torch.float32, device)
+    squeezed, K = C // 16, 5
+    gate = new(squeezed, C), new(squeezed), new(C, squeezed), new(C)
+    h, skip = new(BATCH, hidden, side, side), new(BATCH, C, side, side)
+    weights = new(K, K, hidden), new(hidden), new(C, hidden), new(C), *gate
+    return [partial(_with_precision, precision, partial(residual_tail.residual_tail, h, skip, *weights, False))]
 
 
-def tune_depthwise_swish() -> None:
-    """The 5x5 entries: wider windows are in no published decoder."""
-    sizes = list(product((1, 2, 4, 8), (1, 2, 4, 8), (32, 64, 128), (True,), (2, 4, 8)))
-    for key in depthwise_swish.CONFIGS:
-        K, upsample, backward, itemsize = key
-        if K == 5:
-            dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-            calls = depthwise_calls(K, upsample, backward, dtype)
-            tune(depthwise_swish.CONFIGS, key, map(depthwise_swish.Config._make, sizes), calls)
+def _with_precision(precision: str, call: Callable[[], object]) -> object:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        return call()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def tune_pointwise() -> None:
-    sizes = list(product((64, 128), (32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)))
-    for key in pointwise.CONFIGS:
-        shape_class, precision = key
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        calls = pointwise_calls(shape_class, torch.bfloat16 if precision == "half" else torch.float32)
-        tune(pointwise.CONFIGS, key, map(pointwise.Config._make, sizes), calls)
+def _randoms(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """Normals of a size, images with NHWC memory."""
+
+    def new(*size: int) -> Tensor:
+        x = torch.randn(size, dtype=dtype, device=device)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    return new
+
+
+def _strips() -> tuple[depthwise_swish.Config, ...]:
+    """One to four elements of a block for each thread."""
+    sizes = map(depthwise_swish.Config._make, product((2, 4, 8), (1, 2, 4, 8), (32, 64, 128), (True,), (2, 4, 8)))
+    return tuple(size for size in sizes if 1 <= size.BLOCK_X * size.BLOCK_C / (32 * size.num_warps) <= 4)
+
+
+def _blocks() -> tuple[pointwise.Config, ...]:
+    """32 to 128 sums of a block for each thread: fewer leave the tensor cores waiting, more do not fit."""
+    sizes = map(pointwise.Config._make, product((64, 128), (32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)))
+    return tuple(size for size in sizes if 32 <= size.BLOCK_M * size.BLOCK_N / (32 * size.num_warps) <= 128)
+
+
+TUNERS = {
+    "depthwise_swish": Tuner(depthwise_swish, "CONFIGS", _strips(), depthwise_calls),
+    "pointwise": Tuner(pointwise, "CONFIGS", _blocks(), pointwise_calls),
+    "residual_tail": Tuner(residual_tail, "STORES_ACTIVATED", (False, True), residual_tail_calls),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kernel", choices=("depthwise_swish", "pointwise"))
-    kernel = parser.parse_args().kernel
-    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    {"depthwise_swish": tune_depthwise_swish, "pointwise": tune_pointwise}[kernel]()
+    parser.add_argument("tables", nargs="*", metavar="table", help=", ".join(TUNERS))
+    names = parser.parse_args().tables or list(TUNERS)
+    unknown = sorted(set(names) - set(TUNERS))
+    if unknown:
+        parser.error(f"{', '.join(unknown)} has no table; there are {', '.join(TUNERS)}")
+    if not torch.cuda.is_available():
+        parser.error("kernels are timed on a CUDA device, and there is none")
+    measured_on = f"Timed on an {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}."
+    for name in (name for name in TUNERS if name in names):
+        tune(TUNERS[name], time_ms, torch.device("cuda"))
+        write_table(TUNERS[name], measured_on)
 
 
 if __name__ == "__main__":

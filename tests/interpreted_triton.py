@@ -40,6 +40,7 @@ OP_NAMES = (
     "se_gate_residual",
     "gaussian_latent",
     "pixel_head",
+    "residual_tail",
 )
 PRECISIONS = [torch.float32, torch.float16]
 
@@ -261,6 +262,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
     """Arguments of every op, all of which have a gradient for the first."""
     x, weight = normal(2, 5, 3, 4), normal(6, 5)
     gate = normal(3, 5), normal(3), normal(5, 3), normal(5)
+    tail = normal(3, 3, 5), normal(5), weight, normal(6), normal(3, 6), normal(3), normal(6, 3), normal(6)
     return {
         "depthwise_swish": (x, normal(3, 3, 5), normal(5), True),
         "pointwise": (x, weight, weight.T, normal(6), normal(2, 6, 3, 4), True),
@@ -269,6 +271,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "se_gate_residual": (x, normal(2, 5, 3, 4), *gate),
         "gaussian_latent": (normal(2, 10, 3, 4), x, 0.7, True),
         "pixel_head": (normal(2, 10, 3, 4), x, True),
+        "residual_tail": (x, normal(2, 6, 6, 8), *tail, True),
     }
 
 
@@ -287,13 +290,16 @@ def backward_arguments(name: str, arguments: tuple[Any, ...], outputs: Any) -> t
     if name == "se_gate_residual":
         y, hidden, gate = outputs
         return torch.ones_like(y), arguments[0], hidden, gate, arguments[2], arguments[4]
+    if name == "residual_tail":
+        y, *saved = outputs
+        return torch.ones_like(y), arguments[0], *saved, *arguments[2:10:2], arguments[10]
     return torch.ones_like(outputs[0]), torch.ones_like(outputs[1]), *arguments[:-1]
 
 
 def differentiable(name: str, outputs: Any) -> tuple[Tensor, ...]:
     """The outputs that have a gradient."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return outputs[:1] if name == "se_gate_residual" else outputs
+    return outputs[:1] if name in ("se_gate_residual", "residual_tail") else outputs
 
 
 @pytest.mark.parametrize("name", OP_NAMES)

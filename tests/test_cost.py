@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -37,6 +37,20 @@ def test_bytes_are_those_of_every_argument_and_result() -> None:
     assert _bytes_moved(lambda: x.permute(0, 2, 3, 1).flatten(0, 2)[1:].detach()) == 4 * 2 * 96  # the copy of flatten
     assert _bytes_moved(lambda: x.view(2, 48)[:, 1:]) == 0
     assert _bytes_moved(lambda: torch.empty(1, 3, 1, 1, device=META).expand(2, 3, 4, 4) + x) == 4 * (3 + 2 * 96)
+
+
+def test_what_the_kernels_of_one_op_hand_each_other_is_moved_too() -> None:
+    """h 5 channels of 4x4 pixels, y 3: h2 and s are written and read; dy is read twice, dh2 written and read."""
+    h, skip = (torch.empty(2, C, 4, 4, device=META) for C in (5, 3))
+    sizes = ((3, 3, 5), (5,), (3, 5), (3,), (2, 3), (2,), (3, 2), (3,))
+    weights = [torch.empty(size, device=META) for size in sizes]
+    h2, s, read, gate = 2 * 80, 2 * 48, sum(w.numel() for w in weights), 2 * (2 + 3)
+    forward = partial(torch.ops.vaebm_triton.residual_tail, h, skip, *weights, False)
+    assert _bytes_moved(forward) == 4 * (h2 + 2 * h2 + 2 * s + 2 * s + read + gate)  # h, h2, s, skip and y
+    _, *saved = forward()
+    backward = partial(torch.ops.vaebm_triton.residual_tail_backward, skip, h, *saved, *weights[::2], False)
+    read = sum(w.numel() for w in weights[::2])
+    assert _bytes_moved(backward) == 4 * (2 * s + s + h2 + 2 * h2 + 2 * h2 + read + gate)  # dy, s, h2, dh2, h and dh
 
 
 def test_a_convolutions_backward_reads_no_input() -> None:

@@ -34,6 +34,9 @@ CASES = (
     *ops.energy_epilogue_cases(2, 17, 9),
     *ops.energy_head_cases(2, 17, 9),
     *ops.se_gate_residual_cases(2, 40, 9),
+    *ops.residual_tail_cases(2, 35, 17, 9),
+    *ops.residual_tail_cases(2, 70, 300, 6),  # wide enough to store swish(h2)
+    *ops.residual_tail_cases(2, 33, 20, 5, K=3, upsample=True),
     *ops.heads_cases(2, 5, 7),
     *ops.heads_cases(2, 3, 9, pixels=True),
     *ops.power_iteration_cases(2, 37, 140),

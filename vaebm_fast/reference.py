@@ -118,6 +118,45 @@ def inverted_residual_backward(
     return pointwise_backward(dh1, expand_weight)
 
 
+def residual_tail(
+    h: Tensor,
+    skip: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    *,
+    upsample: bool,
+) -> Tensor:
+    """y; see `vaebm_fast.ops.residual_tail.residual_tail`."""
+    h2 = depthwise_swish(h, depthwise_weight, depthwise_bias, upsample=upsample)
+    s = pointwise(h2, project_weight, project_bias, swish=True)
+    return se_gate_residual(s, skip, weight_in, bias_in, weight_out, bias_out)
+
+
+def residual_tail_backward(
+    dy: Tensor,
+    h: Tensor,
+    h2: Tensor,
+    s: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    depthwise_weight: Tensor,
+    project_weight: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    *,
+    upsample: bool,
+) -> Tensor:
+    """Its gradient for h; see `vaebm_fast.ops.residual_tail.residual_tail_backward`."""
+    ds = se_gate_residual_backward(dy, s, hidden, gate, weight_in, weight_out)
+    return depthwise_swish_backward(pointwise_backward(ds, project_weight, h2), h, depthwise_weight, upsample=upsample)
+
+
 def power_iteration(weight: Tensor, u: Tensor, v: Tensor, *, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
     """Leading singular vectors of [B, M, K]; see `vaebm_fast.ops.power_iteration.power_iteration`."""
     for _ in range(iterations):

@@ -16,11 +16,13 @@ from vaebm_fast.frozen import fold
 from vaebm_fast.frozen.fold import Affine, Conv
 from vaebm_fast.frozen.part import Part, slots
 from vaebm_fast.frozen.units import (
+    Depthwise,
     Pointwise,
     SqueezeExcite,
     depthwise_swish,
     depthwise_swish_phases,
     interleave,
+    residual_tail,
     se_gate_residual,
 )
 from vaebm_fast.models.layers import (
@@ -33,19 +35,11 @@ from vaebm_fast.models.layers import (
     DownSkip,
     InvertedResidual,
 )
-from vaebm_fast.ops import depthwise_swish as ops
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.depthwise_swish import pack_depthwise
 from vaebm_fast.ops.inverted_residual import inverted_residual, is_taken
 
 FUSED_SIDE = 64  # from this side on a block's weights are small and its hidden tensor large: fuse all of it
-
-
-class Depthwise(NamedTuple):
-    """A depthwise convolution as `ops.depthwise_swish` takes it: [K, K, C] and [C]."""
-
-    weight: Tensor
-    bias: Tensor
 
 
 class InvertedResidualWeights(NamedTuple):
@@ -113,8 +107,19 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         return self._backend != "reference" and weight.shape[1] == 1 and self._resample != "down"
 
     def __call__(self, x: Tensor) -> Tensor:
-        s = self._fused_branch(x) if self._is_fused(x) else self._branch(x)
-        return se_gate_residual(s, _run_skip(x, self.weights.skip, self._backend), self.weights.se, self._backend)
+        w, skip = self.weights, _run_skip(x, self.weights.skip, self._backend)
+        if self._is_fused(x):
+            return se_gate_residual(self._fused_branch(x), skip, w.se, self._backend)
+        h, up = w.expand(x, self._backend), self._resample == "up"
+        if isinstance(w.depthwise, Depthwise):
+            return residual_tail(h, skip, w.depthwise, w.project, w.se, self._backend, upsample=up)
+        if up:
+            phases = depthwise_swish_phases(h, w.depthwise)
+            s = interleave([w.project(phase, self._backend, swish=True) for phase in phases])
+        else:
+            h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
+            s = w.project(h, self._backend, swish=True)
+        return se_gate_residual(s, skip, w.se, self._backend)
 
     def _is_fused(self, x: Tensor) -> bool:
         """Whether one kernel runs the whole branch on x [N, C, H, W]."""
@@ -124,24 +129,10 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         return isinstance(middle, Depthwise) and is_taken(x, middle.weight)
 
     def _fused_branch(self, x: Tensor) -> Tensor:
-        """s by one kernel, which reads the same weights as the three of `_branch`."""
+        """s by one kernel, which reads the same weights as those that run one after the other."""
         expand, middle, project, _, _ = self.weights
         weights = (expand.weight.forward, expand.bias, *middle, project.weight.forward, project.bias)
         return inverted_residual(x, *weights, backend=self._backend)[0]
-
-    def _branch(self, x: Tensor) -> Tensor:
-        """s, one kernel after the other."""
-        w = self.weights
-        h = w.expand(x, self._backend)
-        if isinstance(w.depthwise, Depthwise):
-            up = self._resample == "up"
-            h = ops.depthwise_swish(h, w.depthwise.weight, w.depthwise.bias, upsample=up, backend=self._backend)
-        elif self._resample == "up":
-            phases = depthwise_swish_phases(h, w.depthwise)
-            return interleave([w.project(phase, self._backend, swish=True) for phase in phases])
-        else:
-            h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
-        return w.project(h, self._backend, swish=True)
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):

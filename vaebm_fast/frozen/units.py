@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
+from vaebm_fast.ops import depthwise_swish as depthwise_ops
+from vaebm_fast.ops import residual_tail as tail_ops
 from vaebm_fast.ops import se_gate_residual as ops
-from vaebm_fast.ops._backend import Backend, backend_for
+from vaebm_fast.ops._backend import OP_BACKENDS, Backend, backend_for
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise
 
 
@@ -24,6 +26,13 @@ class SqueezeExcite(NamedTuple):
     bias_in: Tensor
     weight_out: Tensor
     bias_out: Tensor
+
+
+class Depthwise(NamedTuple):
+    """A depthwise convolution as `ops.depthwise_swish` takes it: [K, K, C] and [C]."""
+
+    weight: Tensor
+    bias: Tensor
 
 
 class Pointwise(NamedTuple):
@@ -72,3 +81,25 @@ def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend:
     if se is None:
         return s.add_(skip)
     return ops.se_gate_residual(s, skip, *se, backend=backend_for("se_gate_residual", backend))
+
+
+def residual_tail(
+    h: Tensor,
+    skip: Tensor,
+    depthwise: Depthwise,
+    project: Pointwise,
+    se: SqueezeExcite | None,
+    backend: Backend,
+    *,
+    upsample: bool,
+) -> Tensor:
+    """skip + gate(s) * s, s = W2 swish(Wd * swish(h) + bd) + b2: one op where the backend has it, else its parts."""
+    if se is not None and backend in OP_BACKENDS["residual_tail"]:
+        project_weight, project_bias = project.weight.forward, project.bias
+        assert project_bias is not None
+        weights = (*depthwise, project_weight, project_bias, *se)
+        return tail_ops.residual_tail(h, skip, *weights, upsample=upsample, backend=backend)
+    h = depthwise_ops.depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
+    if se is None:
+        return project(h, backend, skip, swish=True)
+    return se_gate_residual(project(h, backend, swish=True), skip, se, backend)

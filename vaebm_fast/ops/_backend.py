@@ -32,6 +32,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pointwise_backward": ("reference", "cpu", "triton"),
         "inverted_residual": ("reference", "cuda"),
         "inverted_residual_backward": ("reference", "cuda"),
+        "residual_tail": ("reference", "triton"),
+        "residual_tail_backward": ("reference", "triton"),
         "power_iteration": ("reference", "cpu", "cuda"),
         "energy_epilogue": ("reference", "cpu", "triton"),
         "energy_epilogue_backward": ("reference", "cpu", "triton"),

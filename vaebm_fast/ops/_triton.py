@@ -50,8 +50,12 @@ def register(
     fake_backward: Callable[..., Any],
     save: Callable[..., None],
     backward: Callable[..., Any],
+    is_compiled: bool = True,
 ) -> None:
-    """Register fakes and gradient of `op` in both namespaces; `backward(ops, ctx, *gradients)` gets its own one."""
+    """Register fakes and gradient of `op` in both namespaces; `backward(ops, ctx, *gradients)` gets its own one.
+
+    An op that is in Triton alone is not `is_compiled`.
+    """
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
@@ -59,10 +63,10 @@ def register(
     def refuse(ctx: Any, *gradients: Any) -> NoReturn:
         raise RuntimeError(f"{op} is differentiable once; backend='reference' has further derivatives.")
 
-    register_fake(op, fake)
-    register_fake(f"{op}_backward", fake_backward)
-    for namespace in _namespaces():
+    for namespace in _namespaces() if is_compiled else ("vaebm_triton",):
         name, ops = f"{namespace}::{op}", getattr(torch.ops, namespace)
+        torch.library.register_fake(name, fake)
+        torch.library.register_fake(f"{name}_backward", fake_backward)
         torch.library.register_autograd(name, partial(backward, ops), setup_context=save)
         torch.library.register_autograd(f"{name}_backward", refuse, setup_context=save_nothing)
 

@@ -34,8 +34,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# By the largest K, upsample, backward and the bytes of an element. benchmarks/tune_triton.py measures candidates.
+# By the largest K, upsample, backward and the bytes of an element.
 CONFIGS: dict[tuple[int, bool, bool, int], Config] = {
+    # tune_triton: begin CONFIGS
+    # Not timed yet: chosen by what ptxas reports.
     (5, False, False, 4): Config(4, 4, 32, True, 4),
     (5, False, True, 4): Config(4, 4, 32, True, 4),
     (5, True, False, 4): Config(4, 4, 32, True, 4),
@@ -52,6 +54,7 @@ CONFIGS: dict[tuple[int, bool, bool, int], Config] = {
     (11, False, True, 2): Config(4, 4, 32, False, 4),
     (11, True, False, 2): Config(4, 4, 32, True, 4),
     (11, True, True, 2): Config(2, 4, 32, False, 4),
+    # tune_triton: end CONFIGS
 }
 MAX_ROWS = 32  # of the target that a program walks down at most; the next one reads the TAPS - 1 rows in between again
 
@@ -83,15 +86,15 @@ def _read_row(
 
 @triton.jit
 def depthwise_kernel(
-    source, weight, bias, slope_of, target, N, H, W, rows, columns,
+    source, weight, bias, slope_of, target, activated, N, H, W, rows, columns,
     C: tl.constexpr, K: tl.constexpr, UPSAMPLE: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
     STRIP: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Grid: units of (image, chunk of rows, strip), blocks of channels, phases of the output.
 
-    source [N, H, W, C] -> target [N, PHASES rows, PHASES columns, C], slope_of like it; a program walks down ROWS
-    rows of one phase. Each source element is read (STRIP S + TAPS - S) / (STRIP S) times, from the cache after the
-    first; each target element is written once.
+    source [N, H, W, C] -> target [N, PHASES rows, PHASES columns, C], slope_of like it, as is activated = swish(target)
+    where asked for; a program walks down ROWS rows of one phase. Each source element is read (STRIP S + TAPS - S) /
+    (STRIP S) times, from the cache after the first; each target element is written once.
     """
     FOLD: tl.constexpr = 2 if UPSAMPLE else 1
     S: tl.constexpr = 2 if UPSAMPLE and BACKWARD else 1
@@ -165,6 +168,9 @@ def depthwise_kernel(
             if BACKWARD:
                 y *= swish_slope(tl.load(slope_of + offset, mask=inside, other=0.0).to(tl.float32))
             tl.store(target + offset, y.to(target.dtype.element_ty), mask=inside)
+            if activated is not None:
+                stored = y.to(target.dtype.element_ty).to(tl.float32)  # the bits that a reader of target would make
+                tl.store(activated + offset, swish(stored).to(target.dtype.element_ty), mask=inside)
 
 
 def _config(K: int, upsample: bool, backward: bool, itemsize: int) -> Config:
@@ -174,7 +180,13 @@ def _config(K: int, upsample: bool, backward: bool, itemsize: int) -> Config:
 
 
 def _launch(
-    source: Tensor, weight: Tensor, bias: Tensor | None, slope_of: Tensor | None, target: Tensor, upsample: bool
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slope_of: Tensor | None,
+    target: Tensor,
+    upsample: bool,
+    activated: Tensor | None = None,
 ) -> None:
     """One launch over all images; tensors [N, C, H, W] with NHWC memory."""
     if target.numel() == 0:
@@ -188,18 +200,26 @@ def _launch(
     units = N * triton.cdiv(rows, chunk) * triton.cdiv(columns, config.STRIP)
     grid = (triton.cdiv(units, config.BLOCK_X), triton.cdiv(C, config.BLOCK_C), phases * phases)
     depthwise_kernel[grid](
-        source, weight, bias, slope_of, target, N, H, W, rows, columns,
+        source, weight, bias, slope_of, target, activated, N, H, W, rows, columns,
         C=C, K=K, UPSAMPLE=upsample, BACKWARD=backward, ROWS=chunk, **config._asdict(),
     )  # fmt: skip
 
 
 def depthwise_swish(h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> Tensor:
     """y of `vaebm_fast.ops.depthwise_swish.depthwise_swish`, channels_last."""
+    return depthwise_activated(h, weight, bias, upsample, False)[0]
+
+
+def depthwise_activated(
+    h: Tensor, weight: Tensor, bias: Tensor, upsample: bool, with_activated: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y of `depthwise_swish`, and swish(y) where asked for, from one launch."""
     N, C, H, W = h.shape
     scale = 2 if upsample else 1
     y = torch.empty((N, C, scale * H, scale * W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
-    _launch(nhwc(h), weight.contiguous(), bias.contiguous(), None, y, upsample)
-    return y
+    activated = torch.empty_like(y, memory_format=torch.channels_last) if with_activated else None
+    _launch(nhwc(h), weight.contiguous(), bias.contiguous(), None, y, upsample, activated)
+    return y, activated
 
 
 def depthwise_swish_backward(dy: Tensor, h: Tensor, weight: Tensor, upsample: bool) -> Tensor:

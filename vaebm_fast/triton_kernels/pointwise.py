@@ -22,8 +22,10 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By shape class and how operands are multiplied. benchmarks/tune_triton.py measures candidates.
+# By shape class and how operands are multiplied.
 CONFIGS: dict[tuple[str, str], Config] = {
+    # tune_triton: begin CONFIGS
+    # Not timed yet: chosen by what ptxas reports.
     ("narrow", "half"): Config(128, 32, 64, 4, 3),
     ("small", "half"): Config(64, 64, 64, 4, 4),
     ("large", "half"): Config(128, 128, 64, 8, 3),
@@ -33,42 +35,51 @@ CONFIGS: dict[tuple[str, str], Config] = {
     ("narrow", "ieee"): Config(64, 32, 16, 4, 3),
     ("small", "ieee"): Config(64, 64, 16, 4, 3),
     ("large", "ieee"): Config(64, 64, 16, 4, 3),
+    # tune_triton: end CONFIGS
 }
 GROUP = 8  # blocks of pixels whose programs run side by side, so that they share the weight in the L2 cache
 
 
 @triton.jit
 def pointwise_kernel(
-    x, weight, bias, residual, slope_of, y, M, outer, stride_outer, stride_inner,
+    x, weight, bias, residual, slope_of, gate, shift, y, sums, images, pixels, outer, stride_outer, stride_inner,
     INNER: tl.constexpr, ACTIVATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per BLOCK_M x BLOCK_N of y [M, outer] = (f(x) W' + bias + residual) swish'(slope_of).
 
-    x [M, INNER]; W [outer, INNER] by its strides; the last four terms where they are there. Reads x once per BLOCK_N
-    channels of y and W once per BLOCK_M pixels, mostly from the L2 cache; writes y once.
+    x [M, INNER], M = images * pixels, and no block reaches from one image into the next; W [outer, INNER] by its
+    strides; f: swish, or gate x + shift, both [images, INNER], or nothing; the last three terms where they are there.
+    sums: float32 [images, blocks of an image, outer], y summed over each block before it is rounded.
+    Reads x once per BLOCK_N channels of y and W once per BLOCK_M pixels, mostly from the L2 cache; writes y once.
     """
-    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(outer, BLOCK_N)
+    tiles, blocks_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(outer, BLOCK_N)
     group, in_group = tl.program_id(0) // (GROUP * blocks_n), tl.program_id(0) % (GROUP * blocks_n)
-    group_rows = tl.minimum(blocks_m - group * GROUP, GROUP)
+    group_rows = tl.minimum(images * tiles - group * GROUP, GROUP)
     block_m, block_n = group * GROUP + in_group % group_rows, in_group // group_rows
-    m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    image = (block_m // tiles).to(tl.int64)
+    pixel = (block_m % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    m = image * pixels + pixel
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     k = tl.arange(0, BLOCK_K)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, INNER, BLOCK_K):
         a_inner, b_inner = start + k[None, :], start + k[:, None]
-        a = tl.load(x + m * INNER + a_inner, mask=(m < M) & (a_inner < INNER), other=0.0)
+        a = tl.load(x + m * INNER + a_inner, mask=(pixel < pixels) & (a_inner < INNER), other=0.0)
         b = tl.load(
             weight + n.to(tl.int64) * stride_outer + b_inner.to(tl.int64) * stride_inner,
             mask=(n < outer) & (b_inner < INNER), other=0.0,
         )  # fmt: skip
         if ACTIVATE:
             a = swish(a.to(tl.float32)).to(a.dtype)
+        if gate is not None:
+            scale = tl.load(gate + image * INNER + a_inner, mask=a_inner < INNER, other=0.0).to(tl.float32)
+            added = tl.load(shift + image * INNER + a_inner, mask=a_inner < INNER, other=0.0)
+            a = (a.to(tl.float32) * scale + added).to(a.dtype)
         total = tl.dot(a, b, total, input_precision=PRECISION)
 
-    inside = (m < M) & (n < outer)
+    inside = (pixel < pixels) & (n < outer)
     offset = m * outer + n
     if bias is not None:
         total += tl.load(bias + n, mask=n < outer, other=0.0).to(tl.float32)
@@ -77,6 +88,9 @@ def pointwise_kernel(
     if slope_of is not None:
         total *= swish_slope(tl.load(slope_of + offset, mask=inside, other=0.0).to(tl.float32))
     tl.store(y + offset, total.to(y.dtype.element_ty), mask=inside)
+    if sums is not None:
+        of_block = tl.sum(tl.where(pixel < pixels, total, 0.0), axis=0, keep_dims=True)
+        tl.store(sums + block_m.to(tl.int64) * outer + n, of_block, mask=n < outer)
 
 
 def shape_class(M: int, inner: int, outer: int) -> str:
@@ -93,36 +107,58 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, slope_of: Tensor | None, activate: bool
-) -> Tensor:
-    """W f(x) and what is added or multiplied to it; weight [outer, inner], of any strides."""
+def config_of(x: Tensor, outer: int) -> Config:
+    """What the table says for the product of x [N, inner, H, W] that has so many channels."""
     N, inner, H, W = x.shape
-    outer, M = weight.shape[0], N * H * W
+    return CONFIGS[shape_class(N * H * W, inner, outer), precision_of(x.dtype)]
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    slope_of: Tensor | None = None,
+    *,
+    activate: bool = False,
+    gate: tuple[Tensor, Tensor] | None = None,
+    with_sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, sums) of `pointwise_kernel`; x [N, inner, H, W], weight [outer, inner] of any strides, gate with its shift.
+
+    Blocks are kept apart by image where its gate is read or its sums are asked for, else they run through all pixels.
+    """
+    N, inner, H, W = x.shape
+    outer = weight.shape[0]
     y = torch.empty((N, outer, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    images, pixels = (N, H * W) if with_sums or gate is not None else (1, N * H * W)
+    config = config_of(x, outer)
+    config = config._replace(BLOCK_M=min(config.BLOCK_M, max(16, triton.next_power_of_2(pixels))))
+    tiles, sums = triton.cdiv(pixels, config.BLOCK_M), None
+    if with_sums:
+        sums = torch.empty((N, tiles, outer), dtype=torch.float32, device=x.device)
     if y.numel() == 0:
-        return y
-    precision = precision_of(x.dtype)
-    config = CONFIGS[shape_class(M, inner, outer), precision]
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(outer, config.BLOCK_N),)
+        return y, sums
+    grid = (images * tiles * triton.cdiv(outer, config.BLOCK_N),)
     pointwise_kernel[grid](
-        nhwc(x), weight, bias, _optional(residual), _optional(slope_of), y, M, outer, *weight.stride(),
-        INNER=inner, ACTIVATE=activate, PRECISION="tf32" if precision == "tf32" else "ieee", GROUP=GROUP,
+        nhwc(x), weight, bias, _optional(residual), _optional(slope_of), *(gate or (None, None)), y, sums,
+        images, pixels, outer, *weight.stride(),
+        INNER=inner, ACTIVATE=activate, PRECISION="tf32" if precision_of(x.dtype) == "tf32" else "ieee", GROUP=GROUP,
         **config._asdict(),
     )  # fmt: skip
-    return y
+    return y, sums
 
 
 def pointwise(
     x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
 ) -> Tensor:
     """y of `vaebm_fast.ops.pointwise.pointwise`, channels_last."""
-    return _launch(x, weight, None if bias is None else bias.contiguous(), residual, None, swish)
+    return product(x, weight, None if bias is None else bias.contiguous(), residual, activate=swish)[0]
 
 
 def pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
     """dx of `vaebm_fast.ops.pointwise.pointwise_backward`, channels_last."""
-    return _launch(dy, weight_t, None, None, x, False)
+    return product(dy, weight_t, slope_of=x)[0]
 
 
 def _optional(x: Tensor | None) -> Tensor | None:

@@ -5,6 +5,8 @@ The sums are taken in a fixed order, chunk by chunk, so results have the same bi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -113,13 +115,32 @@ def apply_kernel(
     tl.store(y + offset, value.to(y.dtype.element_ty), mask=inside)
 
 
-def _sums(s: Tensor, dy: Tensor | None) -> Tensor:
-    """float32 [N, chunks, C]."""
+def sums_of(s: Tensor, dy: Tensor | None) -> Tensor:
+    """Sums of s over chunks of pixels, or of dy s; float32 [N, chunks, C]."""
     N, C, H, W = s.shape
     sums = torch.empty((N, triton.cdiv(H * W, CHUNK), C), dtype=torch.float32, device=s.device)
     grid = (sums.shape[1], triton.cdiv(C, BLOCK_C), N)
     sum_kernel[grid](s, dy, sums, H * W, C, CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4)
     return sums
+
+
+def gate_of(sums: Tensor, pixels: int, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """hidden [N, hidden] and gate [N, C] from any partial sums of s [N, chunks, C]."""
+    N, _, C = sums.shape
+    hidden, gate = (torch.empty((N, size), dtype=dtype, device=sums.device) for size in (weights[0].shape[0], C))
+    if N > 0:
+        weights = [weight.contiguous() for weight in weights]
+        gate_kernel[(N,)](sums, *weights, hidden, gate, pixels, **_gate_constants(sums, hidden))
+    return hidden, gate
+
+
+def shift_of(sums: Tensor, pixels: int, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
+    """What the gate adds to every pixel of ds, float32 [N, C], from any partial sums of dy s."""
+    shift = torch.empty(gate.shape, dtype=torch.float32, device=sums.device)
+    if shift.numel() > 0:
+        given = (part.contiguous() for part in (hidden, gate, weight_in, weight_out))
+        gate_backward_kernel[(sums.shape[0],)](sums, *given, shift, pixels, **_gate_constants(sums, hidden))
+    return shift
 
 
 def _gate_constants(sums: Tensor, hidden: Tensor) -> dict[str, int]:
@@ -135,11 +156,13 @@ def _gate_constants(sums: Tensor, hidden: Tensor) -> dict[str, int]:
     }
 
 
-def _apply(x: Tensor, gate: Tensor, skip: Tensor | None, shift: Tensor | None) -> Tensor:
+def apply(x: Tensor, gate: Tensor, skip: Tensor | None, shift: Tensor | None) -> Tensor:
+    """gate x + skip, or gate x + shift, channels_last."""
     N, C, H, W = x.shape
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    grid = (triton.cdiv(H * W, BLOCK_P), triton.cdiv(C, BLOCK_C), N)
-    apply_kernel[grid](x, gate, skip, shift, y, H * W, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4)
+    if y.numel() > 0:
+        grid = (triton.cdiv(H * W, BLOCK_P), triton.cdiv(C, BLOCK_C), N)
+        apply_kernel[grid](x, gate, skip, shift, y, H * W, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4)
     return y
 
 
@@ -148,27 +171,20 @@ def se_gate_residual(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of `vaebm_fast.ops.se_gate_residual.se_gate_residual`, channels_last; hidden [N, hidden]; gate [N, C]."""
     N, C, H, W = s.shape
-    hidden, gate = s.new_empty((N, weight_in.shape[0])), s.new_empty((N, C))
     if s.numel() == 0:
-        return torch.empty_like(s, memory_format=torch.channels_last), hidden, gate
+        empty = torch.empty_like(s, memory_format=torch.channels_last)
+        return empty, s.new_empty((N, weight_in.shape[0])), s.new_empty((N, C))
     s = nhwc(s)
-    sums = _sums(s, None)
-    weights = [weight.contiguous() for weight in (weight_in, bias_in, weight_out, bias_out)]
-    gate_kernel[(N,)](sums, *weights, hidden, gate, H * W, **_gate_constants(sums, hidden))
-    return _apply(s, gate, nhwc(skip), None), hidden, gate
+    hidden, gate = gate_of(sums_of(s, None), H * W, (weight_in, bias_in, weight_out, bias_out), s.dtype)
+    return apply(s, gate, nhwc(skip), None), hidden, gate
 
 
 def se_gate_residual_backward(
     dy: Tensor, s: Tensor, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor
 ) -> Tensor:
     """ds of `vaebm_fast.ops.se_gate_residual.se_gate_residual_backward`, channels_last."""
-    N, C, H, W = s.shape
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.channels_last)
-    dy = nhwc(dy)
-    sums = _sums(nhwc(s), dy)
-    shift = torch.empty((N, C), dtype=torch.float32, device=s.device)
-    hidden, gate, weight_in, weight_out = (part.contiguous() for part in (hidden, gate, weight_in, weight_out))
-    constants = _gate_constants(sums, hidden)
-    gate_backward_kernel[(N,)](sums, hidden, gate, weight_in, weight_out, shift, H * W, **constants)
-    return _apply(dy, gate, None, shift)
+    dy, pixels = nhwc(dy), s.shape[2] * s.shape[3]
+    shift = shift_of(sums_of(nhwc(s), dy), pixels, hidden, gate, weight_in, weight_out)
+    return apply(dy, gate.contiguous(), None, shift)

@@ -1,0 +1,91 @@
+"""residual_tail and its backward: four launches each way, made of the kernels of the three ops that it joins.
+
+What the join saves: the sums of s come from the projection's own blocks; ds is made where the projection's gradient
+reads dy, and is never stored; and swish(h2) is computed once where the projection would do it for every block of its
+channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vaebm_fast.triton_kernels.activation import nhwc
+from vaebm_fast.triton_kernels.depthwise_swish import depthwise_activated, depthwise_swish_backward
+from vaebm_fast.triton_kernels.pointwise import config_of, precision_of, product
+from vaebm_fast.triton_kernels.se_gate_residual import apply, gate_of, shift_of, sums_of
+
+# Whether the depthwise stores swish(h2) beside h2 for the projection to read, by the largest C of the cell and how
+# operands are multiplied. The bits of the results are the same.
+STORES_ACTIVATED: dict[tuple[int, str], bool] = {
+    # tune_triton: begin STORES_ACTIVATED
+    # Not timed yet: chosen by counting.
+    (128, "half"): False,
+    (256, "half"): False,
+    (512, "half"): True,
+    (1024, "half"): True,
+    (128, "tf32"): False,
+    (256, "tf32"): False,
+    (512, "tf32"): True,
+    (1024, "tf32"): True,
+    (128, "ieee"): False,
+    (256, "ieee"): True,
+    (512, "ieee"): True,
+    (1024, "ieee"): True,
+    # tune_triton: end STORES_ACTIVATED
+}
+
+
+def stores_activated(C: int, dtype: torch.dtype) -> bool:
+    """What the table says for a cell of C channels; beyond its widest, what it says there."""
+    widths = sorted({width for width, _ in STORES_ACTIVATED})
+    return STORES_ACTIVATED[next((width for width in widths if width >= C), widths[-1]), precision_of(dtype)]
+
+
+def residual_tail(
+    h: Tensor,
+    skip: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    project_weight: Tensor,
+    project_bias: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    upsample: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y of `vaebm_fast.ops.residual_tail.residual_tail`, and for the backward h2, s, hidden and gate."""
+    stores = stores_activated(project_weight.shape[0], h.dtype)
+    h2, activated = depthwise_activated(h, depthwise_weight, depthwise_bias, upsample, stores)
+    read = h2 if activated is None else activated
+    s, sums = product(read, project_weight, project_bias.contiguous(), activate=not stores, with_sums=True)
+    assert sums is not None
+    weights = (weight_in, bias_in, weight_out, bias_out)
+    hidden, gate = gate_of(sums, s.shape[2] * s.shape[3], weights, s.dtype)
+    return apply(s, gate, nhwc(skip), None), h2, s, hidden, gate
+
+
+def residual_tail_backward(
+    dy: Tensor,
+    h: Tensor,
+    h2: Tensor,
+    s: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    depthwise_weight: Tensor,
+    project_weight: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    upsample: bool,
+) -> Tensor:
+    """dh of `vaebm_fast.ops.residual_tail.residual_tail_backward`, channels_last."""
+    if h.numel() == 0:
+        return torch.empty_like(h, memory_format=torch.channels_last)
+    dy, gate, pixels = nhwc(dy), gate.contiguous(), s.shape[2] * s.shape[3]
+    shift = shift_of(sums_of(nhwc(s), dy), pixels, hidden, gate, weight_in, weight_out)
+    if pixels >= config_of(dy, h.shape[1]).BLOCK_M:
+        dh2, _ = product(dy, project_weight.T, slope_of=h2, gate=(gate, shift))
+    else:  # blocks that end with an image would be smaller, and read the weight more often than dy and ds cost
+        dh2, _ = product(apply(dy, gate, None, shift), project_weight.T, slope_of=h2)
+    return depthwise_swish_backward(dh2, h, depthwise_weight, upsample)
