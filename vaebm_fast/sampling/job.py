@@ -115,7 +115,8 @@ def _ready_together(
         sampler = LangevinSampler(pair, **asdict(options.chain()), device=device)
         if ranks.rank == 0:
             hashes = {"nvae": content_sha256(model.vae), "energy": content_sha256(model.energy)}
-            plan = make_plan(options, folder, seeds, sampler, hashes)
+            threads = max(1, torch.get_num_threads() // ranks.local_world)
+            plan = make_plan(options, folder, seeds, sampler, hashes, threads)
             folder.share()
     except (ValueError, OSError, RuntimeError) as error:
         failure = error

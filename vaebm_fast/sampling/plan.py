@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.sampling import journal, manifest
 from vaebm_fast.sampling.assembly import intact_products, needs_part
@@ -29,15 +27,23 @@ class Plan:
 
 
 def make_plan(
-    options: SampleOptions, folder: Folder, seeds: Seeds, sampler: LangevinSampler, hashes: Mapping[str, str]
+    options: SampleOptions,
+    folder: Folder,
+    seeds: Seeds,
+    sampler: LangevinSampler,
+    hashes: Mapping[str, str],
+    threads: int,
 ) -> Plan:
-    """Settle the settings, look what is there and whole, and forget what is not. Raises SamplingErrors."""
+    """Settle the settings, look what is there and whole, and forget what is not. Raises SamplingErrors.
+
+    `threads` is how many a process on a CPU has, unless the folder says otherwise.
+    """
     settings = manifest.settle(
         folder,
         _asked(options, seeds, sampler, hashes),
         lambda: {
             "batch_size": options.batch_size or automatic_batch_size(sampler, len(seeds)),
-            "threads": torch.get_num_threads() if sampler.device.type == "cpu" else None,
+            "threads": threads if sampler.device.type == "cpu" else None,
         },
     )
     batch_size = settings["batch_size"]

@@ -30,7 +30,7 @@ class Report:
 def conclude(
     folder: Folder, seeds: Seeds, plan: Plan, records: Iterable[Record], reports: Sequence[Report], total_s: float
 ) -> str:
-    """Write the summary of a complete job, unless this run found it complete; the line to print.
+    """Write the summary of a complete job, unless an earlier run has; the line to print.
 
     Raises SamplingError naming the seeds whose chains failed, which have no image.
     """
@@ -38,7 +38,7 @@ def conclude(
     failed = sorted(seed for record in records for seed in record.failed)
     images, seconds = sum(report.images for report in reports), max(report.seconds for report in reports)
     rate = images / seconds if seconds > 0 else 0.0
-    if plan.todo:
+    if plan.todo or not (folder.out / NAME).exists():
         summary = {
             "images": len(seeds) - len(failed),
             "finished_seeds": seeds.without(failed),
