@@ -166,7 +166,7 @@ def test_chain_on_given_noise(case: str, potential: Any, monkeypatch: pytest.Mon
     noise = [layout.join([eps.float() for eps in eps_z], eps_x.float()) for *eps_z, eps_x in golden["chain_noise"]]
     monkeypatch.setattr(reference, "philox_normal", lambda seeds, draw, **_: noise[int(draw) - 1])
     seeds = seed_tensor(range(noise[0].shape[0]))
-    update = partial(langevin_update, seeds=seeds, stream=0, step_size=expected["step_size"], backend="reference")
+    update = partial(langevin_update, seeds=seeds, stream=0, backend="reference")
     energies: list[Tensor] = []
 
     def energy_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,12 +175,12 @@ def test_chain_on_given_noise(case: str, potential: Any, monkeypatch: pytest.Mon
         u, gradients = model.energy_and_grad(eps_z, eps_x, potential=potential)
         return u, layout.join(gradients[:-1], gradients[-1])
 
-    eps, _ = langevin_chain(
+    eps = langevin_chain(
         energy_and_grad,
         layout.join(start["eps_z"], start["eps_x"]),
         update,
-        steps=expected["num_steps"],
-    )
+        step_sizes=[expected["step_size"]] * expected["num_steps"],
+    ).eps
     eps_z, eps_x = layout.split(eps)
     assert relative_error(torch.stack(energies), expected["energies"]) < 1e-4
     assert largest_error([*eps_z, eps_x], [*expected["eps_z"], expected["eps_x"]]) < 1e-5

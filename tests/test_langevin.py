@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -97,19 +98,20 @@ def test_a_chain_repeats_the_update_it_is_given_and_records_u_before_each_step()
     start, noise = torch.randn(2, 5), torch.randn(3, 2, 5)
     given, states = start.clone(), [start]
 
-    def update(eps: Tensor, gradient: Tensor, *, draw: Tensor, nonfinite_at: Tensor) -> None:
-        eps += -0.05 * gradient + math.sqrt(0.1) * noise[int(draw) - 1]
+    def update(eps: Tensor, gradient: Tensor, *, draw: Tensor, nonfinite_at: Tensor, step_size: float) -> None:
+        eps += -step_size / 2 * gradient + math.sqrt(step_size) * noise[int(draw) - 1]
 
-    final, potentials = langevin_chain(
+    step_sizes = (0.1, 0.3, 0.2)
+    final, potentials, _ = langevin_chain(
         lambda eps: (eps.square().sum(1), 2 * eps),
         start,
         update,
-        steps=3,
+        step_sizes=step_sizes,
         on_step=lambda k, eps: states.append(eps.clone()),
     )
     assert torch.equal(start, given)
-    for k in range(3):
-        expected = states[k] - 0.05 * 2 * states[k] + math.sqrt(0.1) * noise[k]
+    for k, h in enumerate(step_sizes):
+        expected = states[k] - h / 2 * 2 * states[k] + math.sqrt(h) * noise[k]
         torch.testing.assert_close(states[k + 1], expected)
         assert torch.equal(potentials[k], states[k].square().sum(1))
     assert torch.equal(final, states[3])
@@ -145,7 +147,7 @@ def test_a_given_start_replaces_the_seeds_own() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_chains_that_leave_the_numbers_are_named_with_the_first_step_after_one_wait(bad: float) -> None:
+def test_a_chain_notes_the_first_step_after_which_each_state_was_not_finite(bad: float) -> None:
     calls = 0
 
     def energy_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,11 +158,133 @@ def test_chains_that_leave_the_numbers_are_named_with_the_first_step_after_one_w
         gradient[1, 0] = bad if calls == 2 else 0
         return eps.sum(1), gradient
 
-    update = partial(langevin_update, seeds=seed_tensor(range(6)), stream=0, step_size=0.1)
-    with pytest.raises(NonFiniteChainError, match=r"^2 chains .* first at step 2 \(positions \[1, 4\]\)") as caught:
-        langevin_chain(energy_and_grad, torch.zeros(6, 3), update, steps=5)
-    assert caught.value.images == [1, 4]
-    assert calls == 5, "the host looks once, when all steps are done"
+    update = partial(langevin_update, seeds=seed_tensor(range(6)), stream=0)
+    course = langevin_chain(energy_and_grad, torch.zeros(6, 3), update, step_sizes=[0.1] * 5)
+    assert course.nonfinite_at.tolist() == [-1, 2, -1, -1, 3, -1]
+    assert calls == 5, "nobody looks before all steps are done"
+
+
+# Chains that leave the numbers.
+class Quartic(Bowl):
+    """U = sum eps^4 / 4, where a step of h diverges from |eps| = 2 / sqrt(h) on."""
+
+    latent_shapes = [(1, 2, 2)]
+    image_shape = (1, 2, 2)
+
+    def energy_and_grad(
+        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        noise = [*eps_z, eps_x]
+        return torch.stack([eps.pow(4).flatten(1).sum(1) / 4 for eps in noise]).sum(0), [eps.pow(3) for eps in noise]
+
+
+UNSTABLE = LangevinSampler(Quartic(), steps=20, step_size=0.8)
+SEEDS = list(range(2**63 - 12, 2**63 + 12))
+
+
+def test_chains_that_leave_the_numbers_are_named_by_their_seeds() -> None:
+    with pytest.raises(NonFiniteChainError, match="chains became non-finite, the first at step") as caught:
+        UNSTABLE.run(SEEDS)
+    error = caught.value
+    assert 2 < len(error.images) < len(SEEDS)
+    assert error.seeds == [SEEDS[position] for position in error.images]
+    assert f"(seeds {error.seeds[:8]})" in str(error)
+    fine = [seed for seed in SEEDS if seed not in error.seeds]
+    assert bool(UNSTABLE.run(fine).eps.isfinite().all())
+    for seed in error.seeds:
+        with pytest.raises(NonFiniteChainError, match=rf"\(seeds \[{seed}\]\)"):
+            UNSTABLE.run([seed])
+
+
+@pytest.mark.parametrize("stream", [Stream.CHAIN, Stream.TRAIN_CHAIN])
+def test_chains_that_leave_the_numbers_run_again_from_their_starts_with_a_tenth_of_the_step(stream: Stream) -> None:
+    options: dict[str, Any] = dict(stream=stream, nonfinite="redo", trace_every=3)
+    start = UNSTABLE.start(SEEDS, stream) * 1.2
+    chains = UNSTABLE.run(SEEDS, start=start, **options)
+    others = [position for position in range(len(SEEDS)) if position not in chains.redone]
+    assert chains.redone and others and not chains.failed
+    calm = LangevinSampler(Quartic(), steps=20, step_size=0.1 * 0.8)
+    for sampler, rows in ((UNSTABLE, others), (calm, chains.redone)):
+        alone = sampler.run([SEEDS[row] for row in rows], start=start[rows], stream=stream, trace_every=3)
+        assert torch.equal(chains.eps[rows], alone.eps) and torch.equal(chains.images[rows], alone.images)
+        assert torch.equal(chains.potentials[:, rows], alone.potentials)
+        assert chains.trace is not None and alone.trace is not None
+        for name in ("energies", "gradient_norms", "images"):
+            assert torch.equal(getattr(chains.trace, name)[:, rows], getattr(alone.trace, name))
+
+
+def test_chains_that_leave_the_numbers_twice_are_reported_and_have_no_image() -> None:
+    start = UNSTABLE.start(SEEDS)
+    start[[3, 7], 0] = 100.0
+    chains = UNSTABLE.run(SEEDS, start=start, nonfinite="redo")
+    assert chains.failed == [3, 7] and set(chains.failed) < set(chains.redone)
+    assert chains.images.isnan().flatten(1).all(1).nonzero().flatten().tolist() == [3, 7]
+    assert chains.images.isfinite().flatten(1).all(1).sum() == len(SEEDS) - 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_samples_of_chains_that_left_the_numbers_are_those_of_the_redo_and_never_black_squares(batch_size: int) -> None:
+    expected = UNSTABLE.run(SEEDS, nonfinite="redo")
+    assert torch.equal(UNSTABLE.sample(SEEDS, batch_size), to_uint8(expected.images))
+    hopeless = LangevinSampler(Quartic(), steps=40, step_size=5.0)
+    failed = hopeless.run(SEEDS, nonfinite="redo").failed
+    with pytest.raises(NonFiniteChainError, match=r"non-finite twice, with steps 0\.1 as large too") as caught:
+        hopeless.sample(SEEDS, batch_size)
+    assert caught.value.seeds == [SEEDS[position] for position in caught.value.images]
+    assert caught.value.images == failed[: len(caught.value.images)], "of the first batch where one failed"
+
+
+# Schedules, starts, traces.
+def test_a_schedule_gives_every_step_its_own_size() -> None:
+    sizes, keys = [0.5, 0.25, 0.125], seed_tensor([5, 6])
+    chains = LangevinSampler(Bowl(), steps=3, step_size=sizes).run(keys)
+    expected = normal(keys, 0, Stream.CHAIN, chains.eps.shape[1])
+    for k, h in enumerate(sizes, start=1):
+        expected = expected - h / 2 * expected + math.sqrt(h) * normal(keys, k, Stream.CHAIN, expected.shape[1])
+    assert torch.equal(chains.eps, expected)
+    assert torch.equal(LangevinSampler(Bowl(), steps=3, step_size=torch.tensor(sizes)).run(keys).eps, expected)
+    same = LangevinSampler(Bowl(), steps=3, step_size=[0.5] * 3).run(keys).eps
+    for one in (0.5, torch.tensor(0.5)):
+        assert torch.equal(LangevinSampler(Bowl(), steps=3, step_size=one).run(keys).eps, same)
+
+
+def test_start_temperature_scales_the_chains_own_start_and_no_given_one() -> None:
+    plain, cold = (
+        LangevinSampler(Bowl(), steps=1, step_size=0.5, start_temperature=start_temperature)
+        for start_temperature in (1.0, 0.25)
+    )
+    start = plain.start([1, 2])
+    assert torch.equal(cold.start([1, 2]), 0.25 * start)
+    assert torch.equal(cold.run([1, 2]).eps, plain.run([1, 2], start=0.25 * start).eps)
+    assert torch.equal(cold.run([1, 2], start=start).eps, plain.run([1, 2], start=start).eps)
+
+
+@pytest.mark.parametrize("every", [1, 2, 9])
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_a_trace_holds_energies_gradient_norms_and_images_before_every_kth_step(
+    potential: Potential, every: int
+) -> None:
+    model = tiny_model()
+    sampler = LangevinSampler(model, steps=5, step_size=1e-2, potential=potential, temperature=0.7)
+    states = [sampler.start([4, 5])]
+    chains = sampler.run([4, 5], trace_every=every, on_step=lambda k, eps: states.append(eps.clone()))
+    trace = chains.trace
+    assert trace is not None and trace.steps == list(range(1, 6, every))
+    assert torch.equal(chains.eps, sampler.run([4, 5]).eps)
+    for t, step in enumerate(trace.steps):
+        eps_z, eps_x = sampler.layout.split(states[step - 1])
+        u, gradients = model.energy_and_grad(eps_z, eps_x, potential, 0.7)
+        norms = sampler.layout.join(gradients[:-1], gradients[-1]).norm(dim=1)
+        torch.testing.assert_close(trace.energies[t], u)
+        torch.testing.assert_close(trace.gradient_norms[t], norms)
+        torch.testing.assert_close(trace.images[t], model.mean_image(eps_z, 0.7).detach())
+
+
+def test_no_trace_where_none_is_asked_for_and_an_empty_one_of_no_steps() -> None:
+    assert LangevinSampler(Bowl(), steps=2, step_size=0.1).run([1]).trace is None
+    trace = LangevinSampler(Bowl(), steps=0, step_size=0.1).run([1], trace_every=1).trace
+    assert trace is not None and trace.steps == [] and trace.images.shape == (0, 1, *Bowl.image_shape)
+    assert trace.energies.shape == trace.gradient_norms.shape == (0, 1)
 
 
 # The sampler.
@@ -231,6 +355,11 @@ def test_uint8_is_255_times_the_image_rounded_and_never_rescaled() -> None:
         ({"step_size": 0.0}, r"step_size is 0\.0; it must be a positive number\."),
         ({"step_size": math.nan}, r"step_size is nan; it must be a positive number\."),
         ({"step_size": math.inf}, r"step_size is inf; it must be a positive number\."),
+        ({"steps": 0, "step_size": -1.0}, r"step_size is -1\.0; it must be a positive number\."),
+        ({"steps": 2, "step_size": [0.1, math.nan]}, r"step_size is nan; it must be a positive number\."),
+        ({"steps": 3, "step_size": [0.1, 0.2]}, r"step_size holds 2 numbers; a chain of 3 steps takes one, or 3\."),
+        ({"start_temperature": -0.1}, r"start_temperature is -0\.1; it must be a number from 0 up\."),
+        ({"start_temperature": math.inf}, r"start_temperature is inf; it must be a number from 0 up\."),
         ({"potential": "exact"}, r"'exact' is not known; it is one of energy, paper, official\."),
     ],
 )
@@ -239,11 +368,15 @@ def test_settings_that_make_no_chain_are_refused(arguments: dict[str, object], s
         LangevinSampler(Bowl(), **{"steps": 1, "step_size": 0.1, **arguments})
 
 
-def test_a_start_of_another_shape_and_an_empty_batch_size_are_refused() -> None:
+def test_arguments_of_a_run_that_do_not_fit_are_refused() -> None:
     sampler = LangevinSampler(tiny_model(), steps=1, step_size=0.1)
     for shape in ((1, 26), (2, 25)):
         with pytest.raises(ValueError, match=r"start has shape .*; 2 seeds of this model need \(2, 26\)\."):
             sampler.run([1, 2], start=torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"nonfinite is 'ignore'; it is one of raise, redo\."):
+        sampler.run([1], nonfinite="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"trace_every is 0; it must be at least 1\."):
+        sampler.run([1], trace_every=0)
     for batch_size in (0, -1):
         with pytest.raises(ValueError, match="batch_size is .*; it must be at least 1"):
             sampler.sample([1, 2], batch_size)
