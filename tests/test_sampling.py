@@ -466,6 +466,17 @@ def test_failed_chains_have_no_image_and_are_named_while_all_others_are_written(
             assert [name for name in archive.getnames() if name.endswith("png")] == [f"{s:06d}.png" for s in kept]
 
 
+@pytest.mark.parametrize("format", ["png", "npz"])
+def test_where_every_chain_leaves_the_numbers_there_is_no_image_and_no_black_square(
+    format: Any, options: SampleOptions
+) -> None:
+    with pytest.raises(SamplingError, match=r"^10 of 10 chains .*\(seeds 0, 1, 2, 3, 4, 5, 6, 7 and 2 more\)"):
+        run_job(replace(options, step_size=1e35, format=format))
+    assert pictures(options.out) == {}
+    assert format == "png" or np.load(options.out / "samples.npz")["arr_0"].shape == (0, 4, 4, 3)
+    assert json.loads((options.out / "summary.json").read_text())["finished_seeds"] == ""
+
+
 # The disk, the meter, the command.
 def test_an_array_that_does_not_fit_on_the_disk_is_refused_and_pictures_are_warned_of(
     options: SampleOptions, monkeypatch: pytest.MonkeyPatch

@@ -109,8 +109,9 @@ def automatic_batch_size(sampler: LangevinSampler, total: int) -> int:
 
 def _that_fit(sampler: LangevinSampler) -> int:
     """How many images the free memory takes, from what one step needs for one and for four."""
+    first = sampler.step_sizes[:1]
     probe = LangevinSampler(
-        sampler.model, steps=1, step_size=sampler.step_size, potential=sampler.potential, device=sampler.device
+        sampler.model, steps=len(first), step_size=first, potential=sampler.potential, device=sampler.device
     )
     peaks = []
     for images in (1, 4):
