@@ -5,19 +5,26 @@ Tests named "sanitised" are small enough for compute-sanitizer (`make gpu`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import pytest
 import torch
+from sampling_jobs import options_for, save_networks, tiny_model
 from torch import Tensor
 
 import vaebm_fast as vf
 from benchmarks import ops
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
+from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models import EnergyNetwork
 from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops._backend import why_not
+from vaebm_fast.sampling import run_job
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
@@ -92,3 +99,23 @@ def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(backend: Any, dty
         assert off < 1e-5
     else:
         assert off < 2 * error(gradient(model.freeze(dtype, "reference"), eps.to(DEVICE)), truth) + 0.01
+
+
+def test_a_sampling_job_finds_its_batch_size_and_writes_the_bare_chains_images(tmp_path: Path) -> None:
+    options = options_for(
+        save_networks(tmp_path),
+        tmp_path / "out",
+        seeds="0-39",
+        batch_size=None,
+        device="cuda",
+        processes=1,
+        format="npy",
+    )
+    assert run_job(options) == 0
+    assert json.loads((options.out / "manifest.json").read_text())["batch_size"] == 16  # 40 images: in several blocks
+    images = np.load(options.out / "samples.npy")
+    sampler = LangevinSampler(tiny_model().to(DEVICE), steps=3, step_size=0.05, device=DEVICE)
+    batches = [range(0, 16), range(16, 32), range(32, 40)]
+    expected = torch.cat([to_uint8(sampler.run(batch).images).cpu() for batch in batches]).numpy()
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    assert json.loads((options.out / "summary.json").read_text())["this_run"]["processes"][0]["memory_gib"] > 0

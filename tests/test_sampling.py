@@ -376,6 +376,32 @@ def test_an_automatic_batch_is_a_power_of_two_by_pixels_and_images(side: int, to
     assert automatic_batch_size(sampler, total) == expected
 
 
+def test_on_a_gpu_the_free_memory_bounds_an_automatic_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step takes 100 bytes, and 10 more for each image."""
+    taken = {"peak": 0, "free": 0}
+    sampler: Any = SimpleNamespace(
+        layout=SimpleNamespace(image_shape=(3, 16, 16)), device=torch.device("cuda"),
+        model=None, step_sizes=(0.1, 0.1), potential="paper",
+    )  # fmt: skip
+
+    class Probe:
+        def __init__(self, model: None, *, steps: int, step_size: Sequence[float], **_: Any) -> None:
+            assert steps == len(step_size) == 1
+
+        def run(self, seeds: Sequence[int], nonfinite: str) -> None:
+            taken["peak"] = 1000 + 100 + 10 * len(seeds)
+
+    monkeypatch.setattr(blocks, "LangevinSampler", Probe)
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: taken["peak"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (taken["free"], 10**9))
+    for free, expected in ((0, 1), (1000, 64), (925, 64), (924, 32), (10**8, 512)):
+        taken["free"] = free
+        assert automatic_batch_size(sampler, 50_000) == expected
+
+
 class ShortOfMemory:
     """A sampler whose memory takes `most` images at a time; image i has the grey level of its seed."""
 
