@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 import pytest
 import torch
 from sampling_jobs import options_for, save_networks, tiny_model
