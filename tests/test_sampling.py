@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 import time
 import zipfile
@@ -19,14 +20,14 @@ import torch
 from PIL import Image
 from sampling_jobs import images_in, options_for, save_networks, tiny_model
 
-from vaebm_fast import _command, cli
 from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.langevin import Chains, LangevinSampler, to_uint8
-from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, outputs, run_job
+from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, journal, outputs, run_job
 from vaebm_fast.sampling.blocks import BlockSampler, automatic_batch_size
+from vaebm_fast.sampling.journal import Journal, Record, Watcher
 from vaebm_fast.sampling.options import Seeds
 from vaebm_fast.sampling.outputs import Output, Part
-from vaebm_fast.sampling.telemetry import GpuMeter
+from vaebm_fast.sampling.telemetry import GpuMeter, gpu_meter
 
 Networks = tuple[Path, Path]
 FORMATS = ("png", "zip", "tar", "npz", "npy")
@@ -197,6 +198,24 @@ def test_bytes_do_not_depend_on_the_time(format: Any, tmp_path: Path, monkeypatc
     assert made[0] == made[1]
 
 
+def test_progress_is_what_all_processes_have_added_to_their_journals(tmp_path: Path) -> None:
+    job = folder.Folder(tmp_path)
+    job.prepare()
+    Journal(job, 0).add(Record(0, images=4, computed_at_once=4, files={}))
+    journal.merge(job, journal.read(job))  # of an earlier run
+    watcher = Watcher(job)
+    assert watcher.new_images() == 0
+    Journal(job, 0).add(Record(1, images=4, computed_at_once=4, files={}))
+    Journal(job, 7).add(Record(2, images=2, computed_at_once=4, files={}))
+    with (tmp_path / ".job" / "journal.7.jsonl").open("ab") as file:
+        file.write(b'{"block": 3, "images": 4,')
+        file.flush()
+        assert watcher.new_images() == 6 and watcher.new_images() == 0
+        file.write(b' "computed_at_once": 4, "files": {}}\n')
+    assert watcher.new_images() == 4
+    job.release()
+
+
 # What a job records, and what it makes of a folder that holds something.
 def test_the_manifest_holds_hashes_and_settings_and_the_summary_what_was_done(options: SampleOptions) -> None:
     assert run_job(options) == 0
@@ -272,7 +291,8 @@ def test_of_several_tars_only_the_blocks_of_a_damaged_one_are_made_again(
     options = replace(options, format="tar", batch_size=2)
     assert run_job(options) == 0
     whole = images_in(options.out)
-    assert len([name for name in whole if name.endswith(".tar")]) == 4
+    shards = [tarfile.open(fileobj=io.BytesIO(whole[f"samples-0000{shard}.tar"])).getnames() for shard in range(4)]
+    assert [[int(name[:6]) for name in names[::2]] for names in shards] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     damage(options.out / "samples-00001.tar", "cut")  # positions 3, 4, 5
     computed.clear()
     assert run_job(options) == 0
@@ -553,29 +573,20 @@ def test_a_meter_reports_utilisation_memory_and_joules_per_image() -> None:
     assert set(meter.figures(images=0).values()) == {None}
 
 
-def test_the_command_hands_its_options_on_and_ends_with_the_jobs_code(
-    networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[SampleOptions] = []
-    monkeypatch.setattr(cli, "run_job", lambda options: seen.append(options) or _command.INTERRUPTED)
-    arguments = ["sample", "--nvae", str(networks[0]), "--energy", str(networks[1]), "--preset", "celeba_256"]
-    assert cli.main([*arguments, "--seeds", "0-49999", "--out", str(tmp_path), "--format", "tar"]) == 130
-    assert seen == [
-        SampleOptions(
-            nvae=networks[0], energy=networks[1], preset="celeba_256", seeds="0-49999", out=tmp_path, format="tar"
-        )
-    ]
+def test_the_meter_of_a_device_is_found_by_its_uuid_and_missing_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    nvml: Any = FakeNVML()
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = asked.append
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert gpu_meter(torch.device("cuda", 1)) is not None and asked == ["GPU-12-34"]
+    assert gpu_meter(torch.device("cpu")) is None
 
+    def no_driver() -> None:
+        raise nvml.NVMLError
 
-def test_the_command_samples_and_tells_errors_in_one_line(
-    networks: Networks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["sample", "--nvae", str(networks[0]), "--energy", str(networks[1]), "--out", str(tmp_path / "out")]
-    chain = ["--steps", "2", "--step-size", "0.05", "--device", "cpu"]
-    assert cli.main([*arguments, *chain, "--seeds", "3-5"]) == 0
-    assert "Made 3 images" in capsys.readouterr().out and len(pictures(tmp_path / "out")) == 3
-    assert cli.main([*arguments, *chain, "--seeds", "5-3"]) == 1
-    assert cli.main([*arguments, "--seeds", "3-5"]) == 1
-    assert cli.main([*arguments, *chain, "--seeds", "3-6"]) == 1
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and all(error.startswith("error: ") for error in errors)
+    nvml.nvmlInit = no_driver
+    assert gpu_meter(torch.device("cuda")) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
+    assert gpu_meter(torch.device("cuda")) is None

@@ -143,7 +143,7 @@ def killed_at_renaming(which: int, after: bool) -> Callable[[], None]:
 
 
 # No room, no right to write.
-@pytest.mark.parametrize("which", [0, 3, 7])
+@pytest.mark.parametrize("which", [0, 3, 9])
 def test_a_full_disk_stops_the_job_with_one_sentence_and_it_goes_on_later(
     which: int,
     networks: Networks,

@@ -102,9 +102,8 @@ def _journals(folder: Folder) -> list[Path]:
 
 
 def _records(content: bytes) -> Iterator[Record]:
-    for line in content.splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            try:
-                yield Record(**json.loads(line))
-            except (ValueError, TypeError):
-                continue  # garbled by a crash of the machine: its block is made again
+    for line in content.splitlines():
+        try:
+            yield Record(**json.loads(line))
+        except (ValueError, TypeError):
+            continue  # cut short by a kill, or garbled by a crash of the machine: its block is made again
