@@ -22,7 +22,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("cli", "train.py"),
     ("demo",),  # a command of cli
     ("sampling", "training", "evaluation", "cost"),
-    ("langevin", "graphs", "replay", "checkpoint", "data"),
+    ("langevin", "replay", "checkpoint", "data"),
+    ("graphs",),  # knows nothing of chains
     ("frozen",),
     ("models", "noise"),
     ("ops",),

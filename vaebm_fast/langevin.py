@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast.config import POTENTIALS, Potential
+from vaebm_fast.graphs import Graphs
 from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
 from vaebm_fast.ops.langevin_update import langevin_update
 
@@ -44,10 +45,13 @@ class ChainModel(Protocol):
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor: ...
 
 
+@runtime_checkable
 class FrozenModel(ChainModel, Protocol):
-    """A compiled form that follows its live model."""
+    """A compiled form of a live model, whose weights stay at one place in memory."""
 
     def refresh(self) -> None: ...
+
+    def require_fresh(self) -> None: ...
 
 
 @runtime_checkable
@@ -104,7 +108,8 @@ def langevin_chain(
 
     One other tensor holds the state, and each step writes over it: U must not be a view of it, and
     `before_step(k, eps, gradient)` and `on_step(k, eps)`, which see it before and after step k = 1, 2, ..., clone what
-    they keep. Nothing here waits for the device; `Course.nonfinite_at` tells what went wrong.
+    they keep. Nothing here waits for the device; `Course.nonfinite_at` tells what went wrong. A graph may capture it:
+    the step's number is a tensor, each step's size is a constant of its own launch.
     """
     eps = start.detach().clone(memory_format=torch.contiguous_format)
     draw = torch.zeros((), dtype=torch.int64, device=eps.device)
@@ -152,6 +157,14 @@ class Chains:
     trace: Trace | None = None
 
 
+class _Plan(NamedTuple):
+    """What all chains of a batch share, and what a captured batch is known by."""
+
+    stream: int
+    step_sizes: tuple[float, ...]
+    trace_every: int | None
+
+
 class _Outcome(NamedTuple):
     """A batch of chains as tensors: `Course`, the mean images, and the trace's norms and images (T' may be 0)."""
 
@@ -178,6 +191,8 @@ class LangevinSampler:
     chain's own start. temperature: what scales the latents' noise in the decoder. A chain per seed.
     A live model is frozen, in float32, and folded anew before a run when its weights changed meanwhile. For another
     precision or backend give it frozen: `model.freeze(...)`, whose `refresh` is then the caller's.
+    capture: on CUDA, a batch of a size and settings that were there before is captured into a CUDA graph and replayed
+    from then on (`vaebm_fast.graphs`). A model of another kind keeps its weights in one place, or goes without.
     """
 
     def __init__(
@@ -190,6 +205,7 @@ class LangevinSampler:
         temperature: float = 1.0,
         start_temperature: float = 1.0,
         device: torch.device | str = "cpu",
+        capture: bool = True,
     ) -> None:
         if potential not in POTENTIALS:
             raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
@@ -207,6 +223,7 @@ class LangevinSampler:
         self.start_temperature = start_temperature
         self.device = torch.device(device)
         self.layout = NoiseLayout(self.model.latent_shapes, self.model.image_shape)
+        self._graphs = Graphs() if capture else None
 
     def start(self, seeds: Iterable[int] | Tensor, stream: Stream = Stream.CHAIN) -> Tensor:
         """The seeds' own starting states, N(0, start_temperature^2 I), [N, D]: draw 0 of their noise."""
@@ -241,51 +258,54 @@ class LangevinSampler:
         needed = (keys.shape[0], self.layout.dim)
         if start is not None and tuple(start.shape) != needed:
             raise ValueError(f"start has shape {tuple(start.shape)}; {needed[0]} seeds of this model need {needed}.")
-        if self._followed is not None:
-            self._followed.refresh()
 
         start = self.start(keys, stream) if start is None else start
-        outcome = self._chains(keys, start, stream, self.step_sizes, trace_every, on_step)
+        plan = _Plan(int(stream), self.step_sizes, trace_every)
+        outcome = self._run(keys, start, plan, on_step)
         redone, failed = _positions_not_finite(outcome.nonfinite_at), []
         if redone and nonfinite == "raise":
             first = int(outcome.nonfinite_at[redone].min())
             raise NonFiniteChainError(redone, _numbers(keys[redone]), f", the first at step {first}")
         if redone:
-            smaller = [REDO_STEP_SCALE * step_size for step_size in self.step_sizes]
-            again = self._chains(keys[redone], start[redone], stream, smaller, trace_every)
-            outcome = outcome.with_chains(redone, again)
+            smaller = plan._replace(step_sizes=tuple(REDO_STEP_SCALE * step_size for step_size in self.step_sizes))
+            outcome = outcome.with_chains(redone, self._chains(keys[redone], start[redone], smaller))
             failed = _positions_not_finite(outcome.nonfinite_at)
         trace = None if trace_every is None else _trace_of(outcome, trace_every)
         return Chains(outcome.eps, outcome.potentials, outcome.images, redone, failed, trace)
 
+    def _run(self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None) -> _Outcome:
+        """`_chains` with fresh weights, captured where that can be."""
+        if self._followed is not None:
+            self._followed.refresh()
+        elif isinstance(self.model, FrozenModel):
+            self.model.require_fresh()  # a replay would not look
+        if self._graphs is None or on_step is not None:
+            return self._chains(keys, start, plan, on_step)
+        key = (plan, self.potential, self.temperature)
+        return _Outcome(*self._graphs(partial(self._chains, plan=plan), (keys, start), key))
+
     def _chains(
-        self,
-        keys: Tensor,
-        start: Tensor,
-        stream: Stream,
-        step_sizes: Sequence[float],
-        trace_every: int | None,
-        on_step: Callable[[int, Tensor], None] | None = None,
+        self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None = None
     ) -> _Outcome:
         """The chains of `keys`, whatever becomes of them."""
+        every = plan.trace_every
         norms: list[Tensor] = []
         images: list[Tensor] = []
 
         @torch.no_grad()
         def look(k: int, eps: Tensor, gradient: Tensor) -> None:
-            if trace_every is not None and (k - 1) % trace_every == 0:
+            if every is not None and (k - 1) % every == 0:
                 norms.append(torch.linalg.vector_norm(gradient + eps if self._has_prior else gradient, dim=1))
                 images.append(self._mean_images(eps))
 
-        update = partial(langevin_update, seeds=keys, stream=int(stream), prior=self._has_prior)
+        update = partial(langevin_update, seeds=keys, stream=plan.stream, prior=self._has_prior)
         course = langevin_chain(
-            self._energy_and_grad, start, update, step_sizes=step_sizes, before_step=look, on_step=on_step
+            self._energy_and_grad, start, update, step_sizes=plan.step_sizes, before_step=look, on_step=on_step
         )
         final = self._mean_images(course.eps)
         traced_norms = torch.stack(norms) if norms else course.potentials.new_empty(0, len(keys))
-        return _Outcome(
-            *course, final, traced_norms, torch.stack(images) if images else final.new_empty(0, *final.shape)
-        )
+        traced_images = torch.stack(images) if images else final.new_empty(0, *final.shape)
+        return _Outcome(*course, final, traced_norms, traced_images)
 
     def _energy_and_grad(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """U, and its gradient without the prior's part, which `langevin_update` adds on its way."""

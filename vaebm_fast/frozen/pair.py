@@ -74,6 +74,13 @@ class FrozenVAEBM:
         """Whether a live weight was edited or replaced since it was folded; costs a look at every version counter."""
         return any(part.is_stale for part in self._parts)
 
+    def require_fresh(self) -> None:
+        """Raise StaleWeightsError where `is_stale`."""
+        if self.is_stale:
+            raise StaleWeightsError(
+                "The model's weights changed after it was frozen; call refresh() on the frozen pair before using it."
+            )
+
     def refresh(self) -> None:
         """Fold the parts whose live weights changed into the same memory; the others cost a look at their counters.
 
@@ -138,10 +145,7 @@ class FrozenVAEBM:
 
     def _check(self, eps_z: Sequence[Tensor], eps_x: Tensor | None = None) -> None:
         """Raise unless the weights are fresh and the noise has this pair's shapes, precision and device."""
-        if self.is_stale:
-            raise StaleWeightsError(
-                "The model's weights changed after it was frozen; call refresh() on the frozen pair before using it."
-            )
+        self.require_fresh()
         batch = self._model.vae.check_noise(eps_z)
         if eps_x is not None and tuple(eps_x.shape) != (batch, *self.image_shape):
             raise ValueError(
