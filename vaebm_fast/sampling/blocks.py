@@ -15,7 +15,7 @@ from vaebm_fast.sampling.folder import AGAIN, SamplingError
 
 MOST_IMAGES, MOST_PIXELS = 512, {"cuda": 64 * 256 * 256, "cpu": 4 * 64 * 64}  # of an automatic batch
 LEAST_BLOCKS = 64  # of a job, where that leaves blocks of 16: so that no process is left without
-USED_SHARE = 0.8  # of the free memory: the rest is for what fragments
+USED_SHARE = 0.45  # of the free memory: a captured chain keeps what it took, and a shorter batch takes its own
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def automatic_batch_size(sampler: LangevinSampler, total: int) -> int:
 
 def _that_fit(sampler: LangevinSampler) -> int:
     """How many images the free memory takes, from what one step needs for one and for four."""
-    first = sampler.step_sizes[:1]
+    first, potential = sampler.step_sizes[:1], sampler.potential
     probe = LangevinSampler(
-        sampler.model, steps=len(first), step_size=first, potential=sampler.potential, device=sampler.device
+        sampler.model, steps=len(first), step_size=first, potential=potential, device=sampler.device, capture=False
     )
     peaks = []
     for images in (1, 4):
