@@ -103,7 +103,7 @@ def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(backend: Any, dty
 def test_a_sampling_job_writes_the_bare_chains_images_whether_a_block_is_captured_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process runs its first block eagerly and replays others: which these are, follows from how many processes run."""
+    """Which blocks a process runs eagerly and which it replays, follows from how many processes there are."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     options = options_for(
         save_networks(tmp_path), tmp_path / "out", seeds="0-63", batch_size=None, device="cuda", processes=1,
