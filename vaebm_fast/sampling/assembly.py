@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 
@@ -46,11 +45,9 @@ def assemble(folder: Folder, output: Output, seeds: Seeds, batch_size: int, reco
         failed = {seed for block in blocks for seed in records[block].failed}
         parts = [_part(folder, output, seeds, batch_size, records[block]) for block in blocks]
         wanted = [seed for seed in seeds.between(product.first, product.stop) if seed not in failed]
-        with folder.replacing(product.name) as temporary:
+        with folder.replacing(product.name, durable=True) as temporary:
             with temporary.open("wb") as file:
                 output.assemble(parts, wanted, file)
-                file.flush()
-                os.fsync(file.fileno())
             sha256 = file_sha256(temporary)
         folder.write_json(PRODUCTS, {**(read_json(folder, PRODUCTS) or {}), product.name: sha256})
     if products:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
-from vaebm_fast.checkpoint.store import file_sha256
+from vaebm_fast.checkpoint.store import file_sha256, sync
 
 STATE = ".job"
 PARTS = f"{STATE}/parts"
@@ -81,28 +81,35 @@ class Folder:
                 os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     @contextlib.contextmanager
-    def replacing(self, name: str) -> Iterator[Path]:
-        """A temporary to write; then `name` is the whole of it. After an error it is what it was before."""
+    def replacing(self, name: str, *, durable: bool = False) -> Iterator[Path]:
+        """A temporary to write; then `name` is the whole of it. After an error it is what it was before.
+
+        durable: after a power cut too. Pictures and parts are not: one that is gone is missed by its hash.
+        """
         path, temporary = self.out / name, self._temporaries / uuid4().hex
         with self._naming(path):
             try:
                 yield temporary
+                if durable:
+                    sync(temporary)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary, path)
+                if durable:
+                    sync(path.parent)
             except BaseException:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
                 raise
 
-    def write(self, name: str, data: bytes) -> str:
-        """Write a file whole; its SHA-256. Not waited for: a file that a power cut takes is missed by its hash."""
-        with self.replacing(name) as temporary:
+    def write(self, name: str, data: bytes, *, durable: bool = False) -> str:
+        """Write a file whole; its SHA-256. durable: as in `replacing`."""
+        with self.replacing(name, durable=durable) as temporary:
             temporary.write_bytes(data)
         return hashlib.sha256(data).hexdigest()
 
     def write_json(self, name: str, value: object) -> None:
-        """Write JSON whole."""
-        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
+        """Write JSON whole and durable."""
+        self.write(name, (json.dumps(value, indent=2) + "\n").encode(), durable=True)
 
     def is_intact(self, name: str, sha256: str) -> bool:
         """Whether the file is there with this content."""

@@ -31,7 +31,7 @@ from vaebm_fast.sampling.journal import Journal, Watcher
 from vaebm_fast.sampling.options import SampleOptions, Seeds
 from vaebm_fast.sampling.outputs import Output
 from vaebm_fast.sampling.plan import Plan, make_plan
-from vaebm_fast.sampling.ranks import Ranks, interruptible, joined, of_torchrun, start
+from vaebm_fast.sampling.ranks import ProcessLostError, Ranks, interruptible, joined, of_torchrun, start
 from vaebm_fast.sampling.summary import Report, conclude
 from vaebm_fast.sampling.telemetry import gpu_meter
 from vaebm_fast.sampling.writer import Writer
@@ -73,6 +73,10 @@ def run_rank(options: SampleOptions, ranks: Ranks, store: Path | None = None) ->
             if ranks.speaks:
                 print(f"Stopped; {AGAIN}.")
             return _command.INTERRUPTED
+        except ProcessLostError:
+            if ranks.speaks:
+                raise
+            return _command.FAILED
 
 
 def _work(options: SampleOptions, ranks: Ranks) -> int:
@@ -205,8 +209,12 @@ def _progress(
         return
     watcher = Watcher(folder)
     with tqdm(total=total, initial=done, unit="image", disable=None if options.progress else True) as bar:
-        yield lambda: bar.update(watcher.new_images()) and None
-        bar.update(watcher.new_images())
+
+        def look() -> None:
+            bar.update(watcher.new_images())
+
+        yield look
+        look()
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def read(folder: Folder) -> list[Record]:
 def merge(folder: Folder, records: Iterable[Record]) -> None:
     """Keep these records alone: one journal holds them, and those of the processes begin anew."""
     lines = [json.dumps(asdict(record)) + "\n" for record in sorted(records, key=lambda record: record.block)]
-    folder.write(f"{folder.state.name}/{MERGED}", "".join(lines).encode())
+    folder.write(f"{folder.state.name}/{MERGED}", "".join(lines).encode(), durable=True)
     for path in _journals(folder):
         if path.name != MERGED:
             path.unlink()

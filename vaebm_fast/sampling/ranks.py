@@ -30,6 +30,10 @@ GRACE_S = 10
 T = TypeVar("T")
 
 
+class ProcessLostError(SamplingError):
+    """Another process of the job is gone; it has told why, or was killed."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process, `rank` of `world`, and `local_rank` of `local_world` on its machine."""
@@ -45,7 +49,7 @@ class Ranks:
         return self.local_rank == 0
 
     def exchange(self, value: T) -> list[T]:
-        """The values of all processes, by rank; each waits for all. Raises SamplingError when one ended meanwhile."""
+        """The values of all processes, by rank; each waits for all. Raises ProcessLostError when one ended."""
         if self.world == 1:
             return [value]
         values: list[T] = [value] * self.world
@@ -54,7 +58,7 @@ class Ranks:
         return values
 
     def wait(self, meanwhile: Callable[[], object]) -> None:
-        """Until all processes are here; calls `meanwhile` now and then. Raises SamplingError as `exchange` does."""
+        """Until all processes are here; calls `meanwhile` now and then. Raises ProcessLostError when one ended."""
         if self.world == 1:
             return
         with _losing_none():
@@ -70,7 +74,7 @@ def _losing_none() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise SamplingError(f"Another process of this job has ended early; {AGAIN}.") from error
+        raise ProcessLostError(f"Another process of this job has ended early; {AGAIN}.") from error
 
 
 @contextmanager
