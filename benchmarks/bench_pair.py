@@ -27,7 +27,7 @@ def test_chain_step(
     option, what = request.config.getoption, f"{preset}, N = {batch}"
     names = candidates_of(f"{preset}:{batch}", option("--compile"))
     device, rounds = measure.default_device(), option("--rounds")
-    file = open_results("pair", "How long does a chain step take?")
+    file = open_results(option("--into"), "How long does a chain step take?")
     row = measured_once(
         file, what, pair.TESTS, lambda: pair.measure_pair(preset, batch, names, device, rounds=rounds), candidate
     )

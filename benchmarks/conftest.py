@@ -19,7 +19,7 @@ from benchmarks.gate import why_red
 from benchmarks.results_file import ResultsFile
 from vaebm_fast import PRESETS
 
-DEFAULT_CASES = ("cifar10:1", "cifar10:4", "celeba_64:1", "celeba_64:4", "celeba_64:16", "celeba_256:1")
+DEFAULT_CASES = ("cifar10:1", "cifar10:4", "celeba_64:1", "celeba_64:4", "celeba_64:16", "celeba_256:1", "cifar10:8")
 
 Rows = dict[str, dict[str, Any]]
 
@@ -59,6 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--op", action="append", metavar="NAME", help="ops to measure; all of them")
     group.addoption("--rounds", type=int, help="rounds; by default as many as the length of a call allows")
+    group.addoption("--tested", action="store_true", help="the tests of this build passed just now: skip them")
+    group.addoption("--into", default="pair", metavar="NAME", help="the whole pair's result file; pair")
     group.addoption("--results", type=Path, default=RESULTS, help="folder of the JSON and Markdown files")
 
 
@@ -73,7 +75,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("pair_case", pairs, ids=[f"{preset}-{batch}-{name}" for preset, batch, name in pairs])
     if "op_case" in metafunc.fixturenames:
         device = measure.default_device()
-        cases = [(case, name) for case in ops.cases_of(option("--op")) for name in ops.backends_of(case.op, device)]
+        kept = [case for case in ops.cases_of(option("--op")) if ops.has_kernel(case.op, device)]
+        cases = [(case, name) for case in kept for name in ops.backends_of(case.op, device)]
         metafunc.parametrize("op_case", cases, ids=[f"{case.name}-{name}" for case, name in cases])
 
 
@@ -81,7 +84,7 @@ def candidates_of(text: str, compiled: list[str] | None) -> list[str]:
     """Those that run here; torch.compile only in the cases that it was asked for."""
     device = measure.default_device()
     usable = [name for name in pair.CANDIDATES if pair.why_not(name, device) is None]
-    return [name for name in usable if name != pair.COMPILED or text in (compiled or ())]
+    return [name for name in usable if name not in pair.TO_COMPILE or text in (compiled or ())]
 
 
 def _parsed(text: str) -> tuple[str, int]:
@@ -110,16 +113,18 @@ def open_results(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str]
 
 
 @pytest.fixture(scope="session")
-def measured_once() -> Callable[..., dict[str, Any]]:
+def measured_once(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     """measured_once(file, what, tests, take, candidate): the candidate's row of a case, taken once for all of them.
 
-    Fails, and keeps the reason in the file, when one of `tests` is red.
+    Fails, and keeps the reason in the file, when one of `tests` is red. A candidate that has a reason in place of a
+    measurement is skipped.
     """
+    is_tested = request.config.getoption("--tested")
     measured: dict[str, Rows] = {}
     refused: dict[str, str] = {}
 
     def measure_or_refuse(file: ResultsFile, what: str, tests: tuple[str, ...], take: Callable[[], Rows]) -> None:
-        red = why_red(*tests)
+        red = None if is_tested else why_red(*tests)
         if red is not None:
             refused[what] = red
             file.refuse(what, red)
@@ -130,8 +135,11 @@ def measured_once() -> Callable[..., dict[str, Any]]:
             refused[what] = f"{type(error).__name__}: {error}"
             file.refuse(what, refused[what])
             raise
-        for entry in measured[what].values():
-            file.add(entry)
+        for name, entry in measured[what].items():
+            if "refused" in entry:
+                file.refuse(f"{what}, {name}", entry["refused"])
+            else:
+                file.add(entry)
 
     def row(
         file: ResultsFile, what: str, tests: tuple[str, ...], take: Callable[[], Rows], candidate: str
@@ -140,6 +148,9 @@ def measured_once() -> Callable[..., dict[str, Any]]:
             measure_or_refuse(file, what, tests, take)
         if what in refused:
             pytest.fail(f"No figure for {what}: {refused[what]}", pytrace=False)
-        return measured[what][candidate]
+        entry = measured[what][candidate]
+        if "refused" in entry:
+            pytest.skip(entry["refused"])
+        return entry
 
     return row

@@ -1,10 +1,11 @@
 """What do the GPU kernels need, and how fast can they be at best? Answered without a GPU.
 
-Compiles every csrc/cuda/*.cu for sm_80 and sm_90a and reads registers, shared memory and spills from ptxas; computes
-how many blocks fit on an SM; divides the counted work (`kernel_work`) by the peak rates of an A100 and an H200. The
-prediction is a floor: the time of the busiest unit alone, which the table names.
+Compiles every csrc/cuda/*.cu for sm_80 and sm_90a, and every launch of a Triton kernel (`triton_aot`) for sm_80 and
+sm_90, reads registers, shared memory and spills; computes how many blocks fit on an SM; divides the counted work
+(`kernel_work`, `triton_work`) by the peak rates of an A100 and an H200. The prediction is a floor: the time of the
+busiest unit alone, which the table names.
 
-    python -m benchmarks.kernel_report      prints the tables, and writes them into docs/kernels.md between its marks
+    python -m benchmarks.kernel_report      prints the tables, and writes them into docs/kernels.md between their marks
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.kernel_work import Kernel, Work, kernels
 
+if TYPE_CHECKING:
+    from benchmarks.triton_work import Row
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENT = REPOSITORY / "docs" / "kernels.md"
-BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-cubin")
 
 
@@ -98,6 +102,15 @@ def compile_kernels(architecture: str) -> dict[str, Resources]:
     return found
 
 
+def compile_launches(launches: list[Row], device: Device) -> dict[str, Resources]:
+    """Label -> Resources of launches of Triton kernels."""
+    from benchmarks.triton_aot import compile_launch
+
+    architecture = int(re.sub(r"\D", "", device.architecture))
+    compiled = [compile_launch(row.kernel.label, row.launch, architecture) for row in launches]
+    return {row.name: Resources(row.registers, row.shared, row.spills) for row in compiled}
+
+
 def read_ptxas(report: str) -> dict[str, Resources]:
     """short_name -> Resources from what `ptxas -v` printed."""
     report = subprocess.run(["c++filt"], input=report, capture_output=True, text=True, check=True).stdout
@@ -148,19 +161,28 @@ def prediction_table(rows: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def with_tables(document: str, tables: str) -> str:
-    """The document with `tables` between the marks. Raises ValueError where it lacks them."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"The document must hold {BEGIN} and {END} once each.")
-    return f"{document[: document.index(BEGIN) + len(BEGIN)]}\n{tables}\n{document[document.index(END) :]}"
+def with_tables(document: str, kind: str, tables: str) -> str:
+    """The document with `tables` between the marks of this kind. Raises ValueError where it lacks them."""
+    begin, end = f"<!-- kernel_report {kind}: begin -->", f"<!-- kernel_report {kind}: end -->"
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ValueError(f"The document must hold {begin} and {end} once each.")
+    return f"{document[: document.index(begin) + len(begin)]}\n{tables}\n{document[document.index(end) :]}"
 
 
 def main() -> None:
-    rows = kernels()
-    compiled = {device.name: compile_kernels(device.architecture) for device in DEVICES}
-    tables = f"{resource_table(rows, compiled)}\n\n{prediction_table(rows)}"
-    print(tables)
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    from benchmarks import triton_work  # here, because the rest works without Triton
+
+    launches = list(triton_work.rows(without=triton_work.RARE))
+    reports = {
+        "cuda": (kernels(), {device.name: compile_kernels(device.architecture) for device in DEVICES}),
+        "triton": ([row.kernel for row in launches], {d.name: compile_launches(launches, d) for d in DEVICES}),
+    }
+    document = DOCUMENT.read_text(encoding="utf-8")
+    for kind, (rows, compiled) in reports.items():
+        tables = f"{resource_table(rows, compiled)}\n\n{prediction_table(rows)}"
+        print(tables)
+        document = with_tables(document, kind, tables)
+    DOCUMENT.write_text(document, encoding="utf-8")
 
 
 if __name__ == "__main__":

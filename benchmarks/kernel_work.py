@@ -39,7 +39,7 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """Every kernel of csrc/cuda, once each."""
-    return [*_noise(), *_depthwise(), *_inverted_residual()]
+    return [*_noise(), *_depthwise(), *_inverted_residual(), *_power_iteration()]
 
 
 def _noise() -> Iterator[Kernel]:
@@ -173,3 +173,36 @@ def _inverted_residual_work(N: int, H: int, W: int, C: int, hidden: int, backwar
         special=2 * blocks * 3 * 128 * hidden,
         shared_bytes=blocks * (hidden / 32) * (left + window + weights),
     )
+
+
+def _power_iteration() -> Iterator[Kernel]:
+    """Convolutions of celeba_256, one for each width of a pass, and the widest for the kernels between passes."""
+    for B, M, K, warps, quads, rows in (
+        (7, 6144, 25, 1, 2, 8),
+        (7, 6144, 1024, 4, 2, 4),
+        (17, 256, 2304, 8, 4, 2),
+        (17, 1024, 9216, 8, 9, 1),
+    ):
+        yield Kernel(
+            label=f"power_iteration, pass, K <= {128 * warps * quads}",
+            symbol=f"power_pass_kernel<{warps}, {quads}, {rows}>",
+            threads=32 * warps,
+            shape=f"{B} of {M} x {K}",
+            work=_power_pass_work(B, M, K),
+        )
+    sums = float(B * power_iteration_strips(M) * K)
+    shape = f"{B} of {M} x {K}"
+    gather, normalise = Work(4 * (sums + B * K), fp32_flop=sums), Work(8.0 * B * (M + K))
+    yield Kernel("power_iteration, gather", "power_gather_kernel", 256, shape, gather)
+    yield Kernel("power_iteration, normalise", "power_normalise_kernel", 256, shape, normalise)
+
+
+def power_iteration_strips(M: int) -> int:
+    """Of a matrix with M rows: the launcher's rule."""
+    return -(-M // (32 if M > 1024 else 16 if M > 512 else 8))
+
+
+def _power_pass_work(B: int, M: int, K: int) -> Work:
+    """W and v read, t written, and the strips' sums, as a pass between two others does."""
+    weights, strips = float(B * M * K), B * power_iteration_strips(M)
+    return Work(4 * (weights + (strips + B) * K + B * M), fp32_flop=4 * weights)

@@ -19,6 +19,7 @@ import torch
 LONG_CALL_S = 3.0
 ROUNDS_OF_LONG_CALLS, FEWEST_ROUNDS, MOST_ROUNDS = 3, 5, 100
 MATRIX_SIDES = (1024, 2048, 3072)
+GPU_MATRIX_SIDES = (4096, 8192)
 COPY_ELEMENTS = 2**26  # float32: 256 MiB, far more than caches hold
 
 
@@ -93,16 +94,33 @@ def summary(samples: list[Sample]) -> dict[str, Any]:
     }
 
 
-def ceilings(device: torch.device, *, sides: tuple[int, ...] = MATRIX_SIDES) -> dict[str, float]:
-    """The best of several rates, float32, as many threads as everything else here: matrix products and a large copy."""
-    gflops = 0.0
-    for side in sides:
-        a, b, c = (torch.randn(side, side, device=device) for _ in range(3))
-        gflops = max(gflops, 2e-9 * side**3 / _fastest_s(partial(torch.mm, a, b, out=c), device))
+def ceilings(device: torch.device, *, sides: tuple[int, ...] | None = None) -> dict[str, float]:
+    """The best of several rates, as many threads as everything else here: matrix products and a large copy.
+
+    Products are float32; on a GPU with keys of their own TF32 and bfloat16 too.
+    """
+    on_gpu = device.type == "cuda"
+    sides = sides or (GPU_MATRIX_SIDES if on_gpu else MATRIX_SIDES)
+    rates = {"matrix_gflops": _matrix_gflops(device, sides)}
+    if on_gpu:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        rates["matrix_gflops_tf32"] = _matrix_gflops(device, sides)
+        torch.set_float32_matmul_precision(precision)
+        rates["matrix_gflops_bf16"] = _matrix_gflops(device, sides, torch.bfloat16)
     source = torch.randn(COPY_ELEMENTS, device=device)
     target = torch.empty_like(source)
     copied_gb = 2e-9 * source.numel() * source.element_size()  # read and written
-    return {"matrix_gflops": gflops, "copy_gbps": copied_gb / _fastest_s(partial(target.copy_, source), device)}
+    return rates | {"copy_gbps": copied_gb / _fastest_s(partial(target.copy_, source), device)}
+
+
+def _matrix_gflops(device: torch.device, sides: tuple[int, ...], dtype: torch.dtype = torch.float32) -> float:
+    """Of random matrices: a GPU multiplies zeros faster, for they take less power."""
+    best = 0.0
+    for side in sides:
+        a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+        best = max(best, 2e-9 * side**3 / _fastest_s(partial(torch.mm, a, b, out=c), device))
+    return best
 
 
 def _fastest_s(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

@@ -18,7 +18,9 @@ from vaebm_fast.noise import Stream, draw_tensor, seed_tensor
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
+from vaebm_fast.ops.energy_head import energy_head, energy_head_backward
 from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_backward
+from vaebm_fast.ops.inverted_residual import inverted_residual, inverted_residual_backward
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.ops.philox_normal import philox_normal
 from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
@@ -133,6 +135,40 @@ def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False)
     ]
 
 
+def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> list[Case]:
+    """A whole block forward, with h2 for the backward, and backward; bfloat16."""
+
+    def weights(device: torch.device) -> list[Tensor]:
+        """Such that every stage is of the order of one."""
+        scaled = (
+            2 * _normal(device, hidden, C) / C**0.5,
+            _normal(device, hidden),
+            _normal(device, K, K, hidden) / 3,
+            _normal(device, hidden),
+            _normal(device, C, hidden) / hidden**0.5,
+            _normal(device, C),
+        )
+        return [weight.bfloat16() for weight in scaled]
+
+    def forward(device: torch.device) -> Run:
+        x, given = _normal(device, N, C, H, H).bfloat16(), weights(device)
+        return lambda *, backend: inverted_residual(x, *given, with_h2=True, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        ds, x = (_normal(device, N, C, H, H).bfloat16() for _ in range(2))
+        h2 = _normal(device, N, hidden, H, H).bfloat16()
+        w1, b1, window, _, w2, _ = weights(device)
+        return lambda *, backend: inverted_residual_backward(ds, x, h2, w1, b1, window, w2, backend=backend)
+
+    pixels, shape, tests = N * H * H, f"{N}x{C}x{H}x{H}, hidden {hidden}", "tests/test_inverted_residual.py"
+    flops, dtype = 2 * pixels * hidden * (2 * C + K * K), "bfloat16"
+    more = 2 * pixels * hidden * C  # h1 again
+    return [
+        Case("inverted_residual", shape, 2 * pixels * (2 * C + hidden), flops, forward, tests, dtype),
+        Case("inverted_residual_backward", shape, 2 * pixels * (3 * C + hidden), flops + more, backward, tests, dtype),
+    ]
+
+
 def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
     """With a skip, each way."""
 
@@ -148,6 +184,26 @@ def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
     return [
         Case("energy_epilogue", shape, 3 * size, 0, forward, tests),
         Case("energy_epilogue_backward", shape, 4 * size, 0, backward, tests),
+    ]
+
+
+def energy_head_cases(N: int, C: int, H: int) -> list[Case]:
+    """With a skip, each way."""
+
+    def forward(device: torch.device) -> Run:
+        y, skip = (_normal(device, N, C, H, H) for _ in range(2))
+        weight, bias = _normal(device, C), _normal(device, 1)
+        return lambda *, backend: energy_head(y, skip, 0.9, weight, bias, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        y, skip = (_normal(device, N, C, H, H) for _ in range(2))
+        denergy, weight = _normal(device, N), _normal(device, C)
+        return lambda *, backend: energy_head_backward(denergy, y, skip, 0.9, weight, backend=backend)
+
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_energy_head.py"
+    return [
+        Case("energy_head", shape, 2 * size, 0, forward, tests),
+        Case("energy_head_backward", shape, 3 * size, 0, backward, tests),
     ]
 
 
@@ -219,11 +275,14 @@ CASES: tuple[Case, ...] = (
     *pointwise_cases(4, 192, 1152, 16),  # celeba_64
     *pointwise_cases(4, 1152, 192, 16, swish=True),
     *energy_epilogue_cases(1, 64, 256),  # celeba_256
+    *energy_head_cases(1, 512, 4),
+    *energy_head_cases(16, 256, 4),  # celeba_64, cifar10
     *se_gate_residual_cases(1, 64, 128),
     *se_gate_residual_cases(1, 512, 16),
     *heads_cases(1, 20, 128),
     *heads_cases(1, 3, 256, pixels=True),
     *power_iteration_cases(48, 512, 512),
+    *power_iteration_cases(4, 1024, 9216),  # celeba_256, four of its largest: more than a GPU's cache
     *depthwise_cases(1, 384, 128),  # celeba_256, highest resolution of its latents
     *depthwise_cases(1, 768, 64),
     *depthwise_cases(1, 3072, 16),
@@ -232,6 +291,9 @@ CASES: tuple[Case, ...] = (
     *depthwise_cases(4, 1152, 16),  # celeba_64
     *depthwise_cases(4, 288, 32, upsample=True),
     *depthwise_cases(4, 1536, 16),  # cifar10
+    *inverted_residual_cases(16, 32, 96, 256),  # celeba_256: what its pair fuses
+    *inverted_residual_cases(16, 64, 384, 128),
+    *inverted_residual_cases(16, 128, 768, 64),
     *philox_normal_cases(1, 1_942_528),  # celeba_256
     *philox_normal_cases(16, 146_688),  # celeba_64
     *langevin_update_cases(1, 1_942_528),  # celeba_256
@@ -242,6 +304,12 @@ CASES: tuple[Case, ...] = (
 def backends_of(op: str, device: torch.device) -> list[str]:
     """Who can run the op on this device here, its twin among them."""
     return [name for name in _backend.OP_BACKENDS[op] if _backend.why_not(op, device, name) is None]
+
+
+def has_kernel(op: str, device: torch.device) -> bool:
+    """Whether there is something to hold beside the op's twin on such devices, present here or not."""
+    kinds = {"cpu"} if device.type == "cpu" else {"triton", "cuda"}
+    return not kinds.isdisjoint(_backend.OP_BACKENDS[op])
 
 
 def measure_case(case: Case, device: torch.device, *, rounds: int | None = None) -> dict[str, dict[str, Any]]:

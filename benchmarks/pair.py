@@ -1,8 +1,10 @@
 """How long does one chain step take, by who computes the energy and its gradient?
 
-One step: U and its gradient with respect to all noise (official potential), the update of all noise. Random weights,
-float32. Baselines: the plain modules as they are, the same in NHWC, and these compiled by torch.compile as well as it
-can: one graph through `torch.func.grad`, weights frozen into it, NHWC kept.
+One step: U and its gradient with respect to all noise (official potential), the update of all noise. Random weights.
+Baselines: the plain modules as they are, the same in NHWC, on a GPU also under autocast to bfloat16, and these compiled
+by torch.compile as well as it can: one graph through `torch.func.grad`, weights frozen into it, NHWC kept, on a GPU in
+bfloat16 and replayed as a CUDA graph (`torch_compile`). The plain modules in float32 multiply as torch does unless told
+otherwise.
 
     python -m benchmarks.pair PRESET N CANDIDATE     # one step in this process: peak memory, as JSON
 """
@@ -12,37 +14,44 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
+from benchmarks.torch_compile import EnergyAndGrad, compiled
 from vaebm_fast import PRESETS, VAEBM
-from vaebm_fast.cost import pair_flops
+from vaebm_fast.cost import least_traffic, pair_flops
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
-from vaebm_fast.ops._backend import Backend, why_absent
+from vaebm_fast.ops._backend import Backend, backend_for, why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
 
 PLAIN, NHWC, COMPILED = "plain", "plain NHWC", "plain NHWC, torch.compile"
+NHWC_BF16, COMPILED_BF16 = "plain NHWC, bf16", "plain NHWC, bf16, torch.compile"
+TO_COMPILE = (COMPILED, COMPILED_BF16)
 FROZEN: dict[str, tuple[Backend, torch.dtype]] = {
     "frozen, reference": ("reference", torch.float32),
     "frozen, cpu": ("cpu", torch.float32),
     "frozen, triton": ("triton", torch.float32),
+    "frozen, cuda": ("cuda", torch.float32),
+    "frozen, triton, tf32": ("triton", torch.float32),
     "frozen, reference, bf16": ("reference", torch.bfloat16),
     "frozen, triton, bf16": ("triton", torch.bfloat16),
+    "frozen, cuda, bf16": ("cuda", torch.bfloat16),
 }
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the gradient's norm: a wrong one is not to be timed
-CANDIDATES = (PLAIN, NHWC, COMPILED, *FROZEN)
+# What a candidate multiplies with: on a GPU float32 may mean TF32, everywhere or, as torch has it, in cuDNN alone.
+TORCHS_OWN = "tf32 in cuDNN"
+# Error of the gradient's norm above which a candidate is wrong and not to be timed; docs/performance.md on TF32.
+AGREEMENT = {"float32": 1e-4, TORCHS_OWN: 5e-2, "tf32": 5e-2, "bf16": 5e-2}
+CANDIDATES = (PLAIN, NHWC, NHWC_BF16, *FROZEN, *TO_COMPILE)
 TESTS = ("tests/test_frozen.py", "tests/test_golden.py")
-
-EnergyAndGrad = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Candidate:
     step: Callable[[], None]
     gradient: Callable[[], Tensor]
     backend: str
+    products: str
     compile_s: float | None = None
 
 
@@ -62,9 +72,11 @@ def why_not(candidate: str, device: torch.device) -> str | None:
     backend, dtype = FROZEN.get(candidate, ("reference", torch.float32))
     if (backend == "cpu") != (device.type == "cpu") and backend != "reference":
         return f"{backend} does not run on {device.type}"
-    if dtype == torch.bfloat16 and device.type == "cpu":
+    if (dtype == torch.bfloat16 or candidate in (NHWC_BF16, COMPILED_BF16)) and device.type == "cpu":
         return "half precision is for GPUs"
-    return why_absent(backend)
+    if candidate == COMPILED and device.type == "cuda":
+        return f"on a GPU {COMPILED_BF16!r} is the baseline"
+    return why_absent(backend) or why_absent(backend_for("pointwise", backend))
 
 
 def build(candidate: str, preset: str, batch: int, device: torch.device, model: VAEBM | None = None) -> Candidate:
@@ -74,23 +86,14 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
     layout = NoiseLayout(model.latent_shapes, model.image_shape)
     seeds = seed_tensor(range(batch), device)
     start = normal(seeds, 0, Stream.CHAIN, layout.dim)
-    compile_s = None
-    if candidate in FROZEN:
-        name, dtype = FROZEN[candidate]
-        pair = model.freeze(dtype, name)
-        call: EnergyAndGrad = lambda eps_z, eps_x: pair.energy_and_grad(eps_z, eps_x, "official")  # noqa: E731
-        backend = str(pair.backend)
-    elif candidate == COMPILED:
-        call, compile_s = compiled(model, *layout.split(start))
-        backend = "torch.compile"
-    else:
-        plain = model
-        call = lambda eps_z, eps_x: plain.energy_and_grad(eps_z, eps_x, "official")  # noqa: E731
-        backend = "plain modules"
+    products = products_of(candidate, device)
+    with multiplying(products):
+        call, backend, compile_s = energy_and_grad(candidate, model, *layout.split(start))
 
     def gradient() -> Tensor:
-        _, gradients = call(*layout.split(start))
-        return layout.join(gradients[:-1], gradients[-1])
+        with multiplying(products):
+            _, gradients = call(*layout.split(start))
+            return layout.join(gradients[:-1], gradients[-1])
 
     eps, draw, nonfinite_at = start.clone(), draw_tensor(1, device), torch.full_like(seeds, -1)
     step_size = PRESETS[preset].sampling.step_size
@@ -99,7 +102,51 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
         """With the gradient at the start each time, so that every call does the same work."""
         langevin_update(eps, gradient(), seeds, draw, nonfinite_at, stream=int(Stream.CHAIN), step_size=step_size)
 
-    return Candidate(step, gradient, backend, compile_s)
+    return Candidate(step, gradient, backend, products, compile_s)
+
+
+def energy_and_grad(
+    candidate: str, model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor
+) -> tuple[EnergyAndGrad, str, float | None]:
+    """What the candidate calls, what that is, and the seconds it took to compile it for noise like this, if it was."""
+    if candidate in FROZEN:
+        name, dtype = FROZEN[candidate]
+        pair = model.freeze(dtype, name)
+        return lambda eps_z, eps_x: pair.energy_and_grad(eps_z, eps_x, "official"), str(pair.backend), None
+    if candidate in TO_COMPILE:
+        call, compile_s = compiled(model, eps_z, eps_x, is_bf16=candidate == COMPILED_BF16)
+        return call, "torch.compile", compile_s
+    is_bf16 = candidate == NHWC_BF16
+
+    def plain(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        with torch.autocast(eps_x.device.type, torch.bfloat16, enabled=is_bf16):
+            return model.energy_and_grad(eps_z, eps_x, "official")
+
+    return plain, "plain modules, autocast" if is_bf16 else "plain modules", None
+
+
+def products_of(candidate: str, device: torch.device) -> str:
+    """What the candidate's products are computed in: a key of AGREEMENT."""
+    if candidate in (NHWC_BF16, COMPILED_BF16) or FROZEN.get(candidate, ("", None))[1] == torch.bfloat16:
+        return "bf16"
+    if device.type == "cpu":
+        return "float32"
+    if candidate not in FROZEN:
+        return TORCHS_OWN
+    return "tf32" if candidate.endswith("tf32") else "float32"
+
+
+@contextmanager
+def multiplying(products: str) -> Iterator[None]:
+    """float32 products on a GPU, inside, as `products` says; bfloat16 leaves torch's own setting."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = products != "float32"
+    torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def plain_model(preset: str, device: torch.device, *, nhwc: bool) -> VAEBM:
@@ -110,91 +157,107 @@ def plain_model(preset: str, device: torch.device, *, nhwc: bool) -> VAEBM:
     return channels_last(model) if nhwc else model
 
 
-def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[EnergyAndGrad, float]:
-    """`energy_and_grad` by torch.compile for noise like this, and the seconds that compiling took.
-
-    Freezing folds weights only where autograd is off: hence `torch.func.grad`, traced into one graph with the forward
-    pass, in place of a backward pass. Raises RuntimeError where weights were not folded: the baseline would be unfair.
-    """
-
-    def potential(noise: list[Tensor]) -> tuple[Tensor, Tensor]:
-        u = model.potential(noise[:-1], noise[-1], "official")
-        return u.sum(), u
-
-    function = torch.compile(torch.func.grad_and_value(potential, has_aux=True), fullgraph=True, dynamic=False)
-
-    def call(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        with torch.no_grad():
-            gradients, (_, u) = function([*eps_z, eps_x])
-        return u, gradients
-
-    began = time.perf_counter()
-    # prepare_freezing: inside `torch.func.grad` autograd looks on, and weights would become inputs of the graph.
-    with (
-        torch._dynamo.config.patch(prepare_freezing=True),
-        torch._inductor.config.patch(freezing=True, force_layout_optimization=True),
-    ):
-        u, _ = call(eps_z, eps_x)
-    compile_s = time.perf_counter() - began
-    variance = next(norm.running_var for norm in model.vae.post_process.modules() if isinstance(norm, nn.BatchNorm2d))
-    assert variance is not None
-    kept = variance.clone()
-    variance.mul_(2)
-    if not torch.equal(call(eps_z, eps_x)[0], u):
-        raise RuntimeError("torch.compile did not fold batch normalisation into the graph; see how it is configured.")
-    variance.copy_(kept)
-    return call, compile_s
-
-
 def measure_pair(
     preset: str, batch: int, candidates: Sequence[str], device: torch.device, *, rounds: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """A row per candidate, all measured in turns in this process; peak memory comes from processes of their own."""
+    """A row per candidate, all measured in turns in this process; {"refused": why} for one that memory does not hold.
+
+    Peak memory on a CPU comes from processes of their own; on a GPU torch counts what a candidate allocates.
+    """
     layouts = {nhwc: plain_model(preset, device, nhwc=nhwc) for nhwc in {name != PLAIN for name in candidates}}
-    built = {name: build(name, preset, batch, device, layouts[name != PLAIN]) for name in candidates}
-    _require_agreement({name: candidate.gradient() for name, candidate in built.items()})
+    rows: dict[str, dict[str, Any]] = {}
+    built: dict[str, Candidate] = {}
+    for name in candidates:
+        rows[name] = {"preset": preset, "batch": batch, "candidate": name}
+        try:
+            built[name], memory = _built(name, preset, batch, device, layouts[name != PLAIN])
+            rows[name] |= memory
+        except torch.OutOfMemoryError as error:
+            rows[name]["refused"] = f"it does not fit into memory: {str(error).splitlines()[0]}"
+        release(device)
+    truth = true_gradient(preset, batch, device, layouts[max(layouts)])
+    release(device)
+    _require_agreement(truth, built)
     samples = take_turns({name: candidate.step for name, candidate in built.items()}, device, rounds=rounds)
     plain_flops, frozen_flops = flops_of(preset)
-    rows = {}
     for name, candidate in built.items():
-        rows[name] = {
-            "preset": preset,
-            "batch": batch,
-            "candidate": name,
+        rows[name] |= {
             "backend": candidate.backend,
-            "dtype": str(_dtype(name)).removeprefix("torch."),
+            "products": candidate.products,
+            "dtype": "bfloat16" if candidate.products == "bf16" else "float32",
             "flops": batch * (frozen_flops if name in FROZEN else plain_flops),
+            "bytes": least_bytes(preset, batch, 2 if candidate.products == "bf16" else 4),
             "compile_s": candidate.compile_s,
             **summary(samples[name]),
         }
+    measured = list(built)
     del built, layouts
-    for name, row in rows.items():
-        row |= peak_memory(preset, batch, name)
+    if device.type == "cpu":
+        for name in measured:
+            rows[name] |= peak_memory(preset, batch, name)
     return rows
 
 
-flops_of = cache(pair_flops)
+def _built(
+    name: str, preset: str, batch: int, device: torch.device, model: VAEBM
+) -> tuple[Candidate, dict[str, float | None]]:
+    """The candidate; on a GPU with its first step behind it, and what it takes [MiB], `model` included."""
+    if device.type == "cpu":
+        return build(name, preset, batch, device, model), {}
+    others = torch.cuda.memory_allocated(device) - _bytes_of(model)
+    torch.cuda.reset_peak_memory_stats(device)
+    candidate = build(name, preset, batch, device, model)
+    before = torch.cuda.memory_allocated(device)
+    if candidate.compile_s is None:  # else the peak is that of its warm-up: a replay allocates nothing
+        torch.cuda.reset_peak_memory_stats(device)
+    candidate.step()
+    peak = torch.cuda.max_memory_allocated(device)
+    memory = {"peak_memory_mib": (peak - others) / 2**20, "memory_before_mib": (before - others) / 2**20}
+    return candidate, dict(memory)
 
 
-def _dtype(candidate: str) -> torch.dtype:
-    return FROZEN[candidate][1] if candidate in FROZEN else torch.float32
+def _bytes_of(model: VAEBM) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in [*model.parameters(), *model.buffers()])
 
 
-def _require_agreement(gradients: dict[str, Tensor]) -> None:
-    """Raise ValueError unless all candidates have the gradient of the first, as far as their precision allows."""
-    first, *others = gradients
-    for name in others:
-        error = float((gradients[name] - gradients[first]).norm() / gradients[first].norm())
-        if not error < AGREEMENT[_dtype(name)]:
-            raise ValueError(f"The gradients of {name} and of {first} differ by {error:.1e} of their norm.")
+def release(device: torch.device) -> None:
+    """Give freed memory back, for others to take."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def true_gradient(preset: str, batch: int, device: torch.device, model: VAEBM) -> Tensor:
+    """That of the plain modules without TF32, [N, D]; image by image, which takes the least memory."""
+    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    start = normal(seed_tensor(range(batch), device), 0, Stream.CHAIN, layout.dim)
+    with multiplying("float32"):
+        each = [model.energy_and_grad(*layout.split(row), "official")[1] for row in start.split(1)]
+    return torch.cat([layout.join(gradients[:-1], gradients[-1]) for gradients in each])
+
+
+flops_of, traffic_of = cache(pair_flops), cache(least_traffic)
+
+
+def least_bytes(preset: str, batch: int, element_size: int) -> float:
+    """What a step of N chains must move where every block is one kernel; `vaebm_fast.cost` counts in bfloat16."""
+    traffic = traffic_of(preset)
+    return (batch * traffic.per_image + traffic.per_step) * element_size / 2
+
+
+def _require_agreement(truth: Tensor, built: dict[str, Candidate]) -> None:
+    """Raise ValueError unless all candidates have the true gradient, as far as their precision allows."""
+    for name, candidate in built.items():
+        error = float((candidate.gradient() - truth).norm() / truth.norm())
+        if not error < AGREEMENT[candidate.products]:
+            raise ValueError(f"The gradients of {name} and of the plain modules differ by {error:.1e} of their norm.")
 
 
 def peak_memory(preset: str, batch: int, candidate: str) -> dict[str, float | None]:
-    """Peak memory [MiB] of a step in a process of its own, and before that step; None for torch.compile on a CPU.
+    """Peak memory [MiB] of a step in a process of its own, and before that step, on a CPU; None for torch.compile.
 
     There the compiler works in the same process, and its own peak would be reported.
     """
-    if candidate == COMPILED and default_device().type == "cpu":
+    if candidate in TO_COMPILE:
         return {"peak_memory_mib": None, "memory_before_mib": None}
     command = [sys.executable, "-m", "benchmarks.pair", preset, str(batch), candidate]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -3,7 +3,9 @@
     python -m benchmarks.report [--results FOLDER] [--readme FILE]
 
 Ratios are of medians, above 1 where the row is faster. A percentage is of the ceiling that the same run measured with
-the same threads: matrix product for FLOP/s, a large copy for bytes, which what fits in caches may exceed.
+the same threads: matrix product for FLOP/s, on a GPU in what the row multiplies with; a large copy for bytes, which
+what fits in caches may exceed. The roofline is the larger of the two; the whole pair's bytes are the least that a step
+moves where every block is one kernel (`vaebm_fast.cost`).
 """
 
 from __future__ import annotations
@@ -37,13 +39,21 @@ def derived(content: dict[str, Any]) -> list[Row]:
     for row in rows:
         gflops = row["flops"] / row["median_s"] * 1e-9
         gbps = row.get("bytes", 0) / row["median_s"] * 1e-9
+        matrix_share, copy_share = gflops / _matrix_ceiling(row, ceilings), gbps / ceilings["copy_gbps"]
         result.append(
             row
             | {f"over {baseline}": ratio(row, baseline) for baseline in (PLAIN, NHWC, TWIN)}
-            | {"gflops": gflops, "matrix_share": gflops / ceilings["matrix_gflops"]}
-            | {"gbps": gbps, "copy_share": gbps / ceilings["copy_gbps"]}
+            | {"gflops": gflops, "matrix_share": matrix_share, "gbps": gbps, "copy_share": copy_share}
+            | {"roofline_share": max(matrix_share, copy_share)}
         )
     return result
+
+
+def _matrix_ceiling(row: Row, ceilings: dict[str, float]) -> float:
+    """GFLOP/s of a matrix product in what the row multiplies with; in float32 where nothing else was measured."""
+    products = str(row.get("products") or {"bfloat16": "bf16"}.get(row.get("dtype", ""), "float32"))
+    key = "matrix_gflops" if products == "float32" else f"matrix_gflops_{products.split()[0]}"
+    return ceilings.get(key, ceilings["matrix_gflops"])
 
 
 def _case(row: Row) -> tuple[Any, ...]:
@@ -67,10 +77,12 @@ SHORT_PAIR: Columns = {
     "x plain NHWC": lambda row: _or_dash(row[f"over {NHWC}"], ".2f"),
     "GFLOP/s": lambda row: f"{row['gflops']:.0f}",
     "% of ceiling": lambda row: f"{100 * row['matrix_share']:.0f}",
+    "% of roofline": lambda row: f"{100 * row['roofline_share']:.0f}" if "bytes" in row else "-",
     "peak MiB": lambda row: _or_dash(row["peak_memory_mib"], ".0f"),
     "rounds": lambda row: str(row["rounds"]),
 }
 PAIR: Columns = SHORT_PAIR | {
+    "products": lambda row: str(row.get("products", row["dtype"])),
     "MiB before": lambda row: _or_dash(row["memory_before_mib"], ".0f"),
     "user s": lambda row: f"{row['user_s']:.2f}",
     "system s": lambda row: f"{row['system_s']:.2f}",
@@ -88,6 +100,7 @@ OPS: Columns = {
     "% of copy": lambda row: f"{100 * row['copy_share']:.0f}",
     "GFLOP/s": lambda row: f"{row['gflops']:.0f}",
     "% of matrix product": lambda row: f"{100 * row['matrix_share']:.0f}",
+    "% of roofline": lambda row: f"{100 * row['roofline_share']:.0f}",
     "user ms": lambda row: f"{1e3 * row['user_s']:.2f}",
     "system ms": lambda row: f"{1e3 * row['system_s']:.2f}",
     "rounds": lambda row: str(row["rounds"]),
@@ -105,11 +118,17 @@ def describe(content: dict[str, Any]) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
     ceilings = content["ceilings"]
     lines = [
-        f"Ceilings of the same run: matrix product {ceilings['matrix_gflops']:.0f} GFLOP/s, "
+        f"Ceilings of the same run: matrix product {_products(ceilings)}, "
         f"copy {ceilings['copy_gbps']:.1f} GB/s. {facts}."
     ]
     lines += [f"No figure for {entry['what']}: {entry['reason'].splitlines()[0]}" for entry in content["refused"]]
     return "\n\n".join(lines)
+
+
+def _products(ceilings: dict[str, float]) -> str:
+    """The rates of a matrix product, float32's first."""
+    rates = {key.removeprefix("matrix_gflops").lstrip("_"): value for key, value in ceilings.items() if "matrix" in key}
+    return ", ".join(f"{rate:.0f} GFLOP/s{f' in {name}' if name else ''}" for name, rate in rates.items())
 
 
 def table(content: dict[str, Any]) -> str:

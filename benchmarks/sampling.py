@@ -28,8 +28,9 @@ from torch import Tensor
 
 from benchmarks.environment import RESULTS, environment
 from benchmarks.measure import default_device, synchronize
-from benchmarks.pair import COMPILED, NHWC, compiled, plain_model
+from benchmarks.pair import COMPILED, NHWC, plain_model
 from benchmarks.refresh import summary
+from benchmarks.torch_compile import compiled
 from vaebm_fast import PRESETS, VAEBM, save_energy, save_nvae
 from vaebm_fast.config import Potential, Sampling
 from vaebm_fast.frozen import freeze
@@ -91,19 +92,19 @@ def time_of_job(options: SampleOptions) -> tuple[float, float]:
 
 
 def other_chains(preset: str, chain: Sampling, batch: int, *, plain: bool, compile: bool) -> dict[str, LangevinSampler]:
-    """The chains that are asked for besides the frozen one."""
+    """The chains that are asked for besides the frozen one; torch.compile brings CUDA graphs of its own."""
     device = default_device()
     if not (plain or compile):
         return {}
     model = plain_model(preset, device, nhwc=True)
-    samplers = {}
+    samplers, eager = {}, {**asdict(chain), "device": device, "capture": False}
     if plain:
         pair = OtherPair(model, lambda eps_z, eps_x: model.energy_and_grad(eps_z, eps_x, "official"))
-        samplers[NHWC] = LangevinSampler(pair, **asdict(chain), device=device)
+        samplers[NHWC] = LangevinSampler(pair, **eager)
     if compile:
         probe = LangevinSampler(model, steps=0, step_size=1.0, device=device)
-        call, _ = compiled(model, *probe.layout.split(probe.start(range(batch))))
-        samplers[COMPILED] = LangevinSampler(OtherPair(model, call), **asdict(chain), device=device)
+        call, _ = compiled(model, *probe.layout.split(probe.start(range(batch))), is_bf16=False)
+        samplers[COMPILED] = LangevinSampler(OtherPair(model, call), **eager)
     return samplers
 
 

@@ -27,7 +27,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from vaebm_fast.triton_kernels import (
     depthwise_swish,
     energy_epilogue,
+    energy_head,
     gaussian_latent,
+    langevin_update,
+    philox_normal,
     pixel_head,
     pointwise,
     se_gate_residual,
@@ -38,7 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Compiled(NamedTuple):
-    """One launch for one architecture; shared memory and spills in bytes, the latter per thread."""
+    """One launch for one architecture; shared memory and spills in bytes, the latter per thread; its PTX."""
 
     name: str
     architecture: int
@@ -46,6 +49,7 @@ class Compiled(NamedTuple):
     shared: int
     spills: int
     num_warps: int
+    ptx: str
 
 
 class Launch(NamedTuple):
@@ -84,7 +88,8 @@ def compile_launch(name: str, launch: Launch, architecture: int) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     registers, spills = _resources(compiled.asm["cubin"])
-    return Compiled(name, architecture, registers, compiled.metadata.shared, spills, compiled.metadata.num_warps)
+    metadata, ptx = compiled.metadata, compiled.asm["ptx"]
+    return Compiled(name, architecture, registers, metadata.shared, spills, metadata.num_warps, ptx)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -103,6 +108,7 @@ Case = tuple[str, Callable[[], object]]
 
 def cases() -> Iterator[Case]:
     """(name, a call of a launcher) for every kernel, form and dtype, at shapes of celeba_256 with 16 images."""
+    yield from _noise()
     for dtype in DTYPES:
         label = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
         for family in (_depthwise, _pointwise, _element_wise):
@@ -155,6 +161,9 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     y = new(16, 256, 64, 64)
     yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0)
     yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0)
+    last, linear = new(16, 512, 4, 4), noise(512)
+    yield "energy_head", partial(energy_head.energy_head, last, last, 0.9, linear, noise(1))
+    yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), last, last, 0.9, linear)
     w, b = new(16, 256), new(16)
     yield "se_gate_residual", partial(se_gate_residual.se_gate_residual, y, y, w, b, w.T, new(256))
     backward = partial(se_gate_residual.se_gate_residual_backward, y, y, new(16, 16), new(16, 256), w, w.T)
@@ -166,6 +175,18 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     eps_x, logits = noise(16, 3, 256, 256), new(16, 6, 256, 256)
     yield "pixel_head", partial(pixel_head.pixel_head, logits, eps_x, True)
     yield "pixel_head_backward", partial(pixel_head.pixel_head_backward, eps_x, log_p, logits, eps_x)
+
+
+def _noise() -> Iterator[Case]:
+    """float32 whatever the networks' dtype."""
+    N, D, stream = 16, 1_942_528, 0
+    seeds, draw = _empty(torch.int64, N), _empty(torch.int64)
+    yield "philox_words", partial(philox_normal.philox_words, seeds, draw, stream, D)
+    yield "philox_normal", partial(philox_normal.philox_normal, seeds, draw, stream, D)
+    eps, gradient, flags = _empty(torch.float32, N, D), _empty(torch.float32, N, D), _empty(torch.int64, N)
+    for prior in (False, True):
+        step = partial(langevin_update.langevin_update, eps, gradient, seeds, draw, flags, stream, 3e-6, prior)
+        yield f"langevin_update{', prior' if prior else ''}", step
 
 
 def report(

@@ -39,6 +39,11 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def("energy_epilogue(Tensor y, Tensor? skip, float skip_scale) -> Tensor");
   m.def("energy_epilogue_backward(Tensor du, Tensor y, Tensor? skip, float skip_scale) -> Tensor");
 
+  // y, skip [N, C, H, W], weight [C], bias [1] -> energy [N]; denergy [N] -> the gradient for y
+  m.def("energy_head(Tensor y, Tensor? skip, float skip_scale, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "energy_head_backward(Tensor denergy, Tensor y, Tensor? skip, float skip_scale, Tensor weight) -> Tensor");
+
   // s, skip [N, C, H, W], weights [hidden, C] [hidden] [C, hidden] [C] -> y, and for the backward hidden [N, hidden],
   // gate [N, C]; dy -> the gradient for s
   m.def(

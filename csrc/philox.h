@@ -6,6 +6,7 @@
 #pragma once
 
 #include "math.h"
+#include "quad.h"
 
 namespace vf {
 
@@ -18,12 +19,6 @@ VF_HD NoiseKey noise_key(int64_t seed, int64_t draw, uint32_t stream) {
   const uint64_t bits = static_cast<uint64_t>(seed);
   return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(draw), stream};
 }
-
-// Four neighbouring elements, aligned so that one 16-byte store writes them.
-template <class T>
-struct alignas(16) Quad {
-  T v[4];
-};
 
 struct Product {
   uint32_t hi, lo;

@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins import StandIns, pretend_a_gpu
 from torch import Tensor
 
 import vaebm_fast as vf
-from vaebm_fast import reference
+from vaebm_fast import _extension, reference
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.models import EnergyNetwork
 from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
+from vaebm_fast.ops.energy_head import energy_head, energy_head_backward
 from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_backward
 from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
 from vaebm_fast.ops.pointwise import pack_pointwise, pointwise, pointwise_backward
@@ -28,11 +30,13 @@ from vaebm_fast.ops.se_gate_residual import se_gate_residual, se_gate_residual_b
 from vaebm_fast.triton_kernels import pointwise as pointwise_kernels
 
 BAND = 4096  # elements on either side, more than a block reaches beyond a ragged edge
+POISON = -123456789  # the NaN of integers
 OPS = torch.ops.vaebm_triton
 OP_NAMES = (
     "depthwise_swish",
     "pointwise",
     "energy_epilogue",
+    "energy_head",
     "se_gate_residual",
     "gaussian_latent",
     "pixel_head",
@@ -48,7 +52,8 @@ def banded_empty(*size: Any, dtype: torch.dtype | None = None, memory_format: An
     shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
     layout = torch.contiguous_format if memory_format in (None, torch.preserve_format) else memory_format
     strides = _empty(shape, device="meta", memory_format=layout).stride()
-    whole = torch.full((shape.numel() + 2 * BAND,), torch.nan, dtype=dtype or torch.float32)
+    dtype = dtype or torch.float32
+    whole = torch.full((shape.numel() + 2 * BAND,), torch.nan if dtype.is_floating_point else POISON, dtype=dtype)
     _bands.extend((whole[:BAND], whole[BAND + shape.numel() :]))
     return whole.as_strided(shape, strides, BAND)
 
@@ -69,7 +74,7 @@ def bands(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(torch, "empty_like", empty_like)
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         yield patch
-    assert all(band.isnan().all() for band in _bands), "A kernel wrote outside its result."
+    assert all((band.isnan() | (band == POISON)).all() for band in _bands), "A kernel wrote outside its result."
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -196,6 +201,19 @@ def test_energy_epilogue(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("shape", [*IMAGES, (2, 520, 2, 3)], ids=str)
+def test_energy_head(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The linear layer and the energy in float32."""
+    N, C, _, _ = shape
+    y, skip = (normal(*shape, dtype=dtype, scale=3) for _ in range(2))
+    weight, bias, denergy = normal(C), normal(1), normal(N)
+    for addend, scale in ((None, 1.0), (skip, 0.7)):
+        assert_accurate(on_triton(energy_head), reference.energy_head, y, addend, scale, weight, bias)
+        backward = on_triton(energy_head_backward)
+        assert_accurate(backward, reference.energy_head_backward, denergy, y, addend, scale, weight)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize(("shape", "hidden"), [((1, 1, 1, 1), 1), ((2, 17, 7, 9), 4), ((2, 70, 23, 24), 5)], ids=str)
 def test_se_gate_residual(shape: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
     N, C, H, W = shape
@@ -247,6 +265,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "depthwise_swish": (x, normal(3, 3, 5), normal(5), True),
         "pointwise": (x, weight, weight.T, normal(6), normal(2, 6, 3, 4), True),
         "energy_epilogue": (x, normal(2, 5, 3, 4), 0.5),
+        "energy_head": (x, normal(2, 5, 3, 4), 0.5, normal(5), normal(1)),
         "se_gate_residual": (x, normal(2, 5, 3, 4), *gate),
         "gaussian_latent": (normal(2, 10, 3, 4), x, 0.7, True),
         "pixel_head": (normal(2, 10, 3, 4), x, True),
@@ -263,6 +282,8 @@ def backward_arguments(name: str, arguments: tuple[Any, ...], outputs: Any) -> t
         return torch.ones_like(outputs), weight_t, x.shape[1], x
     if name == "energy_epilogue":
         return torch.ones_like(outputs), *arguments
+    if name == "energy_head":
+        return torch.ones_like(outputs), *arguments[:-1]
     if name == "se_gate_residual":
         y, hidden, gate = outputs
         return torch.ones_like(y), arguments[0], hidden, gate, arguments[2], arguments[4]
@@ -334,9 +355,17 @@ def test_latents_and_pixels_read_views_of_the_flat_noise() -> None:
         assert all(torch.equal(a, b) for a, b in zip(view, copy, strict=True))
 
 
-def test_the_frozen_pair_runs_on_triton(bands: pytest.MonkeyPatch) -> None:
-    """Every op of the pair, strung together: U and its gradients are those of the plain modules."""
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_frozen_pair_runs_on_triton(backend: Any, bands: pytest.MonkeyPatch) -> None:
+    """Every op of the pair, strung together: U and its gradients are those of the plain modules.
+
+    With "cuda" too, in float32 all but the depthwise, for which its twin for CPU tensors stands in.
+    """
     bands.undo()  # its weights and other tensors come and go too
+    if backend == "cuda":
+        if not _extension.is_available():
+            pytest.skip(str(_extension.why_missing()))
+        pretend_a_gpu(bands)
     config = NVAEConfig(
         image_size=8, num_latent_scales=2, num_groups_per_scale=1, num_latent_per_group=2, num_channels_enc=4,
         num_channels_dec=4, num_preprocess_cells=1, num_postprocess_cells=1, num_cell_per_cond_enc=1,
@@ -347,9 +376,11 @@ def test_the_frozen_pair_runs_on_triton(bands: pytest.MonkeyPatch) -> None:
     layout = NoiseLayout(model.latent_shapes, model.image_shape)
     eps_z, eps_x = layout.split(torch.randn(2, layout.dim))
     u, gradients = model.energy_and_grad(eps_z, eps_x, "official")
-    fast = model.freeze(backend="triton")
-    fast_u, fast_gradients = fast.energy_and_grad(eps_z, eps_x, "official")
-    assert fast.backend == "triton"
+    fast = model.freeze(backend=backend)
+    with StandIns(kernels=None, namespaces=("vaebm_fast",)) as kernels:
+        fast_u, fast_gradients = fast.energy_and_grad(eps_z, eps_x, "official")
+    assert fast.backend == backend
+    assert ("vaebm_fast::depthwise_swish_backward" in kernels.calls) == (backend == "cuda")
     torch.testing.assert_close(fast_u, u, rtol=1e-5, atol=1e-5)
     for fast_gradient, gradient in zip(fast_gradients, gradients, strict=True):
         torch.testing.assert_close(fast_gradient, gradient, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,12 @@ from vaebm_fast import _extension
 from vaebm_fast.ops import _backend
 
 
+def device_of(backend: str) -> torch.device:
+    """Where a backend runs: Triton on a GPU, but for its interpreter."""
+    is_gpu = backend == "cuda" or (backend == "triton" and not _backend.is_interpreting())
+    return torch.device("cuda" if is_gpu else "cpu")
+
+
 def nhwc(*size: int, scale: float = 1.0) -> Tensor:
     """Normals of this size with channels innermost in memory."""
     return (scale * torch.randn(size)).to(memory_format=torch.channels_last)

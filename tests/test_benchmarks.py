@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gate, gpu, measure, ops, report, sampling
+from benchmarks import gate, gpu, measure, ops, pair, replay, report, sampling
 from benchmarks.conftest import Replay
 from benchmarks.environment import environment
 from benchmarks.pair import COMPILED, NHWC, PLAIN, measure_pair
 from benchmarks.results_file import ResultsFile
-from vaebm_fast.config import Sampling
+from vaebm_fast.config import ReplayBuffer, Sampling
+from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops._backend import OP_BACKENDS
 
 CPU = torch.device("cpu")
@@ -57,6 +58,21 @@ def test_rates_ratios_and_shares() -> None:
     twin, op = report.derived(content(op_row("reference", 4e-4), op_row("cpu", 2e-4)))
     assert op["over reference"] == 2 and twin["over plain"] is None
     assert op["gbps"] == pytest.approx(5) and op["copy_share"] == pytest.approx(0.5)
+
+
+def test_the_roofline_is_the_nearer_ceiling_in_what_the_row_multiplies_with() -> None:
+    rows = [
+        pair_row("frozen, triton", 0.2, products="float32", bytes=10**9),  # 40 of 100 GFLOP/s, 5 of 10 GB/s
+        pair_row("plain", 0.2, products="tf32 in cuDNN", bytes=0),
+        pair_row("frozen, triton, bf16", 0.2, products="bf16", bytes=0),
+    ]
+    given = content(*rows)
+    given["ceilings"] = CEILINGS | {"matrix_gflops_tf32": 400.0, "matrix_gflops_bf16": 800.0}
+    fp32, tf32, bf16 = report.derived(given)
+    assert (fp32["matrix_share"], fp32["copy_share"]) == (pytest.approx(0.4), pytest.approx(0.5))
+    assert fp32["roofline_share"] == pytest.approx(0.5)
+    assert (tf32["roofline_share"], bf16["roofline_share"]) == (pytest.approx(0.1), pytest.approx(0.05))
+    assert "100 GFLOP/s, 400 GFLOP/s in tf32, 800 GFLOP/s in bf16" in report.table(given)
 
 
 def test_a_ratio_is_taken_within_its_own_case_only() -> None:
@@ -198,6 +214,7 @@ def test_the_pair_is_measured_with_all_that_a_row_promises() -> None:
     assert plain["flops"] > frozen["flops"] > 0 and plain["rounds"] == 1
     assert plain["memory_before_mib"] < plain["peak_memory_mib"] < measure.peak_memory_mib(CPU)
     del ballast
+    assert plain["products"] == "float32" and plain["bytes"] == frozen["bytes"] > 0
     assert len(report.derived(content(plain, frozen))) == 2
 
 
@@ -213,14 +230,94 @@ def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pyt
         sampling.measure("digits", chain, batch=2, blocks=1, rounds=1, plain=True, compile=False)
 
 
+def test_plain_modules_under_autocast_compute_in_bfloat16_and_agree() -> None:
+    model = pair.plain_model("digits", CPU, nhwc=True)
+    truth = pair.true_gradient("digits", 2, CPU, model)
+    candidate = pair.build(pair.NHWC_BF16, "digits", 2, CPU, model)
+    assert (candidate.products, candidate.backend) == ("bf16", "plain modules, autocast")
+    error = float((candidate.gradient() - truth).norm() / truth.norm())
+    assert 1e-4 < error < pair.AGREEMENT["bf16"]
+    plain = pair.build(NHWC, "digits", 2, CPU, model)
+    assert torch.allclose(plain.gradient(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_what_multiplies_with_what_and_that_settings_come_back() -> None:
+    gpu_device = torch.device("cuda")
+    said = {name: pair.products_of(name, gpu_device) for name in pair.CANDIDATES}
+    assert said[PLAIN] == said[NHWC] == pair.TORCHS_OWN and said["frozen, triton"] == "float32"
+    assert said["frozen, triton, tf32"] == "tf32" and said["frozen, triton, bf16"] == said[pair.NHWC_BF16] == "bf16"
+    assert pair.products_of(PLAIN, CPU) == "float32" and set(said.values()) == set(pair.AGREEMENT)
+
+    def settings() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    before, inside = settings(), {}
+    for products in pair.AGREEMENT:
+        with pytest.raises(KeyError), pair.multiplying(products):
+            inside[products] = settings()
+            raise KeyError
+        assert settings() == before
+    assert inside == {
+        "float32": (False, "highest"),
+        pair.TORCHS_OWN: (True, "highest"),
+        "tf32": (True, "high"),
+        "bf16": (True, "highest"),
+    }
+    assert before == (True, "highest")  # what torch's own setting is taken to be
+
+
+def test_a_wrong_gradient_is_not_timed() -> None:
+    truth = torch.ones(2, 3)
+    right = pair.Candidate(lambda: None, lambda: truth + 1e-6, "reference", "float32")
+    pair._require_agreement(truth, {"right": right})
+    wrong = pair.Candidate(lambda: None, lambda: truth + 1e-3, "reference", "float32")
+    with pytest.raises(ValueError, match="The gradients of wrong and of the plain modules differ by 1.0e-03"):
+        pair._require_agreement(truth, {"right": right, "wrong": wrong})
+
+
+def test_what_memory_does_not_hold_is_left_out_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = pair.build
+
+    def without_nhwc(candidate: str, *arguments: Any) -> pair.Candidate:
+        if candidate == NHWC:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.\nMore words.")
+        return build(candidate, *arguments)
+
+    monkeypatch.setattr(pair, "build", without_nhwc)
+    monkeypatch.setattr(pair, "peak_memory", lambda *_: {"peak_memory_mib": 1.0, "memory_before_mib": 1.0})
+    rows = measure_pair("digits", 2, [PLAIN, NHWC], CPU, rounds=1)
+    reason = "it does not fit into memory: CUDA out of memory. Tried to allocate 80 GiB."
+    assert rows[NHWC] == {"preset": "digits", "batch": 2, "candidate": NHWC, "refused": reason}
+    assert rows[PLAIN]["rounds"] == 1
+
+
+def test_what_was_left_out_is_in_the_file_and_the_table(tmp_path: Path) -> None:
+    program = (
+        "import sys, pytest\n"
+        "from benchmarks import measure, pair\n"
+        f"measure.ceilings = lambda device: {CEILINGS}\n"
+        "refused = {'preset': 'digits', 'batch': 1, 'refused': 'it does not fit into memory: 80 GiB'}\n"
+        "pair.measure_pair = lambda *_, **__: {name: refused for name in pair.CANDIDATES}\n"
+        f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}, '--case', 'digits:1']\n"
+        "sys.exit(pytest.main([*arguments, '--tested', '--into', 'pair_small', 'benchmarks/bench_pair.py']))"
+    )
+    done = run_python(program)
+    assert done.returncode == 0 and "skipped" in done.stdout, done.stdout + done.stderr
+    (path,) = tmp_path.glob("pair_small_*.json")
+    assert "No figure for digits, N = 1, plain: it does not fit into memory: 80 GiB" in report.table(
+        json.loads(path.read_text())
+    )
+
+
 def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
     def python(program: str) -> tuple[str, ...]:
         return (sys.executable, "-c", program)
 
+    hanging = "import subprocess, sys; print('on', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
     planned = [
-        gpu.Stage("build", python("print('built')"), 60),
+        gpu.Stage("build", python("print('built')"), 60, needs=()),
         gpu.Stage("tests", python("raise SystemExit(3)"), 60),
-        gpu.Stage("memcheck", python("import time; print('on', flush=True); time.sleep(60)"), 3),
+        gpu.Stage("memcheck", python(hanging.format("import time; time.sleep(60)")), 3),
         gpu.Stage("racecheck", ("no-such-program",), 60),
         gpu.Stage("pair", python("print('measured')"), 60),
     ]
@@ -231,11 +328,33 @@ def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results" / "gpu_run.json").read_text())["stages"] == done
 
 
-def test_nothing_follows_a_failed_gpu_build_or_the_end_of_the_time(tmp_path: Path) -> None:
-    failing = gpu.Stage("build", (sys.executable, "-c", "raise SystemExit(1)"), 60)
-    assert len(gpu.run_stages([failing, failing], 300, tmp_path / "run.json")) == 1
-    late = gpu.run_stages([gpu.Stage("pair", (sys.executable, "-c", ""), 60)], 1, tmp_path / "run.json")
-    assert late == [{"stage": "pair", "outcome": "no time left"}]
+def test_nothing_that_needs_a_stage_follows_its_failure_nor_anything_the_end_of_the_time(tmp_path: Path) -> None:
+    failing = gpu.Stage("build", (sys.executable, "-c", "raise SystemExit(1)"), 60, needs=())
+    pair_stage = gpu.Stage("pair", (sys.executable, "-c", ""), 60, needs=("build", "tests"))
+    done = gpu.run_stages([failing, pair_stage], 300, tmp_path / "run.json")
+    assert done[1] == {"stage": "pair", "outcome": "not run: it needs build and tests"}
+    late = gpu.run_stages([failing], 1, tmp_path / "run.json")
+    assert late == [{"stage": "build", "outcome": "no time left"}]
+
+
+def test_gpu_stages_need_what_comes_before_them_and_are_understood(tmp_path: Path) -> None:
+    planned = gpu.stages(tmp_path)
+    names = [stage.name for stage in planned]
+    for index, stage in enumerate(planned):
+        assert set(stage.needs) <= set(names[:index]), stage.name
+    assert "tests" in next(stage.needs for stage in planned if stage.name == "pair")
+    cases = [case for group in gpu.CASES for case in group]
+    assert len(set(cases)) == len(cases) == 12 and set(gpu.COMPILED) <= set(cases)
+    compiling = next(stage for stage in planned if stage.name == "pair, torch.compile")
+    done = subprocess.run([*compiling.command, "--collect-only"], cwd=gate.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and f"celeba_64-16-{NHWC}" in done.stdout, done.stdout + done.stderr
+
+
+def test_only_what_this_run_measured_is_shown(tmp_path: Path) -> None:
+    for name, changed in (("pair_cuda", 200.0), ("pair_sizes_cuda", 100.0), ("ops_cuda", 200.0), ("pair_cpu", 200.0)):
+        (tmp_path / f"{name}.json").touch()
+        os.utime(tmp_path / f"{name}.json", (changed, changed))
+    assert [path.stem for path in gpu.measured_since(150.0, tmp_path)] == ["ops_cuda", "pair_cuda"]
 
 
 def test_without_a_gpu_make_gpu_says_so() -> None:
@@ -243,3 +362,40 @@ def test_without_a_gpu_make_gpu_says_so() -> None:
         pytest.skip("there is one")
     done = run_python("from benchmarks import gpu; gpu.main()")
     assert done.returncode == 1 and "sees no GPU; `make gpu` needs one." in done.stderr
+
+
+def test_the_replay_benchmark_has_a_row_for_every_buffer_and_measures_nothing_on_red_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--preset", "digits", "--batch", "2", "5", "--results", str(tmp_path)]
+    monkeypatch.setattr(replay, "why_red", lambda *files: "one failed")
+    with pytest.raises(SystemExit, match="red tests: one failed"):
+        replay.main(command)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(replay, "why_red", lambda *files: None)
+    monkeypatch.setattr(replay, "ceilings", lambda device: CEILINGS)
+    with pytest.raises(SystemExit, match="19 states is too small .* 20 are the fewest"):
+        replay.main([*command, "--capacity", "19"])
+    replay.main([*command, "--capacity", "23"])
+    (kept,) = (json.loads(path.read_text()) for path in tmp_path.glob("replay_*.json"))
+    assert {(row["operation"], row["batch"]) for row in kept["results"]} == {
+        (operation, batch) for operation in ("push, filling", "push, full", "gather") for batch in (2, 5)
+    }
+    (text,) = (path.read_text() for path in tmp_path.glob("replay_*.md"))
+    assert text.count("| list |") == 6 and text.count("| 1.00x |") >= 6 and "capacity 23" in text
+    assert text.count("bfloat16") == 6 * len(replay.placements(measure.default_device()))
+
+
+def test_the_list_and_the_rings_of_the_replay_benchmark_must_hold_the_same() -> None:
+    layout = NoiseLayout(((2, 2, 2), (1, 4, 4)), (1, 4, 4))
+    replay.Buffers(layout, 6, 4, CPU).fill(4)
+    wrong = replay.Buffers(layout, 6, 4, CPU)
+    wrong.pushes(1)["ring, float32, device"]()
+    with pytest.raises(RuntimeError, match="ring, float32, device does not hold"):
+        wrong.fill(4)
+
+
+def test_the_default_capacity_of_the_replay_benchmark_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "free_memory", lambda device: 10_000)
+    assert replay.default_capacity(ReplayBuffer(size=2000), 10) == 60  # 100 bytes per state in all buffers
+    assert replay.default_capacity(ReplayBuffer(size=50), 10) == 50

@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from vaebm_fast import _extension, cli
-from vaebm_fast.cost import META, PLANS, CellShape, Cost, _bytes_moved, cost
+from vaebm_fast.cost import (
+    META,
+    PLANS,
+    CellShape,
+    Cost,
+    _bytes_moved,
+    _without_values,
+    cost,
+    least_traffic,
+    step_traffic,
+)
+from vaebm_fast.frozen import cells, freeze
 
 
 @cache
@@ -76,6 +87,31 @@ def test_each_rewrite_of_the_pair_moves_less() -> None:
     assert traffic["frozen, reference, bfloat16"].per_image < 0.6 * reference.per_image
     if _extension.is_available():
         assert traffic["frozen, cpu, float32"].per_image < reference.per_image
+        assert traffic["frozen, triton, bfloat16"].per_image < traffic["frozen, reference, bfloat16"].per_image
+
+
+def test_whole_blocks_save_the_traffic_of_the_kernels_that_they_replace(
+    compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three kernels each way write or read h1 three times, h2 three times, their gradients twice, x, s, ds and dx once.
+
+    A whole block writes and reads h2 once, and x once more.
+    """
+    counted = celeba_256()
+    fused = [c for c in counted.cells if c.side >= 64 and not c.is_upsampled]
+    assert len(fused) == 17 and {c.in_channels for c in fused} == {32, 64, 128}
+    monkeypatch.setattr(cells, "FUSED_SIDE", 512)  # beyond the image: none
+    apart = step_traffic(freeze(_without_values("celeba_256"), torch.bfloat16, "cuda"))
+    whole = counted.traffic["frozen, cuda, bfloat16"]
+    assert apart.per_image - whole.per_image == 2 * sum(8 * c.h2 - c.x for c in fused)
+
+
+def test_a_compiled_pair_reads_its_weights_once_each_way(compiled: None) -> None:
+    """As every plan does; all but biases, which have no part backward."""
+    counted = celeba_256()
+    both_ways = next(iter(counted.plans.values())).per_step
+    for backend in ("triton", "cuda"):
+        assert 0.99 * both_ways < counted.traffic[f"frozen, {backend}, bfloat16"].per_step <= both_ways
 
 
 def test_plans_of_a_cell_by_hand() -> None:
@@ -105,3 +141,9 @@ def test_the_command_prints_what_was_counted(capsys: pytest.CaptureFixture[str])
 def test_an_unknown_preset_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cost", "--preset", "celeba_512"]) == 1
     assert capsys.readouterr().err.startswith("error: Preset 'celeba_512' is not known; there are cifar10,")
+
+
+def test_the_least_traffic_is_that_of_the_leanest_plan() -> None:
+    plans = cost("digits").plans
+    assert least_traffic("digits") == min(plans.values(), key=lambda plan: plan.per_image)
+    assert least_traffic("digits").per_image < max(plan.per_image for plan in plans.values())

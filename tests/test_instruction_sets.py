@@ -16,6 +16,7 @@ OPS = (
     "power_iteration",
     "pointwise",
     "energy_epilogue",
+    "energy_head",
     "se_gate_residual",
     "gaussian_latent",
     "pixel_head",

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from builders import generic
 from cuda_build import REPOSITORY, barriers, emulate, emulate_sanitised, run_sanitised
+from stand_ins import StandIns, pretend_a_gpu
 from torch import Tensor
 
 from benchmarks.kernel_work import inverted_residual_shared
 from vaebm_fast import reference
+from vaebm_fast.frozen import cells
+from vaebm_fast.frozen.cells import freeze_cell
+from vaebm_fast.models.layers import Cell
 from vaebm_fast.ops._backend import why_not
 from vaebm_fast.ops.inverted_residual import inverted_residual, inverted_residual_backward
 
@@ -171,6 +177,40 @@ def test_kernels_take_empty_images(emulated: ctypes.CDLL, shape: tuple[int, ...]
     x, ds, w = tensors(shape)
     s, h2 = forward(emulated, x, w)
     assert h2 is not None and s.numel() == backward(emulated, ds, x, h2, w).numel() == 0
+
+
+def test_a_frozen_cell_runs_on_the_kernels(
+    emulated: ctypes.CDLL, compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of its live module, within twice the error of the same cell in plain PyTorch."""
+    live = generic(Cell(("mconv_e3k5g0",), 32, 32, use_se=True))
+    x, dy, names = tensors((1, 32, 9, 17, 96))
+    leaf = x.double().requires_grad_()
+    y = live(leaf)
+    (dx,) = torch.autograd.grad(y, leaf, dy.double())
+
+    def run(backend: Any) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = freeze_cell("cell", live, torch.bfloat16, backend)(leaf)
+        return y, torch.autograd.grad(y, leaf, dy)[0]
+
+    plain_y, plain_dx = run("reference")
+    pretend_a_gpu(monkeypatch)
+    monkeypatch.setattr(cells, "FUSED_SIDE", 1)
+
+    def forward_kernel(x: Tensor, *weights_and_with_h2: Any) -> tuple[Tensor, Tensor | None]:
+        *weights, with_h2 = weights_and_with_h2
+        return forward(emulated, x, dict(zip(names, weights, strict=True)), with_h2)
+
+    def backward_kernel(ds: Tensor, x: Tensor, h2: Tensor, *weights: Tensor) -> Tensor:
+        return backward(emulated, ds, x, h2, dict(zip(of_backward(names), weights, strict=True)))
+
+    kernels = {"inverted_residual": forward_kernel, "inverted_residual_backward": backward_kernel}
+    with StandIns(kernels) as stand_ins:
+        kernel_y, kernel_dx = run("cuda")
+    assert stand_ins.calls["vaebm_fast::inverted_residual_backward"] == 1
+    assert_as_accurate(kernel_y, plain_y, y)
+    assert_as_accurate(kernel_dx, plain_dx, dx)
 
 
 @pytest.mark.parametrize("C", [32, 64, 128])

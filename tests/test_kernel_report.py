@@ -77,8 +77,28 @@ def test_the_document_holds_this_prediction() -> None:
     )
 
 
+def test_the_document_holds_the_prediction_for_every_triton_launch() -> None:
+    pytest.importorskip("triton")
+    from benchmarks import triton_work
+
+    rows = [row.kernel for row in triton_work.rows(without=triton_work.RARE)]
+    assert len({row.label for row in rows}) == len(rows)
+    assert prediction_table(rows) in DOCUMENT.read_text(encoding="utf-8"), "Run python -m benchmarks.kernel_report."
+
+
+def test_work_of_a_triton_product_is_that_of_its_matrices() -> None:
+    """1536 -> 20 channels of 16 images of 32 x 32 pixels in bfloat16, swish in front."""
+    pytest.importorskip("triton")
+    from benchmarks import triton_work
+
+    work = next(row.kernel.work for row in triton_work.rows() if row.kernel.label == "pointwise 1536->20 bf16")
+    pixels = 16 * 32 * 32
+    assert work.tensor_flop == 2 * pixels * 1536 * 20 and work.special == 2 * pixels * 1536
+    assert work.memory_bytes == 2 * (pixels * (1536 + 20 + 20) + 1536 * 20 + 20)  # x, residual, y; weight; bias
+
+
 def test_tables_replace_what_stands_between_the_marks() -> None:
-    begin, end = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
-    assert with_tables(f"a\n{begin}\nold\n{end}\nb", "new") == f"a\n{begin}\nnew\n{end}\nb"
+    begin, end = "<!-- kernel_report cuda: begin -->", "<!-- kernel_report cuda: end -->"
+    assert with_tables(f"a\n{begin}\nold\n{end}\nb", "cuda", "new") == f"a\n{begin}\nnew\n{end}\nb"
     with pytest.raises(ValueError, match="must hold"):
-        with_tables("a", "new")
+        with_tables(f"a\n{begin}\n{end}", "triton", "new")

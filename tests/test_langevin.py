@@ -1,4 +1,4 @@
-"""Laws of the chain, of the three potentials it descends, and of the replay buffer it may start from."""
+"""Laws of the chain, and of the three potentials it descends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import DecoderCombiner
 from vaebm_fast.noise import Stream, normal, seed_tensor
 from vaebm_fast.ops.langevin_update import langevin_update
-from vaebm_fast.replay import ReplayRing
 
 TINY_NVAE = NVAEConfig(
     image_size=4,
@@ -489,64 +488,3 @@ def test_noise_that_does_not_fit_is_refused_by_name() -> None:
             model.energy_and_grad(eps_z, wrong)
     with pytest.raises(ValueError, match=r"eps_z has 0 tensors; this NVAE has 2 latent groups\."):
         model.energy_and_grad([], eps_x)
-
-
-# The replay buffer.
-@pytest.mark.parametrize("pushes", [[2], [5], [2, 2, 2], [3, 0, 4], [5, 5, 1], [1] * 12])
-def test_ring_keeps_the_last_states_and_puts_each_where_the_oldest_was(pushes: list[int]) -> None:
-    ring, expected, pushed = ReplayRing(capacity=5, dim=2), torch.zeros(5, 2), 0
-    for count in pushes:
-        states = torch.arange(pushed, pushed + count).float()[:, None] + torch.tensor([0.0, 0.5])
-        for state in states:
-            expected[pushed % 5] = state
-            pushed += 1
-        ring.push(states)
-    assert len(ring) == min(pushed, 5)
-    indices = torch.arange(len(ring)).flip(0)
-    assert torch.equal(ring.gather(indices), expected[indices])
-    assert set(ring.gather(indices)[:, 0].tolist()) == set(range(max(0, pushed - 5), pushed))
-
-
-def test_ring_may_store_less_than_float32_and_gives_float32_copies() -> None:
-    ring = ReplayRing(capacity=2, dim=3, dtype=torch.bfloat16)
-    states = torch.randn(2, 3, requires_grad=True)
-    ring.push(states)
-    gathered = ring.gather(torch.tensor([1, 0, 1]))
-    assert gathered.dtype == torch.float32 and not gathered.requires_grad
-    assert torch.equal(gathered, states.detach()[[1, 0, 1]].bfloat16().float())
-    gathered.zero_()
-    assert bool(ring.gather(torch.tensor([0])).any())
-
-
-@pytest.mark.parametrize("pushed", [0, 2, 3, 7])
-def test_ring_continues_from_its_saved_state_as_if_uninterrupted(pushed: int) -> None:
-    ring, restored = ReplayRing(capacity=3, dim=1), ReplayRing(capacity=3, dim=1)
-    for value in range(pushed):
-        ring.push(torch.tensor([[float(value)]]))
-    restored.push(torch.full((3, 1), -1.0))  # what it held before is forgotten
-    restored.load_state_dict(
-        {key: torch.clone(v) if isinstance(v, Tensor) else v for key, v in ring.state_dict().items()}
-    )
-    for _ in range(2):
-        assert len(restored) == len(ring)
-        everything = torch.arange(len(ring))
-        assert torch.equal(restored.gather(everything), ring.gather(everything))
-        for each in (ring, restored):
-            each.push(torch.tensor([[10.0], [11.0]]))
-
-
-def test_ring_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"capacity is 0; a replay buffer keeps at least one state\."):
-        ReplayRing(0, 4)
-    ring = ReplayRing(3, 4)
-    with pytest.raises(ValueError, match=r"4 states do not fit a replay buffer of 3\."):
-        ring.push(torch.zeros(4, 4))
-    for shape in ((2, 1), (2, 3), (4,)):
-        with pytest.raises(ValueError, match=r"states have shape .*; this replay buffer takes \[N, 4\]\."):
-            ring.push(torch.zeros(shape))
-    ring.push(torch.zeros(3, 4))
-    for other in (ReplayRing(2, 4), ReplayRing(3, 5)):
-        other.push(torch.zeros(2, other.gather(torch.empty(0, dtype=torch.long)).shape[1]))
-        with pytest.raises(ValueError, match=r"saved replay buffer holds \(3, 4\); this one takes"):
-            other.load_state_dict(ring.state_dict())
-        assert len(other) == 2, "nothing is half loaded"

@@ -11,6 +11,7 @@ from kernels import (
     assert_never_falls_back,
     assert_refused,
     assert_same_bits_for_any_number_of_threads,
+    device_of,
     strided,
 )
 from torch import Tensor
@@ -21,23 +22,23 @@ from vaebm_fast.ops._backend import Backend, why_not
 from vaebm_fast.ops.langevin_update import langevin_update
 
 SEEDS = [0, 1, 2**32, 2**63, 2**64 - 1]
-SIZES = [1, 3, 4, 63, 64, 66, 1001, 20_000]  # D: within a quad; a block of the CPU; ragged; several tasks of threads
+# D: within a quad; a block of the CPU; ragged; two blocks of Triton; several tasks of threads
+SIZES = [1, 3, 4, 63, 64, 66, 1001, 1030, 20_000]
 DRAWS = [1, 2**31, 2**32 - 1, 2**32 + 5]
 
 
-@pytest.fixture(params=["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
+)
 def backend(request: pytest.FixtureRequest) -> Backend:
+    """Those of Triton run on a GPU, and in the interpreter by `test_triton.py`."""
     name: Backend = request.param
     reason = why_not("langevin_update", device_of(name), name)
-    if reason is None and name == "cuda" and not torch.cuda.is_available():
+    if reason is None and device_of(name).type == "cuda" and not torch.cuda.is_available():
         reason = "no GPU is visible"
     if reason is not None:
         pytest.skip(reason)
     return name
-
-
-def device_of(backend: Backend) -> torch.device:
-    return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 def run(

@@ -9,6 +9,7 @@ import numpy as np
 import philox_numpy
 import pytest
 import torch
+from kernels import device_of
 from torch import Tensor
 
 from vaebm_fast import noise, reference
@@ -20,19 +21,18 @@ from vaebm_fast.ops.philox_normal import philox_normal, philox_uniform, philox_w
 SEEDS = [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 
 
-@pytest.fixture(params=["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
+)
 def backend(request: pytest.FixtureRequest) -> Backend:
+    """Those of Triton run on a GPU, and in the interpreter by `test_triton.py`."""
     name: Backend = request.param
     reason = why_not("philox_normal", device_of(name), name)
-    if reason is None and name == "cuda" and not torch.cuda.is_available():
+    if reason is None and device_of(name).type == "cuda" and not torch.cuda.is_available():
         reason = "no GPU is visible"
     if reason is not None:
         pytest.skip(reason)
     return name
-
-
-def device_of(backend: Backend) -> torch.device:
-    return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 @pytest.fixture(scope="module")

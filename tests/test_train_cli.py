@@ -188,6 +188,16 @@ def test_the_replay_buffer_is_switched_by_one_option_and_set_by_others(
     assert train.main([*command, "--training.buffer"]) == 0
     assert train.main([*command, "--training.buffer", "--training.buffer.size", "64"]) == 0
     assert [trainer.training.buffer for trainer, _ in trainers] == [None, ReplayBuffer(), ReplayBuffer(size=64)]
+    rounded = ("--training.buffer", "--training.buffer.dtype", "bfloat16")
+    assert train.main([*command, *rounded]) == 0
+    assert trainers[-1][0].training.buffer == ReplayBuffer(dtype="bfloat16")
+    assert [trainers[at][0].buffer.state_dict()["states"].dtype for at in (1, -1)] == [torch.float32, torch.bfloat16]
+    assert "placement is host" in error_of(
+        capsys, *command, "--device", "cpu", "--training.buffer", "--training.buffer.placement", "host"
+    )
+    too_large = error_of(capsys, *command, "--training.buffer", "--training.buffer.size", "1000000000000")
+    assert "1000000000000 states" in too_large and "GB are free" in too_large
+    assert "invalid choice" in refusal_of(capsys, *command, "--training.buffer.dtype", "float16")
     assert "add --training.buffer" in error_of(capsys, *command, "--training.buffer.size", "64")
     assert "--training.no-buffer" in help_of(capsys, "energy", "--preset", "lsun_church_64")
 

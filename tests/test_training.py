@@ -134,13 +134,15 @@ class _Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["vae", "energy", "energy with buffer"])
+@pytest.mark.parametrize("stage", ["vae", "energy", "energy with buffer", "energy with bfloat16 buffer"])
 def test_resuming_is_bit_equal_to_never_stopping(tmp_path: Path, stage: str) -> None:
     def make() -> VAETrainer | EnergyTrainer:
         if stage == "vae":
             return vae_trainer()
+        if stage == "energy":
+            return energy_trainer()
         buffer = ReplayBuffer(size=20, max_probability=0.6, anneal_steps=2)
-        return energy_trainer(buffer=buffer if stage == "energy with buffer" else None)
+        return energy_trainer(buffer=replace(buffer, dtype="bfloat16") if "bfloat16" in stage else buffer)
 
     whole = train(make(), RunOptions(tmp_path / "whole", save_every=2, **QUIET))
     broken = make()
@@ -232,6 +234,28 @@ def test_chains_start_from_the_buffer_with_the_annealed_probability() -> None:
     assert float(early) == pytest.approx(0.6 * 0.745, abs=4 * math.sqrt(0.25 / 400))
     fresh = trainer.start(200)[:, latent:]
     assert float(fresh.abs().max()) < 7
+
+
+def test_a_chain_starts_as_its_own_seed_says_whatever_the_batch() -> None:
+    """So that processes, whose chains have other seeds, choose otherwise."""
+    buffer = ReplayBuffer(size=64, max_probability=0.5, anneal_steps=0)
+    small, large = (energy_trainer(buffer=buffer) for _ in range(2))
+    large.training = replace(large.training, batch_size=16)
+    for trainer in (small, large):
+        assert trainer.buffer is not None
+        trainer.buffer.push(torch.arange(64.0)[:, None].expand(-1, trainer.sampler.layout.latent_dim))
+    halves = torch.cat([small.start(2), small.start(3)])
+    assert torch.equal(halves, large.start(1))
+    assert 0 < int((halves[:, 0] == halves[:, 0].round()).sum()) < 16  # some, not all, are the buffer's
+
+
+def test_where_the_buffer_lies_is_no_setting_of_a_run_and_what_it_keeps_is() -> None:
+    def settings(**changes: object) -> object:
+        trainer = energy_trainer(buffer=ReplayBuffer(size=8))
+        trainer.training = replace(trainer.training, buffer=ReplayBuffer(size=8, **changes))
+        return trainer.settings()
+
+    assert settings() == settings(placement="host") != settings(dtype="bfloat16")
 
 
 def test_averaged_network_is_exported_and_zero_decay_exports_the_last_weights(tmp_path: Path) -> None:
@@ -363,3 +387,9 @@ def test_a_garbled_log_does_not_stop_a_run(tmp_path: Path) -> None:
 def test_settings_that_cannot_train_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         EnergyTraining(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "float16"}, {"placement": "disk"}, {"size": 0}, {"max_probability": 1.5}])
+def test_settings_that_no_buffer_can_have_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ReplayBuffer(**wrong)  # type: ignore[arg-type]

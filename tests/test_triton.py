@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,16 +22,28 @@ SHARED_LIMIT = 163 * 1024  # bytes that a block can have on sm_80; sm_90 has mor
 RARE_WINDOWS = ("7x7", "11x11")  # no published decoder has them, and they take minutes
 
 
-def test_kernels_in_the_interpreter() -> None:
+# The claims about noise and update, on backend "triton"; without sizes that are another backend's edges, and without
+# the chain to a stationary law, which would take a minute.
+CLAIMS = "triton and not (stationary or 20000 or 63 or 64 or 65 or 66)"
+INTERPRETED = {
+    "kernels": ("tests/interpreted_triton.py",),
+    "noise": ("tests/interpreted_noise.py",),
+    "claims about noise": ("tests/test_noise.py", "tests/test_langevin_update.py", "-k", CLAIMS),
+}
+
+
+@pytest.mark.parametrize("tests", INTERPRETED)
+def test_kernels_in_the_interpreter(tests: str) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_triton.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED[tests]],
         cwd=REPOSITORY,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -67,6 +81,39 @@ def cache(pytestconfig: pytest.Config) -> Path:
 def test_kernels_compile_without_spills(op: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, in float32, TF32 and bfloat16."""
     compile_and_check(op, RARE_WINDOWS, cache, monkeypatch)
+
+
+# Products, sums and roots of a Box-Muller pair in csrc/math.h, two pairs for each thread's two counters.
+PRODUCTS, SUMS, COUNTERS_PER_THREAD = 26, 20, 2
+
+
+@pytest.mark.parametrize(
+    ("case", "products", "sums"),
+    # and per element of the update half * slope, root * noise, two sums, and one with the prior
+    [("philox_normal", 0, 0), ("langevin_update", 2, 2), ("langevin_update, prior", 2, 3)],
+)
+def test_noise_compiles_to_the_ieee_operations_of_the_recipe(
+    case: str, products: int, sums: int, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In PTX a rounding mode (.rn) forbids ptxas to contract; no fma, nothing approximate, nothing flushed to zero."""
+    pytest.importorskip("triton")
+    from benchmarks import triton_aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    for row in triton_aot.report(case):
+        if row.name != case:
+            continue
+        done = Counter(re.findall(r"^\s+(?:@\S+\s+)?(\w[\w.]*\.f32\b[\w.]*)", row.ptx, re.MULTILINE))
+        pairs, elements = 2 * COUNTERS_PER_THREAD, 4 * COUNTERS_PER_THREAD
+        assert done.pop("mul.rn.f32") == PRODUCTS * pairs + products * elements
+        assert done.pop("add.rn.f32") + done.pop("sub.rn.f32") == SUMS * pairs + sums * elements
+        # float of a word, of the rest of its quarter turn and of the exponent; swapped and negated by bits
+        assert done == {
+            "sqrt.rn.f32": pairs,
+            "cvt.rn.f32.u32": pairs,
+            "cvt.rn.f32.s32": 2 * pairs,
+            "selp.f32": 2 * pairs,
+        }
 
 
 @pytest.mark.slow

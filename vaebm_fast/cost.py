@@ -19,23 +19,34 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vaebm_fast.config import PRESETS
-from vaebm_fast.frozen import freeze
-from vaebm_fast.frozen.cells import freeze_cell
+from vaebm_fast.frozen import FrozenVAEBM, freeze
+from vaebm_fast.frozen.cells import FUSED_SIDE, freeze_cell
 from vaebm_fast.frozen.part import tensors_of
 from vaebm_fast.langevin import ChainModel
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import Cell, InvertedResidual
 from vaebm_fast.noise import NoiseLayout
-from vaebm_fast.ops._backend import why_absent
+from vaebm_fast.ops._backend import Backend, why_absent
 
 META = torch.device("meta")
 BF16_BYTES = 2
-FUSED_SIDE = 64  # from this side on a block's weights are small and its hidden tensor large: fuse all of it
 
 # What allocates or renames, besides the operators that call themselves views.
 UNMOVED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like}
-# Arguments that a kernel takes for their shape, or for a gradient that nobody asks for here: they are not read.
-UNREAD = {torch.ops.aten.convolution_backward.default: (1,), torch.ops.aten.avg_pool2d_backward.default: (1,)}
+# Arguments that a kernel takes for their shape, for a gradient that nobody asks for here, or for its own backward: they
+# are not read.
+UNREAD = {
+    "aten::convolution_backward": (1,),
+    "aten::avg_pool2d_backward": (1,),
+    "vaebm_fast::pointwise": (2,),
+    "vaebm_triton::pointwise": (2,),
+}
+# Pairs of compiled kernels; on the meta device their ops' fakes answer, so that counting them needs no GPU.
+COMPILED: dict[str, tuple[Backend, torch.dtype]] = {
+    "frozen, cpu, float32": ("cpu", torch.float32),
+    "frozen, triton, bfloat16": ("triton", torch.bfloat16),
+    "frozen, cuda, bfloat16": ("cuda", torch.bfloat16),
+}
 
 
 @dataclass(frozen=True)
@@ -146,20 +157,20 @@ class Cost:
 
 
 def cost(preset: str) -> Cost:
-    """Count a preset's step in every form that this installation can dispatch. Raises ValueError for other names."""
+    """Count a preset's step in every form that can be counted here. Raises ValueError for other names."""
     model = _without_values(preset)
     reference, halved = (freeze(model, dtype, "reference") for dtype in (torch.float32, torch.bfloat16))
-    traffic = {"plain modules, float32": step_traffic(model), "frozen, reference, float32": step_traffic(reference)}
-    if why_absent("cpu") is None:
-        traffic["frozen, cpu, float32"] = step_traffic(freeze(model, backend="cpu"))
-    traffic["frozen, reference, bfloat16"] = step_traffic(halved)
-    shapes, dispatched = _decoder_cells(model)
-    weights = sum(tensor.numel() for part in halved._parts for tensor in tensors_of(part.weights))
-    rest = traffic["frozen, reference, bfloat16"].per_image - dispatched
-    plans = {
-        name: Traffic(rest + BF16_BYTES * sum(map(moved, shapes)), 2 * BF16_BYTES * weights)  # each pass reads weights
-        for name, moved in PLANS.items()
+    traffic = {
+        "plain modules, float32": step_traffic(model),
+        "frozen, reference, float32": step_traffic(reference),
+        "frozen, reference, bfloat16": step_traffic(halved),
     }
+    if why_absent("cpu") is None:
+        traffic |= {name: step_traffic(freeze(model, dtype, backend)) for name, (backend, dtype) in COMPILED.items()}
+    shapes, dispatched = _decoder_cells(model)
+    weights = _weights_of(halved)
+    rest = traffic["frozen, reference, bfloat16"].per_image - dispatched
+    plans = _plans(shapes, rest, weights)
     dim = NoiseLayout(model.latent_shapes, model.image_shape).dim
     return Cost(preset, dim, step_flops(model), step_flops(reference), traffic, plans, rest, tuple(shapes), weights)
 
@@ -189,7 +200,7 @@ def text(counted: Cost) -> str:
         lines.append(f"{f'plan: {name}, bfloat16':52}{image:14.3f}{image - rest:16.3f}{moved.per_step / 1e9:24.3f}")
     missing = why_absent("cpu")
     if missing is not None:
-        lines.append(f"frozen, cpu: not counted, because {missing}")
+        lines.append(f"{'; '.join(COMPILED)}: not counted, because {missing}")
     lines += ["", f"{'least ms per image at stated peak rates':52}" + "".join(f"{gpu:>10}" for gpu in GPUS)]
     floors = {gpu: counted.floors_ms(gpu) for gpu in GPUS}
     lines += [f"{name:52}" + "".join(f"{floors[gpu][name]:10.3f}" for gpu in GPUS) for name in floors["A100"]]
@@ -200,6 +211,27 @@ def pair_flops(preset: str) -> tuple[int, int]:
     """FLOPs per image of a preset's step, plain and frozen. Raises ValueError for an unknown preset."""
     model = _without_values(preset)
     return step_flops(model), step_flops(freeze(model, backend="reference"))
+
+
+def least_traffic(preset: str) -> Traffic:
+    """Bytes of a preset's step in the leanest of PLANS, in bfloat16. Raises ValueError for an unknown preset."""
+    model = _without_values(preset)
+    halved = freeze(model, torch.bfloat16, "reference")
+    shapes, dispatched = _decoder_cells(model)
+    plans = _plans(shapes, step_traffic(halved).per_image - dispatched, _weights_of(halved))
+    return min(plans.values(), key=lambda plan: plan.per_image)
+
+
+def _plans(shapes: list[CellShape], rest: float, weights: int) -> dict[str, Traffic]:
+    """Traffic of every plan in bfloat16; `rest`: bytes per image outside of the cells."""
+    return {
+        name: Traffic(rest + BF16_BYTES * sum(map(moved, shapes)), 2 * BF16_BYTES * weights)  # each pass reads weights
+        for name, moved in PLANS.items()
+    }
+
+
+def _weights_of(pair: FrozenVAEBM) -> int:
+    return sum(tensor.numel() for part in pair._parts for tensor in tensors_of(part.weights))
 
 
 def step_flops(pair: ChainModel) -> int:
@@ -248,7 +280,7 @@ class _KernelBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func.overloadpacket not in UNMOVED:
-            read = [arg for index, arg in enumerate(args) if index not in UNREAD.get(func, ())]
+            read = [arg for index, arg in enumerate(args) if index not in UNREAD.get(func.name(), ())]
             self.total += sum(map(_distinct_bytes, tree_leaves((read, kwargs, result))))
         return result
 

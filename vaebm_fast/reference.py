@@ -138,6 +138,18 @@ def energy_epilogue_backward(du: Tensor, y: Tensor, skip: Tensor | None = None, 
     return du * (sigmoid * (1 + t * (1 - sigmoid)))
 
 
+def energy_head(y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor, bias: Tensor) -> Tensor:
+    """bias + sum_chw weight[c] swish(y + skip_scale * skip); see `vaebm_fast.ops.energy_head.energy_head`."""
+    sums = energy_epilogue(y, skip, skip_scale).sum(dim=(2, 3), dtype=weight.dtype)
+    return F.linear(sums, weight[None], bias).squeeze(1)
+
+
+def energy_head_backward(denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor) -> Tensor:
+    """Its gradient for y; see `vaebm_fast.ops.energy_head.energy_head_backward`."""
+    du = (denergy[:, None] * weight)[:, :, None, None]
+    return energy_epilogue_backward(du, y, skip, skip_scale).to(y.dtype)
+
+
 def se_gate_residual(
     s: Tensor, skip: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
 ) -> Tensor:

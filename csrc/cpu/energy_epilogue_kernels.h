@@ -1,11 +1,5 @@
 // The energy network's epilogue for one instruction set; see each_isa.h.
 
-// t = y + scale skip at element i; a null skip is none.
-VF_INLINE Vec sum_with_skip(const float* y, const float* skip, Vec scale, int64_t i, int lanes) {
-  const Vec value = load(y + i, lanes);
-  return skip == nullptr ? value : fma(scale, load(skip + i, lanes), value);
-}
-
 // u = swish(t) for elements [begin, end).
 inline void run_forward(const float* y, const float* skip, float scale, float* u, int64_t begin, int64_t end) {
   const Vec factor = broadcast(scale);

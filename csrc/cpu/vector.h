@@ -29,6 +29,12 @@ VF_INLINE void store(float* to, Vec value, int lanes) {
   }
 }
 
+// t = y + scale skip at element i; a null skip is none.
+VF_INLINE Vec sum_with_skip(const float* y, const float* skip, Vec scale, int64_t i, int lanes) {
+  const Vec value = load(y + i, lanes);
+  return skip == nullptr ? value : fma(scale, load(skip + i, lanes), value);
+}
+
 // exp(-x) for |x| <= 87; an x beyond counts as -87 or 87.
 //
 // -x = n ln 2 + r with n whole and |r| <= ln 2 / 2; ln 2 is in two parts, the first of 9 bits, so that its product with
@@ -108,19 +114,20 @@ VF_INLINE SoftClamp soft_clamp5(Vec x) {
 // x with zeros behind its first `lanes` floats.
 VF_INLINE Vec first_lanes(Vec x, int lanes) { return load(reinterpret_cast<const float*>(&x), lanes); }
 
-// A sum of vectors as if in twice the precision (Kahan).
+// A sum of vectors as if in twice the precision: what each addition rounds away is exact (Knuth's TwoSum), and is summed
+// beside. Unlike Kahan's, it keeps what is left where large numbers cancel, and its additions do not wait for each other.
 struct Sum {
-  Vec total{}, excess{};
+  Vec total{}, rounded_away{};
 
   VF_INLINE void add(Vec x) {
-    const Vec corrected = x - excess, next = total + corrected;
-    excess = (next - total) - corrected;
+    const Vec next = total + x, from_x = next - total;
+    rounded_away += (total - (next - from_x)) + (x - from_x);
     total = next;
   }
 
   VF_INLINE double across_lanes() const {
     double sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(total[lane]) - excess[lane];
+    for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(total[lane]) + rounded_away[lane];
     return sum;
   }
 };

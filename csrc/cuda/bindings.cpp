@@ -106,6 +106,25 @@ at::Tensor depthwise_swish_backward_cuda(const at::Tensor& dy, const at::Tensor&
   return dh;
 }
 
+std::tuple<at::Tensor, at::Tensor> power_iteration_cuda(const at::Tensor& weight, const at::Tensor& u,
+                                                        const at::Tensor& v, int64_t iterations, double eps) {
+  check_power_iteration_arguments(weight, u, v, iterations, eps);
+  const int64_t B = weight.size(0), M = weight.size(1), K = weight.size(2), most = int64_t{1} << 30;
+  TORCH_CHECK_VALUE(M < most && K < most && B * M < most && B * K < most, "weight is ", weight.sizes(),
+                    "; the CUDA kernel takes M, K, B M and B K below 2^30.");
+  const c10::cuda::CUDAGuard guard(weight.device());
+  at::Tensor left = u.clone(at::MemoryFormat::Contiguous);
+  if (iterations == 0) return {left, v.clone(at::MemoryFormat::Contiguous)};
+  const at::Tensor rows = weight.contiguous();
+  at::Tensor right = at::empty({B, K}, v.options());
+  at::Tensor scratch = at::empty({power_iteration_scratch(B, static_cast<int>(M), static_cast<int>(K))}, v.options());
+  launch_power_iteration(rows.const_data_ptr<float>(), B, static_cast<int>(M), static_cast<int>(K), iterations,
+                         static_cast<float>(eps), scratch.mutable_data_ptr<float>(), left.mutable_data_ptr<float>(),
+                         right.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {left, right};
+}
+
 // Contiguous in this order and 16-byte aligned, which a part of a larger tensor need not be.
 at::Tensor aligned(const at::Tensor& tensor, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
   const at::Tensor packed = tensor.contiguous(format);
@@ -166,6 +185,7 @@ TORCH_LIBRARY_IMPL(vaebm_fast, CUDA, m) {
   m.impl("langevin_update", &vf::langevin_update_cuda);
   m.impl("depthwise_swish", &vf::depthwise_swish_cuda);
   m.impl("depthwise_swish_backward", &vf::depthwise_swish_backward_cuda);
+  m.impl("power_iteration", &vf::power_iteration_cuda);
   m.impl("inverted_residual", &vf::inverted_residual_cuda);
   m.impl("inverted_residual_backward", &vf::inverted_residual_backward_cuda);
 }

@@ -18,26 +18,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxGridY = 65535;
 
-// The `count` elements at `from`, then zeros.
-__device__ __forceinline__ Quad<float> load_quad(const float* from, int64_t count, bool whole) {
-  if (whole) return *reinterpret_cast<const Quad<float>*>(from);
-  Quad<float> values;
-  VF_UNROLL
-  for (int j = 0; j < 4; ++j) values.v[j] = j < count ? from[j] : 0.0f;
-  return values;
-}
-
-__device__ __forceinline__ void store_quad(const Quad<float>& values, int64_t count, bool whole, float* to) {
-  if (whole) {
-    *reinterpret_cast<Quad<float>*>(to) = values;
-  } else {
-    VF_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (j < count) to[j] = values.v[j];
-    }
-  }
-}
-
 // whole: every row is whole quads, aligned in both tensors.
 __global__ void __launch_bounds__(kThreads)
     langevin_update_kernel(const float* gradient, const int64_t* seeds, const int64_t* draw, uint32_t stream,

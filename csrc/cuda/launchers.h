@@ -41,4 +41,10 @@ void launch_inverted_residual_backward(const Bf16* ds, const Bf16* x, const Bf16
                                        const Bf16* depthwise_weight, const Bf16* project_weight_t, int64_t N, int H,
                                        int W, int C, int hidden, Bf16* dx, cudaStream_t cuda_stream);
 
+// weight [B, M, K], u [B, M] and v [B, K] in place; only u is read beforehand; all contiguous, M, K > 0. scratch:
+// power_iteration_scratch(B, M, K) floats.
+int64_t power_iteration_scratch(int64_t B, int M, int K);
+void launch_power_iteration(const float* weight, int64_t B, int M, int K, int64_t iterations, float eps,
+                            float* scratch, float* u, float* v, cudaStream_t cuda_stream);
+
 }  // namespace vf

@@ -16,19 +16,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxGridY = 65535;
 
-// Four elements of a row: one store where rows are whole quads, hence aligned.
-template <class T>
-__device__ void store(const Quad<T>& values, int64_t quad, int64_t numel, T* row) {
-  if (numel % 4 == 0) {
-    reinterpret_cast<Quad<T>*>(row)[quad] = values;
-  } else {
-    VF_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (4 * quad + j < numel) row[4 * quad + j] = values.v[j];
-    }
-  }
-}
-
 __global__ void __launch_bounds__(kThreads)
     philox_words_kernel(const int64_t* seeds, const int64_t* draw, uint32_t stream, int64_t N, int64_t numel,
                         uint32_t* out) {
@@ -36,7 +23,8 @@ __global__ void __launch_bounds__(kThreads)
   if (4 * quad >= numel) return;
   for (int64_t n = blockIdx.y; n < N; n += gridDim.y) {
     const NoiseKey key = noise_key(seeds[n], *draw, stream);
-    store(philox_words(key, static_cast<uint32_t>(quad)), quad, numel, out + n * numel);
+    const auto values = philox_words(key, static_cast<uint32_t>(quad));
+    store_quad(values, numel - 4 * quad, numel % 4 == 0, out + n * numel + 4 * quad);
   }
 }
 
@@ -47,7 +35,8 @@ __global__ void __launch_bounds__(kThreads)
   if (4 * quad >= numel) return;
   for (int64_t n = blockIdx.y; n < N; n += gridDim.y) {
     const NoiseKey key = noise_key(seeds[n], *draw, stream);
-    store(philox_normal(key, static_cast<uint32_t>(quad)), quad, numel, out + n * numel);
+    const auto values = philox_normal(key, static_cast<uint32_t>(quad));
+    store_quad(values, numel - 4 * quad, numel % 4 == 0, out + n * numel + 4 * quad);
   }
 }
 

@@ -3,9 +3,10 @@
 
 #include <array>
 #include <atomic>
-#include <barrier>
+#include <condition_variable>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -24,22 +25,55 @@ namespace emulation {
 constexpr int kWarpSize = 32;
 constexpr size_t kMaxExchangeBytes = 64;
 
+// As std::barrier, but that one's waiting threads meet in a table that all barriers share: to ThreadSanitizer this
+// orders what no barrier of ours does, and it misses races. `complete` runs when all have come, before any goes on.
+class Barrier {
+ public:
+  explicit Barrier(int threads, std::function<void()> complete = [] {})
+      : expected_(threads), missing_(threads), complete_(std::move(complete)) {}
+
+  void arrive_and_wait() {
+    std::unique_lock lock(mutex_);
+    const int64_t phase = phase_;
+    arrive();
+    all_here_.wait(lock, [&] { return phase_ != phase; });
+  }
+
+  void arrive_and_drop() {
+    const std::lock_guard lock(mutex_);
+    --expected_;
+    arrive();
+  }
+
+ private:
+  void arrive() {
+    if (--missing_ > 0) return;
+    complete_();
+    missing_ = expected_;
+    ++phase_;
+    all_here_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable all_here_;
+  int expected_, missing_;
+  int64_t phase_ = 0;
+  std::function<void()> complete_;
+};
+
 // A thread that returns counts as arriving at every later barrier, as on a GPU; but warp functions are for all lanes.
 struct Warp {
-  struct Check {
-    Warp* warp;
-    void operator()() noexcept {
-      const int waiting = warp->waiting.exchange(0, std::memory_order_relaxed);
-      require(waiting == 0 || waiting == kWarpSize, "a warp function is called after a lane returned");
-    }
-  };
-
   int lanes;
   std::atomic<int> waiting{0};
-  std::barrier<Check> barrier;
+  Barrier barrier;
   alignas(16) std::byte words[kWarpSize][kMaxExchangeBytes];
 
-  explicit Warp(int lanes_) : lanes(lanes_), barrier(lanes_, Check{this}) {}
+  explicit Warp(int lanes_) : lanes(lanes_), barrier(lanes_, [this] { check(); }) {}
+
+  void check() {
+    const int all = waiting.exchange(0, std::memory_order_relaxed);
+    require(all == 0 || all == kWarpSize, "a warp function is called after a lane returned");
+  }
 
   void wait() {
     require(lanes == kWarpSize, "a warp function is called by a warp of less than 32 threads");
@@ -49,7 +83,7 @@ struct Warp {
 };
 
 struct Block {
-  std::barrier<> barrier;
+  Barrier barrier;
   std::deque<Warp> warps;
   std::unique_ptr<std::byte[]> dynamic_shared;  // on the heap, for AddressSanitizer to watch both ends
 
@@ -141,11 +175,10 @@ void launch(Kernel kernel, dim3 grid, dim3 block_size, size_t shared_bytes, Argu
   const int threads = static_cast<int>(block_size.x * block_size.y * block_size.z);
   shared_memory.begin_launch(shared_bytes);
   std::optional<Block> current(std::in_place, threads, shared_bytes);
-  const auto next_block = [&]() noexcept {
+  Barrier end_of_block(threads, [&] {
     shared_memory.check_and_poison();
     current.emplace(threads, shared_bytes);
-  };
-  std::barrier end_of_block(threads, next_block);
+  });
 
   const auto run = [&](dim3 index, int thread) {
     gridDim = grid;

@@ -24,7 +24,7 @@ extern "C" void backward(const Bf16* ds, const Bf16* x, const Bf16* h2, const Bf
 
 template <int C>
 int64_t shared_bytes_of(bool backward) {
-  return backward ? sizeof(vf::BackwardShared<C>) : sizeof(vf::ForwardShared<C>);
+  return backward ? sizeof(vf::tile::BackwardShared<C>) : sizeof(vf::tile::ForwardShared<C>);
 }
 
 // Of a block.

@@ -36,6 +36,9 @@ from vaebm_fast.models.layers import (
 from vaebm_fast.ops import depthwise_swish as ops
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.depthwise_swish import pack_depthwise
+from vaebm_fast.ops.inverted_residual import inverted_residual, is_taken
+
+FUSED_SIDE = 64  # from this side on a block's weights are small and its hidden tensor large: fuse all of it
 
 
 class Depthwise(NamedTuple):
@@ -79,7 +82,8 @@ def freeze_cell(
 class InvertedResidualCell(Part[InvertedResidualWeights]):
     """s = W2 swish(Wd * swish(W1 x + b1) + bd) + b2; y = skip(x) + gate(s) s.
 
-    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish.
+    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish. On backend "cuda" s is one
+    kernel where `inverted_residual` has one for this precision and these channels, and the image FUSED_SIDE a side.
     """
 
     def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend) -> None:
@@ -109,19 +113,35 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         return self._backend != "reference" and weight.shape[1] == 1 and self._resample != "down"
 
     def __call__(self, x: Tensor) -> Tensor:
+        s = self._fused_branch(x) if self._is_fused(x) else self._branch(x)
+        return se_gate_residual(s, _run_skip(x, self.weights.skip, self._backend), self.weights.se, self._backend)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether one kernel runs the whole branch on x [N, C, H, W]."""
+        if self._backend != "cuda" or self._resample != "none" or x.shape[2] < FUSED_SIDE:
+            return False
+        middle = self.weights.depthwise
+        return isinstance(middle, Depthwise) and is_taken(x, middle.weight)
+
+    def _fused_branch(self, x: Tensor) -> Tensor:
+        """s by one kernel, which reads the same weights as the three of `_branch`."""
+        expand, middle, project, _, _ = self.weights
+        weights = (expand.weight.forward, expand.bias, *middle, project.weight.forward, project.bias)
+        return inverted_residual(x, *weights, backend=self._backend)[0]
+
+    def _branch(self, x: Tensor) -> Tensor:
+        """s, one kernel after the other."""
         w = self.weights
         h = w.expand(x, self._backend)
         if isinstance(w.depthwise, Depthwise):
             up = self._resample == "up"
             h = ops.depthwise_swish(h, w.depthwise.weight, w.depthwise.bias, upsample=up, backend=self._backend)
-            s = w.project(h, self._backend, swish=True)
         elif self._resample == "up":
             phases = depthwise_swish_phases(h, w.depthwise)
-            s = interleave([w.project(phase, self._backend, swish=True) for phase in phases])
+            return interleave([w.project(phase, self._backend, swish=True) for phase in phases])
         else:
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
-            s = w.project(h, self._backend, swish=True)
-        return se_gate_residual(s, _run_skip(x, w.skip, self._backend), w.se, self._backend)
+        return w.project(h, self._backend, swish=True)
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):

@@ -19,7 +19,7 @@ from vaebm_fast.frozen.part import Part, Slot, slots
 from vaebm_fast.frozen.units import Pointwise
 from vaebm_fast.models.layers import Cell, DecoderCombiner, WNConv2d
 from vaebm_fast.models.nvae import NVAE
-from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._backend import Backend, backend_for
 from vaebm_fast.ops.gaussian_latent import gaussian_latent
 
 
@@ -145,11 +145,11 @@ class FrozenDecoder:
         self, eps_z: Sequence[Tensor], temperature: float, *, with_log_p: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [N, K, H, W] and log p(z) [N], or None, of z_g = mu_g + temperature sigma_g eps_g."""
-        noise = iter(eps_z)
+        noise, backend = iter(eps_z), backend_for("gaussian_latent", self._backend)
 
         def latent(parameters: Tensor | None) -> Tensor:
             eps = next(noise)
-            z, log_p = gaussian_latent(parameters, eps, temperature, with_log_p=with_log_p, backend=self._backend)
+            z, log_p = gaussian_latent(parameters, eps, temperature, with_log_p=with_log_p, backend=backend)
             if log_p is not None:
                 log_ps.append(log_p)
             return z.to(self._dtype)

@@ -18,8 +18,9 @@ from vaebm_fast.frozen.part import Part, slots
 from vaebm_fast.frozen.units import Pointwise
 from vaebm_fast.models.energy import EnergyNetwork, EnergyResidualBlock
 from vaebm_fast.models.layers import WNConv2d
-from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._backend import Backend, backend_for
 from vaebm_fast.ops.energy_epilogue import energy_epilogue
+from vaebm_fast.ops.energy_head import energy_head
 
 ACTIVATION_SCALE = 1 / 1.1
 
@@ -39,7 +40,7 @@ class BlockWeights(NamedTuple):
 
 
 class HeadWeights(NamedTuple):
-    """The linear layer, [1, C] and [1]."""
+    """The linear layer, [C] and [1]."""
 
     weight: Tensor
     bias: Tensor
@@ -79,42 +80,45 @@ class FrozenBlock(Part[BlockWeights]):
             skip = Pointwise.of(fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE), self._backend)
         return BlockWeights(conv1, conv2, skip)
 
-    def __call__(self, u: Tensor) -> Tensor:
+    def before_activation(self, u: Tensor) -> tuple[Tensor, Tensor, float]:
+        """y, skip and the skip's scale: the block ends with swish(y + scale * skip)."""
         w, backend = self.weights, self._backend
         h = energy_epilogue(F.conv2d(u, w.conv1.weight, w.conv1.bias, padding=1), backend=backend)
         y = F.conv2d(h, w.conv2.weight, w.conv2.bias, stride=2 if self._downsample else 1, padding=1)
         if w.skip is None:
-            return energy_epilogue(y, u, ACTIVATION_SCALE, backend=backend)
-        return energy_epilogue(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, backend), backend=backend)
+            return y, u, ACTIVATION_SCALE
+        return y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, backend), 1.0
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return energy_epilogue(*self.before_activation(u), backend=self._backend)
 
 
 class FrozenHead(Part[HeadWeights]):
-    """E [N] from the last block's u: linear(sum_hw u / 1.1), in at least single precision."""
+    """E [N] = linear(sum_hw u / 1.1), in at least single precision, of the last block's u before its activation."""
 
-    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype) -> None:
-        self._linear = energy.linear
+    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
+        self._linear, self._backend = energy.linear, backend
         super().__init__("energy.linear", slots(energy.linear), torch.promote_types(dtype, torch.float32))
 
     def fold(self) -> HeadWeights:
-        return HeadWeights(self._linear.weight * ACTIVATION_SCALE, self._linear.bias)
+        return HeadWeights(self._linear.weight[0] * ACTIVATION_SCALE, self._linear.bias)
 
-    def __call__(self, u: Tensor) -> Tensor:
-        w = self.weights
-        return F.linear(u.sum(dim=(2, 3), dtype=w.weight.dtype), w.weight, w.bias).squeeze(1)
+    def __call__(self, y: Tensor, skip: Tensor, skip_scale: float) -> Tensor:
+        return energy_head(y, skip, skip_scale, *self.weights, backend=self._backend)
 
 
 class FrozenEnergy:
     """E(x) [N] for images x [N, C, H, W] in [0, 1], differentiable in x alone."""
 
     def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
-        self._dtype = dtype
+        self._dtype, backend = dtype, backend_for("energy_epilogue", backend)
         self._stem = FrozenStem(energy.conv1, dtype, backend)
         self._blocks = [
             FrozenBlock(f"energy.blocks.{index}", block, dtype, backend)
             for index, block in enumerate(energy.blocks)
             if isinstance(block, EnergyResidualBlock)
         ]
-        self._head = FrozenHead(energy, dtype)
+        self._head = FrozenHead(energy, dtype, backend)
 
     @property
     def parts(self) -> list[Part[Any]]:
@@ -123,6 +127,6 @@ class FrozenEnergy:
 
     def __call__(self, x: Tensor) -> Tensor:
         u = self._stem(x.to(self._dtype))
-        for block in self._blocks:
+        for block in self._blocks[:-1]:
             u = block(u)
-        return self._head(u)
+        return self._head(*self._blocks[-1].before_activation(u))

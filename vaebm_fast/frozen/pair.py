@@ -7,7 +7,7 @@ and the energy network are in `decoder` and `energy`, their algebra in `fold`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,20 @@ from vaebm_fast.frozen.memory import reused_memory
 from vaebm_fast.frozen.part import Part, StaleWeightsError, require_finite
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.vaebm import VAEBM
-from vaebm_fast.ops._backend import BACKENDS, Backend, choose, dtypes, require_dtype, why_not
+from vaebm_fast.ops._backend import Backend, backend_for, choose, dtypes, require_dtype, why_not
 from vaebm_fast.ops.pixel_head import pixel_head
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-PAIR_BACKENDS = ("reference", "cpu", "triton")  # those that have every op
 
 
 def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
     """The compiled form of `model`: same noise, same U and gradients, folded weights in `dtype`.
 
     dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U stay in float32 (float64
-    for float64). backend: who computes; "auto" is "cpu" for float32 on a CPU with the compiled part, else "reference":
-    "triton" has not run on a GPU yet and is there for who asks.
+    for float64). backend: who computes; "auto" is "cpu" for float32 on a CPU with the compiled part, else "reference".
+    "triton" and "cuda" have not run on a GPU yet and are there for who asks. "cuda" runs what has a kernel in CUDA C++
+    on that, all else on Triton, and needs both: depthwise convolutions, and in bfloat16 wide inverted residuals as a
+    whole (`frozen.cells.InvertedResidualCell`).
     Later changes of `model` need `refresh()`. Raises ValueError for a VAE in training mode, weights that are not finite
     or on several devices, a precision or a name that is not known; RuntimeError for a backend that is missing.
     """
@@ -107,7 +108,7 @@ class FrozenVAEBM:
         self._check(eps_z, eps_x)
         with reused_memory(self, self.device):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
-            return pixel_head(logits, eps_x, with_log_p=False, backend=self.backend)[0]
+            return pixel_head(logits, eps_x, with_log_p=False, backend=backend_for("pixel_head", self.backend))[0]
 
     def energy_and_grad(
         self,
@@ -139,7 +140,8 @@ class FrozenVAEBM:
     def _energy_or_official(self, noise: Sequence[Tensor], temperature: float, *, official: bool) -> Tensor:
         """E(x), or E(x) - log p(z) - log p(x|z), [N]."""
         logits, log_p_z = self._decoder(noise[:-1], temperature, with_log_p=official)
-        x, log_p_x = pixel_head(logits, noise[-1], with_log_p=official, backend=self.backend)
+        backend = backend_for("pixel_head", self.backend)
+        x, log_p_x = pixel_head(logits, noise[-1], with_log_p=official, backend=backend)
         u = self._energy(x)
         return u if log_p_z is None or log_p_x is None else u - log_p_z - log_p_x
 
@@ -166,17 +168,13 @@ def _nhwc(noise: Sequence[Tensor]) -> list[Tensor]:
 
 def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
     """The pair's backend; "auto" is the compiled one where it is there and takes the precision."""
-    if backend in BACKENDS and backend not in PAIR_BACKENDS:
-        raise RuntimeError(
-            f"A frozen pair has no {backend!r} implementation; it has {', '.join(PAIR_BACKENDS)}, and backend='auto' "
-            "takes the best of these."
-        )
     if backend == "auto":
         is_compiled = dtype in dtypes("cpu") and why_not("pointwise", device, "cpu") is None
         return "cpu" if is_compiled else "reference"
-    chosen = cast(Backend, choose("pointwise", device, backend))
-    require_dtype("A frozen pair", chosen, dtype)
-    return chosen
+    for op in ("depthwise_swish", "pointwise"):  # one of each kind: with a kernel in CUDA C++, and without
+        chosen = choose(op, device, backend_for(op, backend))
+        require_dtype("A frozen pair", chosen, dtype)
+    return backend
 
 
 def _require_foldable(model: VAEBM) -> torch.device:

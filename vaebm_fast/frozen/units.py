@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
 from vaebm_fast.ops import se_gate_residual as ops
-from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._backend import Backend, backend_for
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise
 
 
@@ -39,6 +39,7 @@ class Pointwise(NamedTuple):
 
     def __call__(self, x: Tensor, backend: Backend, residual: Tensor | None = None, *, swish: bool = False) -> Tensor:
         """W f(x) + b + residual, f = swish or the identity."""
+        backend = backend_for("pointwise", backend)
         return pointwise(x, self.weight, self.bias, residual, swish=swish, backend=backend)
 
 
@@ -68,4 +69,6 @@ def interleave(phases: list[Tensor]) -> Tensor:
 
 def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
     """skip + gate(s) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the gate's weights."""
-    return s.add_(skip) if se is None else ops.se_gate_residual(s, skip, *se, backend=backend)
+    if se is None:
+        return s.add_(skip)
+    return ops.se_gate_residual(s, skip, *se, backend=backend_for("se_gate_residual", backend))

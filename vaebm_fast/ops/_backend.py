@@ -23,18 +23,20 @@ BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
 OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "philox_words": ("reference", "cpu", "cuda"),
-        "philox_normal": ("reference", "cpu", "cuda"),
-        "langevin_update": ("reference", "cpu", "cuda"),
+        "philox_words": ("reference", "cpu", "triton", "cuda"),
+        "philox_normal": ("reference", "cpu", "triton", "cuda"),
+        "langevin_update": ("reference", "cpu", "triton", "cuda"),
         "depthwise_swish": ("reference", "cpu", "triton", "cuda"),
         "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
         "pointwise": ("reference", "cpu", "triton"),
         "pointwise_backward": ("reference", "cpu", "triton"),
         "inverted_residual": ("reference", "cuda"),
         "inverted_residual_backward": ("reference", "cuda"),
-        "power_iteration": ("reference", "cpu"),
+        "power_iteration": ("reference", "cpu", "cuda"),
         "energy_epilogue": ("reference", "cpu", "triton"),
         "energy_epilogue_backward": ("reference", "cpu", "triton"),
+        "energy_head": ("reference", "cpu", "triton"),
+        "energy_head_backward": ("reference", "cpu", "triton"),
         "se_gate_residual": ("reference", "cpu", "triton"),
         "se_gate_residual_backward": ("reference", "cpu", "triton"),
         "gaussian_latent": ("reference", "cpu", "triton"),
@@ -102,13 +104,15 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     """Why `op` cannot run with `backend` on tensors of `device`, as a clause; None when it can."""
     if backend not in OP_BACKENDS[op]:
         return f"{op} has no such implementation; it has {', '.join(OP_BACKENDS[op])}"
+    if device.type == "meta":  # an op's fake answers, by which a plan is counted: no kernel is needed
+        return _extension.why_missing() if backend in ("cpu", "cuda") else None
     absent = why_absent(backend)
     if absent or backend == "reference":
         return absent
     if backend == "triton" and is_interpreting():
         return None
     needed = "cpu" if backend == "cpu" else "cuda"
-    if device.type not in (needed, "meta"):  # on meta an implementation's fake answers, by which a plan is counted
+    if device.type != needed:
         return f"it runs on {needed} tensors and these are on {device}; move them with .to({needed!r})"
     return None
 
@@ -127,6 +131,11 @@ def choose(op: str, device: torch.device, backend: str) -> str:
     if reason is not None:
         raise RuntimeError(f"{op} cannot run with backend={backend!r}: {reason}.")
     return backend
+
+
+def backend_for(op: str, backend: Backend) -> Backend:
+    """Who runs `op` where a whole network is asked for on `backend`: what has no kernel in CUDA C++ is Triton's."""
+    return "triton" if backend == "cuda" and "cuda" not in OP_BACKENDS[op] else backend
 
 
 @dataclass(frozen=True)

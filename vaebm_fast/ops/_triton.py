@@ -24,15 +24,23 @@ def ops_of(backend: str) -> Any:
     return torch.ops.vaebm_triton if backend == "triton" else torch.ops.vaebm_fast
 
 
-def define(op: str, forward: str, backward: str) -> None:
-    """Define `op` and its backward by what follows their names in csrc/ops.cpp.
+def define(op: str, arguments: str, backward: str | None = None, *, module: str | None = None) -> None:
+    """Define `op`, and `op`_backward where it has one, by what follows their names in csrc/ops.cpp.
 
-    Functions of the same names in `vaebm_fast.triton_kernels.<op>` implement them.
+    Functions of the same names in `vaebm_fast.triton_kernels.<module>`, by default <op>, implement them.
     """
-    for name, arguments in ((op, forward), (f"{op}_backward", backward)):
-        _library.define(name + arguments)
+    for name, schema in ((op, arguments), (f"{op}_backward", backward)):
+        if schema is None:
+            continue
+        _library.define(name + schema)
         for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
-            _library.impl(name, _run(op, name), key)
+            _library.impl(name, _run(module or op, name), key)
+
+
+def register_fake(op: str, fake: Callable[..., Any]) -> None:
+    """Register what `op` returns on tensors without values, in both namespaces."""
+    for namespace in _namespaces():
+        torch.library.register_fake(f"{namespace}::{op}", fake)
 
 
 def register(
@@ -51,12 +59,16 @@ def register(
     def refuse(ctx: Any, *gradients: Any) -> NoReturn:
         raise RuntimeError(f"{op} is differentiable once; backend='reference' has further derivatives.")
 
-    for namespace in ("vaebm_fast", "vaebm_triton") if _extension.is_available() else ("vaebm_triton",):
+    register_fake(op, fake)
+    register_fake(f"{op}_backward", fake_backward)
+    for namespace in _namespaces():
         name, ops = f"{namespace}::{op}", getattr(torch.ops, namespace)
-        torch.library.register_fake(name, fake)
-        torch.library.register_fake(f"{name}_backward", fake_backward)
         torch.library.register_autograd(name, partial(backward, ops), setup_context=save)
         torch.library.register_autograd(f"{name}_backward", refuse, setup_context=save_nothing)
+
+
+def _namespaces() -> tuple[str, ...]:
+    return ("vaebm_fast", "vaebm_triton") if _extension.is_available() else ("vaebm_triton",)
 
 
 def _run(module: str, name: str) -> Callable[..., Any]:

@@ -20,6 +20,12 @@ CHUNK = 32  # hidden channels that they take at a time
 WINDOW = 5
 
 
+def is_taken(x: Tensor, depthwise_weight: Tensor) -> bool:
+    """Whether the CUDA kernels take an x [N, C, H, W] of this precision, a window [K, K, hidden] of these sizes."""
+    K, _, hidden = depthwise_weight.shape
+    return x.dtype == torch.bfloat16 and x.shape[1] in CHANNELS and hidden % CHUNK == 0 and K == WINDOW
+
+
 def inverted_residual(
     x: Tensor,
     expand_weight: Tensor,
@@ -103,10 +109,8 @@ def _check(
 
 def _choose(op: str, x: Tensor, depthwise_weight: Tensor, backend: Backend) -> str:
     chosen = choose(op, x.device, backend)
-    if chosen == "reference":
-        return chosen
-    (K, _, hidden), C = depthwise_weight.shape, x.shape[1]
-    if x.dtype != torch.bfloat16 or C not in CHANNELS or hidden % CHUNK or K != WINDOW:
+    if chosen != "reference" and not is_taken(x, depthwise_weight):
+        (K, _, hidden), C = depthwise_weight.shape, x.shape[1]
         raise ValueError(
             f"{op} with backend={chosen!r} takes bfloat16, C = 32, 64 or 128, hidden a multiple of {CHUNK} and K = "
             f"{WINDOW}, not {x.dtype}, C = {C}, hidden = {hidden}, K = {K}; ask for backend='reference'."
@@ -130,6 +134,7 @@ if _extension.is_available():
     def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, expand_weight, expand_bias, depthwise_weight, _, project_weight, _, ctx.with_h2 = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else h2 gets a gradient of zeros, as large as itself
         ctx.save_for_backward(x, output[1], expand_weight, expand_bias, depthwise_weight, project_weight)
 
     def _backward(ctx: Any, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:

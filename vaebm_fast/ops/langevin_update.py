@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
+from vaebm_fast.ops import _triton
 from vaebm_fast.ops._backend import Backend, choose
 from vaebm_fast.ops._checks import check_tensor
 from vaebm_fast.ops.philox_normal import check_noise
@@ -41,12 +42,13 @@ def langevin_update(
     _check(eps, gradient, seeds, draw, nonfinite_at, stream, step_size)
     if torch.is_grad_enabled() and (eps.requires_grad or gradient.requires_grad):
         raise ValueError("langevin_update has no gradient; call it under torch.no_grad().")
-    if choose("langevin_update", eps.device, backend) == "reference":
+    chosen = choose("langevin_update", eps.device, backend)
+    if chosen == "reference":
         reference.langevin_update(
             eps, gradient, seeds, draw, nonfinite_at, stream=stream, step_size=step_size, prior=prior
         )
     else:
-        torch.ops.vaebm_fast.langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream, step_size, prior)
+        _triton.ops_of(chosen).langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream, step_size, prior)
 
 
 def _check(
@@ -68,17 +70,24 @@ def _check(
         raise ValueError(f"step_size is {step_size}; it must be a positive number.")
 
 
-if _extension.is_available():
+_triton.define(
+    "langevin_update",
+    "(Tensor(a!) eps, Tensor gradient, Tensor seeds, Tensor draw, Tensor(b!) nonfinite_at, int stream, "
+    "float step_size, bool prior) -> ()",
+)
 
-    @torch.library.register_fake("vaebm_fast::langevin_update")
-    def _(
-        eps: Tensor,
-        gradient: Tensor,
-        seeds: Tensor,
-        draw: Tensor,
-        nonfinite_at: Tensor,
-        stream: int,
-        step_size: float,
-        prior: bool,
-    ) -> None:
-        pass
+
+def _fake(
+    eps: Tensor,
+    gradient: Tensor,
+    seeds: Tensor,
+    draw: Tensor,
+    nonfinite_at: Tensor,
+    stream: int,
+    step_size: float,
+    prior: bool,
+) -> None:
+    pass
+
+
+_triton.register_fake("langevin_update", _fake)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
+from vaebm_fast.ops import _triton
 from vaebm_fast.ops._backend import Backend, choose
 
 MAX_NUMEL = 2**34
@@ -26,9 +27,10 @@ def philox_words(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backen
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     check_noise(seeds, draw, stream, numel)
-    if choose("philox_words", seeds.device, backend) == "reference":
+    chosen = choose("philox_words", seeds.device, backend)
+    if chosen == "reference":
         return reference.philox_words(seeds, draw, stream=stream, numel=numel)
-    words: Tensor = torch.ops.vaebm_fast.philox_words(seeds, draw, stream, numel)
+    words: Tensor = _triton.ops_of(chosen).philox_words(seeds, draw, stream, numel)
     return words
 
 
@@ -38,9 +40,10 @@ def philox_normal(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backe
     (z0, z1) = sqrt(-2 log u) (cos, sin)(2 pi w1 / 2^32) with u = w0 / 2^32 + 2^-33; |z| < 6.77.
     """
     check_noise(seeds, draw, stream, numel)
-    if choose("philox_normal", seeds.device, backend) == "reference":
+    chosen = choose("philox_normal", seeds.device, backend)
+    if chosen == "reference":
         return reference.philox_normal(seeds, draw, stream=stream, numel=numel)
-    normals: Tensor = torch.ops.vaebm_fast.philox_normal(seeds, draw, stream, numel)
+    normals: Tensor = _triton.ops_of(chosen).philox_normal(seeds, draw, stream, numel)
     return normals
 
 
@@ -64,12 +67,14 @@ def check_noise(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> None:
         raise ValueError(f"numel is {numel}; it must be within 0..2^34.")
 
 
-if _extension.is_available():
+def _fake_words(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], numel), dtype=torch.int32)
 
-    @torch.library.register_fake("vaebm_fast::philox_words")
-    def _(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tensor:
-        return seeds.new_empty((seeds.shape[0], numel), dtype=torch.int32)
 
-    @torch.library.register_fake("vaebm_fast::philox_normal")
-    def _(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tensor:
-        return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
+def _fake_normals(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
+
+
+for _op, _fake in (("philox_words", _fake_words), ("philox_normal", _fake_normals)):
+    _triton.define(_op, "(Tensor seeds, Tensor draw, int stream, int numel) -> Tensor", module="philox_normal")
+    _triton.register_fake(_op, _fake)

@@ -19,8 +19,8 @@ def power_iteration(
     weight: W [B, M, K] with M, K >= 1, best contiguous. u: [B, M]. v: [B, K]; any iteration replaces it, so its values
     only matter for `iterations` = 0, which gives both back. Returns the new u and v; u'Wv tends to the largest singular
     value. All of one floating dtype; the compiled backends compute in float32 only.
-    An iteration takes 4 M K FLOP per matrix. W is read from memory once, 4 bytes per element, and for each iteration
-    once more from where it then lies: the cache, if the matrix fits.
+    An iteration takes 4 M K FLOP per matrix. W, 4 bytes per element, is read from memory once, and for each iteration
+    once more from where it then lies: the cache, if it fits (on a GPU all B matrices, on a CPU one).
     Not differentiable: the gradient of u'Wv is taken through the W of that product alone.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     Source: Miyato et al., arXiv:1802.05957, section 2.2 and appendix A.

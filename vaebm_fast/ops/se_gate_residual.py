@@ -112,6 +112,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Te
     s, _, weight_in, _, weight_out, _ = inputs
     _, hidden, gate = output
     ctx.mark_non_differentiable(hidden, gate)
+    ctx.set_materialize_grads(False)  # else two launches make them gradients of zeros
     ctx.save_for_backward(s, hidden, gate, weight_in, weight_out)
 
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from vaebm_fast.checkpoint import content_sha256, save_energy
-from vaebm_fast.config import EnergyConfig, EnergyTraining, to_json
+from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json
 from vaebm_fast.data import ImageSource
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.noise import Stream, seed_tensor, uniform
+from vaebm_fast.noise import Stream, uniform
 from vaebm_fast.replay import ReplayRing
 from vaebm_fast.training.guard import DivergenceGuard
 from vaebm_fast.training.spectral import SpectralRegulariser
@@ -156,10 +156,14 @@ class EnergyTrainer:
         self._frozen = freeze(self.model)
         self.sampler = self._sampler_of(self._frozen)
         latent_dim = self.sampler.layout.latent_dim
-        self.buffer = ReplayRing(training.buffer.size, latent_dim, device=self.device) if training.buffer else None
+        self.buffer = self._ring_of(training.buffer, latent_dim) if training.buffer else None
         self._guard = DivergenceGuard(
             self.update, max_gap=training.max_energy_gap, max_rollbacks=training.max_rollbacks
         )
+
+    def _ring_of(self, buffer: ReplayBuffer, latent_dim: int) -> ReplayRing:
+        dtype: torch.dtype = getattr(torch, buffer.dtype)
+        return ReplayRing(buffer.size, latent_dim, dtype=dtype, device=self.device, placement=buffer.placement)
 
     def _sampler_of(self, frozen: FrozenVAEBM) -> LangevinSampler:
         training = self.training
@@ -172,7 +176,10 @@ class EnergyTrainer:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What a continuation must share with its checkpoint."""
+        """What a continuation must share with its checkpoint: not the device, nor where the replay buffer lies."""
+        training = asdict(self.training)
+        if self.training.buffer is not None:
+            del training["buffer"]["placement"]
         return {
             "stage": "energy",
             "nvae_sha256": self._nvae_sha256,
@@ -180,7 +187,7 @@ class EnergyTrainer:
             "data": f"{self._data.source.name}, {len(self._data.source)} images",
             "horizontal_flip": self._flip,
             "energy": to_json(self.config),
-            **asdict(self.training),
+            **training,
         }
 
     def initialize(self) -> None:
@@ -190,17 +197,16 @@ class EnergyTrainer:
 
     def start(self, step: int) -> Tensor:
         """Starting states of a step's chains, [N, D]: N(0, I), some with latents from the replay buffer."""
-        count = self.training.batch_size
-        eps = self.sampler.start(self._seeds(step), Stream.TRAIN_CHAIN)
-        if self.buffer is None or len(self.buffer) == 0:
+        seeds, buffer = self._seeds(step), self.training.buffer
+        eps = self.sampler.start(seeds, Stream.TRAIN_CHAIN)
+        if buffer is None or self.buffer is None or len(self.buffer) == 0:
             return eps
-        assert self.training.buffer is not None
-        annealed = min(1.0, step / max(self.training.buffer.anneal_steps, 1))
-        chance, place = uniform(seed_tensor([self.seed], self.device), step, Stream.REPLAY, 2 * count).reshape(2, count)
-        kept = self.buffer.gather((place * len(self.buffer)).long())
-        chosen = (chance < self.training.buffer.max_probability * annealed)[:, None]
-        latent_dim = self.sampler.layout.latent_dim
-        eps[:, :latent_dim] = torch.where(chosen, kept, eps[:, :latent_dim])
+        # Chosen on the host, which copies the rows. From the chains' own seeds, so that ranks choose differently.
+        chance, place = uniform(seeds.cpu(), 0, Stream.REPLAY, 2).unbind(1)
+        annealed = min(1.0, step / max(buffer.anneal_steps, 1))
+        chosen = (chance < buffer.max_probability * annealed).nonzero().flatten()
+        kept = self.buffer.gather((place[chosen] * len(self.buffer)).long())
+        eps[chosen.to(self.device), : self.sampler.layout.latent_dim] = kept
         return eps
 
     def _seeds(self, step: int) -> Tensor:

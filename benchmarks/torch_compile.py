@@ -1,0 +1,68 @@
+"""The plain modules compiled by torch.compile as well as it can be: the baseline that needs none of this project.
+
+Every setting that the result needs is here, and that it took effect is checked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import synchronize
+from vaebm_fast import VAEBM
+
+EnergyAndGrad = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
+
+WARM_UP_CALLS = 3  # with CUDA graphs the second records and the third is the first replay
+
+
+def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor, *, is_bf16: bool) -> tuple[EnergyAndGrad, float]:
+    """`energy_and_grad` by torch.compile for noise like this, and the seconds that compiling took.
+
+    Freezing folds weights only where autograd is off: hence `torch.func.grad`, traced into one graph with the forward
+    pass, in place of a backward pass. Casts to bfloat16 are folded with the weights. Raises RuntimeError where weights
+    were not folded, or on a GPU no CUDA graph is replayed: the baseline would be unfair.
+    """
+    device = eps_x.device
+
+    def potential(noise: list[Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+            u = model.potential(noise[:-1], noise[-1], "official")
+        return u.sum(), u
+
+    function = torch.compile(torch.func.grad_and_value(potential, has_aux=True), fullgraph=True, dynamic=False)
+
+    def call(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        torch.compiler.cudagraph_mark_step_begin()  # a replay writes over what the last one gave
+        with torch.no_grad():
+            gradients, (_, u) = function([*eps_z, eps_x])
+        return u, gradients
+
+    on_gpu = device.type == "cuda"
+    options = {"freezing": True, "force_layout_optimization": True}
+    options |= {"triton.cudagraphs": on_gpu, "triton.cudagraph_or_error": on_gpu}
+    # prepare_freezing: inside `torch.func.grad` autograd looks on, and weights would become inputs of the graph.
+    with torch._dynamo.config.patch(prepare_freezing=True), torch._inductor.config.patch(options):
+        began = time.perf_counter()
+        call(eps_z, eps_x)
+        synchronize(device)
+        compile_s = time.perf_counter() - began
+        for _ in range(WARM_UP_CALLS - 1):
+            u = call(eps_z, eps_x)[0].clone()
+    _require_folded(model, lambda: torch.equal(call(eps_z, eps_x)[0], u))
+    return call, compile_s
+
+
+def _require_folded(model: VAEBM, gives_the_same: Callable[[], bool]) -> None:
+    """Raise RuntimeError unless an edited weight of `model`, which becomes as it was again, no longer matters."""
+    variance = next(norm.running_var for norm in model.vae.post_process.modules() if isinstance(norm, nn.BatchNorm2d))
+    assert variance is not None
+    kept = variance.clone()
+    variance.mul_(2)
+    folded = gives_the_same()
+    variance.copy_(kept)
+    if not folded:
+        raise RuntimeError("torch.compile did not fold batch normalisation into the graph; see how it is configured.")

@@ -1,0 +1,83 @@
+"""Twins in the place of GPU kernels: a network made for a GPU runs on a CPU and shows which kernels it calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+from vaebm_fast import reference
+from vaebm_fast.ops import _backend
+
+NAMESPACES = ("vaebm_fast", "vaebm_triton")
+
+
+def pretend_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Every backend of an op takes tensors of any device; run what it then calls under `StandIns`."""
+    patch.setattr(_backend, "why_not", lambda op, device, backend: None)
+
+
+class StandIns(TorchDispatchMode):
+    """Counts the ops that are called; on CPU tensors computes the compiled ones by their twins, rounding the results.
+
+    `kernels` replace a twin by something else, called as the op is; ops of other `namespaces` run as they are. The
+    twins are the C++ ops where these are called alike.
+    """
+
+    def __init__(
+        self, kernels: Mapping[str, Callable[..., Any]] | None = None, namespaces: Sequence[str] = NAMESPACES
+    ) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self._kernels, self._namespaces = kernels or {}, namespaces
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func._schema.name] += 1
+        if func.namespace not in self._namespaces or func._schema.name.endswith("_memory"):
+            return func(*args, **(kwargs or {}))
+        likes = func(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args))
+        if any(isinstance(arg, Tensor) and arg.is_meta for arg in args):
+            return likes
+        name = func._schema.name.partition("::")[2]
+        if name in self._kernels:
+            return self._kernels[name](*args)
+        run = TWINS.get(name) or getattr(torch.ops.vaebm_fast, name)
+        results = run(*tree_map_only(Tensor, lambda tensor: tensor.float(), args))
+        return tree_map(_rounded, results, likes)
+
+
+def _rounded(result: Tensor, like: Tensor) -> Tensor:
+    """The result in the precision and the layout of what the op's fake gives."""
+    assert result.shape == like.shape
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).copy_(result)
+
+
+def _pointwise(
+    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
+) -> Tensor:
+    return reference.pointwise(x, weight, bias, residual, swish=swish)
+
+
+def _pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
+    return reference.pointwise_backward(dy, weight_t.T, x)
+
+
+def inverted_residual(x: Tensor, *weights_and_with_h2: Any) -> tuple[Tensor, Tensor]:
+    """The twin, called as the compiled op is."""
+    *weights, with_h2 = weights_and_with_h2
+    s, h2 = reference.inverted_residual(x, *weights, with_h2=with_h2)
+    return s, x.new_empty(0) if h2 is None else h2
+
+
+TWINS: dict[str, Callable[..., Any]] = {
+    "pointwise": _pointwise,
+    "pointwise_backward": _pointwise_backward,
+    "inverted_residual": inverted_residual,
+    "inverted_residual_backward": reference.inverted_residual_backward,
+}
