@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gate, gpu, measure, ops, pair, replay, report
+from benchmarks import gate, gpu, measure, ops, pair, replay, report, sampling
 from benchmarks.conftest import Replay
 from benchmarks.environment import environment
 from benchmarks.pair import COMPILED, NHWC, PLAIN, measure_pair
 from benchmarks.results_file import ResultsFile
-from vaebm_fast.config import ReplayBuffer
+from vaebm_fast.config import ReplayBuffer, Sampling
 from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops._backend import OP_BACKENDS
 
@@ -216,6 +216,18 @@ def test_the_pair_is_measured_with_all_that_a_row_promises() -> None:
     del ballast
     assert plain["products"] == "float32" and plain["bytes"] == frozen["bytes"] > 0
     assert len(report.derived(content(plain, frozen))) == 2
+
+
+def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pytest.CaptureFixture[str]) -> None:
+    chain = Sampling(steps=1, step_size=0.1, potential="paper")
+    job, bare = sampling.measure("digits", chain, batch=2, blocks=3, rounds=2, plain=False, compile=False)
+    assert (job["candidate"], bare["candidate"]) == (sampling.JOB, sampling.BARE)
+    assert len(job["times_s"]) == 2 and bare["images_per_second"] == pytest.approx(6 / bare["median_s"])
+    assert job["over_bare_chain"] == pytest.approx(bare["median_s"] / job["median_s"])
+    assert job["whole_job_s"] > job["median_s"] and bare["whole_job_s"] is None
+    assert capfd.readouterr().out.count("Made 6 images") == 3, "one round warms up"
+    with pytest.raises(ValueError, match="digits has another potential"):
+        sampling.measure("digits", chain, batch=2, blocks=1, rounds=1, plain=True, compile=False)
 
 
 def test_plain_modules_under_autocast_compute_in_bfloat16_and_agree() -> None:

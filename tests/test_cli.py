@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from golden import case_path
+from sampling_jobs import save_networks
 
 from vaebm_fast import __version__, _command, cli, demo
 from vaebm_fast.checkpoint import describe, load_energy, save_nvae
 from vaebm_fast.config import PRESETS
 from vaebm_fast.models import NVAE
 from vaebm_fast.ops import _backend
+from vaebm_fast.sampling import SampleOptions
 
 CPU = torch.device("cpu")
 
@@ -49,7 +51,7 @@ def test_without_a_command_the_help_names_every_command(capsys: pytest.CaptureFi
         cli.main([])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("info", "convert", "likelihood", "readjust", "demo", "--version"))
+    assert all(name in out for name in ("sample", "info", "convert", "likelihood", "readjust", "demo", "--version"))
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,3 +226,32 @@ def test_readjust_writes_its_result_beside_the_file(tmp_path: Path, capsys: pyte
     written = path.with_name(f"{path.stem}.bn-t0.7.safetensors")
     assert str(written) in capsys.readouterr().out
     assert describe(written)["info"]["temperature"] == 0.7
+
+
+def sampling_arguments(folder: Path, *others: str) -> list[str]:
+    nvae, energy = save_networks(folder)
+    return ["sample", "--nvae", str(nvae), "--energy", str(energy), "--out", str(folder / "out"), *others]
+
+
+def test_sample_hands_its_options_on_and_ends_with_the_jobs_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[SampleOptions] = []
+    monkeypatch.setattr(cli, "run_job", lambda options: seen.append(options) or _command.INTERRUPTED)
+    arguments = sampling_arguments(tmp_path, "--preset", "celeba_256", "--seeds", "0-49999", "--format", "tar")
+    assert cli.main(arguments) == 130
+    [options] = seen
+    assert options == SampleOptions(
+        nvae=Path(arguments[2]), energy=Path(arguments[4]), preset="celeba_256", seeds="0-49999",
+        out=tmp_path / "out", format="tar",
+    )  # fmt: skip
+
+
+def test_sample_writes_images_and_tells_errors_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = ("--steps", "2", "--step-size", "0.05", "--device", "cpu", "--no-progress")
+    arguments = sampling_arguments(tmp_path)
+    assert cli.main([*arguments, *chain, "--seeds", "3-5"]) == 0
+    assert "Made 3 images" in capsys.readouterr().out and len(list(tmp_path.rglob("*.png"))) == 3
+    assert "'5-3' do not run upwards" in error_of(capsys, *arguments, *chain, "--seeds", "5-3")
+    assert "name a preset" in error_of(capsys, *arguments, "--seeds", "3-5")
+    assert "seeds was 3-5 and is 3-6" in error_of(capsys, *arguments, *chain, "--seeds", "3-6")

@@ -5,22 +5,28 @@ Tests named "sanitised" are small enough for compute-sanitizer (`make gpu`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sampling_jobs import options_for, save_networks, tiny_model
 from torch import Tensor
 
 import vaebm_fast as vf
 from benchmarks import ops
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.frozen import cells
+from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models import EnergyNetwork
 from vaebm_fast.noise import NoiseLayout, draw_tensor, seed_tensor
 from vaebm_fast.ops._backend import why_not
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.ops.philox_normal import philox_normal, philox_words
+from vaebm_fast.sampling import run_job
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
@@ -131,3 +137,20 @@ def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(
         assert off < 1e-5
     else:
         assert off < 2 * error(gradient(model.freeze(dtype, "reference"), eps.to(DEVICE)), truth) + 0.01
+
+
+def test_a_sampling_job_writes_the_bare_chains_images_whether_a_block_is_captured_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which blocks a process runs eagerly and which it replays, follows from how many processes there are."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    options = options_for(
+        save_networks(tmp_path), tmp_path / "out", seeds="0-63", batch_size=None, device="cuda", processes=1,
+        format="npy",
+    )  # fmt: skip
+    assert run_job(options) == 0
+    assert json.loads((options.out / "manifest.json").read_text())["batch_size"] == 16  # so that there are four blocks
+    eager = LangevinSampler(tiny_model().to(DEVICE), steps=3, step_size=0.05, device=DEVICE, capture=False)
+    expected = torch.cat([to_uint8(eager.run(range(at, at + 16)).images).cpu() for at in range(0, 64, 16)])
+    assert np.array_equal(np.load(options.out / "samples.npy"), expected.numpy())
+    assert json.loads((options.out / "summary.json").read_text())["this_run"]["processes"][0]["memory_gib"] > 0

@@ -34,7 +34,7 @@ ROW_OF = {unit: row for row, units in enumerate(ROWS) for unit in units}
 FACE = "__init__"  # the public face imports what it shows; only what stands on the whole package imports the face
 USES_FACE = ("cli", "train.py", "demo")
 
-OPTIONAL = ("triton", "nvidia.dali", "tyro", "tensorboard", "sklearn", "matplotlib", "vaebm_fast._C")
+OPTIONAL = ("triton", "nvidia.dali", "tyro", "tensorboard", "sklearn", "matplotlib", "pynvml", "vaebm_fast._C")
 # What these modules are for is such a package; the test below shows that no other module loads them when imported.
 NEEDS_OPTIONAL = (
     "vaebm_fast._C",

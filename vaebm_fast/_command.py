@@ -35,7 +35,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_ours(error):
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return FAILED
 
 
@@ -49,7 +49,7 @@ def _is_ours(error: BaseException) -> bool:
     return str(frame.f_globals.get("__name__")).split(".")[0] == "vaebm_fast"
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
     """The error's message on one line."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."

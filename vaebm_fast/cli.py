@@ -1,4 +1,4 @@
-"""`vaebm-fast`: what is installed, what a checkpoint holds, conversion, likelihoods, readjustment, costs, the demo.
+"""`vaebm-fast`: sampling, what is installed, what a checkpoint holds, conversion, likelihoods, costs, the demo.
 
 Thin: options in, a call of the library, lines out. Training has a command of its own, `train.py`.
 """
@@ -23,6 +23,7 @@ from vaebm_fast import cost as counting
 from vaebm_fast.data import open_source
 from vaebm_fast.evaluation.likelihood import evaluate_likelihood
 from vaebm_fast.ops import _backend
+from vaebm_fast.sampling import SampleOptions, run_job
 from vaebm_fast.training.readjust import load_readjusted_nvae, readjusted_path
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -44,6 +45,7 @@ PACKAGES = {
     "TensorBoard": ("tensorboard", "tensorboard", "the logs of training"),
     "scikit-learn": ("sklearn", "scikit-learn", "the built-in digits"),
     "Matplotlib": ("matplotlib", "matplotlib", "the figures of the demo"),
+    "NVML": ("pynvml", "nvidia-ml-py", "the use of GPUs and joules per image while sampling"),
 }
 
 
@@ -84,6 +86,11 @@ def convert(
     """
     checkpoint.convert(source, destination, arch=energy_arch, image_size=image_size, overwrite=overwrite)
     print(f"Wrote {destination}.")
+
+
+def sample(options: Annotated[SampleOptions, tyro.conf.arg(name="")]) -> int:
+    """Sample images, one per seed, into a folder; the same command, run again, completes what is missing there."""
+    return run_job(options)
 
 
 def demo(*, out: Path = Path("runs/demo"), train_seeds: int = 1, progress: bool = True) -> None:
@@ -232,8 +239,9 @@ def _run(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--version"]:
         print(f"vaebm-fast {__version__}")
         return 0
-    tyro.extras.subcommand_cli_from_dict(
+    code: int | None = tyro.extras.subcommand_cli_from_dict(
         {
+            "sample": sample,
             "info": info,
             "convert": convert,
             "likelihood": likelihood,
@@ -245,7 +253,7 @@ def _run(arguments: Sequence[str]) -> int:
         description="Train, sample and evaluate VAEBM models fast. `vaebm-fast --version` prints the version.",
         args=arguments or ["--help"],
     )
-    return 0
+    return code or 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

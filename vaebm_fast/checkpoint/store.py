@@ -82,9 +82,9 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
         mode = temporary.stat().st_mode
         save_file(stored, temporary, {"vaebm_fast": f"{digest(stored, text)} {text}"})
         temporary.chmod(mode)  # the library makes files private to their owner; the umask decides here
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: could not be written ({error}); what was there before is unchanged.") from error
     finally:
@@ -153,7 +153,7 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

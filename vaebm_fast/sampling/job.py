@@ -1,0 +1,229 @@
+"""A sampling job: every process readies itself, computes its share of the blocks, and the first puts all together.
+
+Blocks are aligned pieces of the seeds, dealt whole, so a block is the same batch in every run, whatever the number of
+processes. Chains that are not finite twice have no image; running the job again would give the same, so it does not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vaebm_fast import _command
+from vaebm_fast.checkpoint import content_sha256, load_energy, load_nvae
+from vaebm_fast.config import PRESETS
+from vaebm_fast.frozen import freeze
+from vaebm_fast.langevin import LangevinSampler
+from vaebm_fast.models import VAEBM
+from vaebm_fast.sampling import journal
+from vaebm_fast.sampling.assembly import assemble
+from vaebm_fast.sampling.blocks import BlockSampler
+from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
+from vaebm_fast.sampling.journal import Journal, Watcher
+from vaebm_fast.sampling.options import SampleOptions, Seeds
+from vaebm_fast.sampling.outputs import Output
+from vaebm_fast.sampling.plan import Plan, make_plan
+from vaebm_fast.sampling.ranks import ProcessLostError, Ranks, interruptible, joined, of_torchrun, start
+from vaebm_fast.sampling.summary import Report, conclude
+from vaebm_fast.sampling.telemetry import gpu_meter
+from vaebm_fast.sampling.writer import Writer
+
+MOST_WRITERS = 4
+
+
+def run_job(options: SampleOptions) -> int:
+    """Run, or complete, the job; the exit code: 0, or 130 after an interruption.
+
+    Raises ValueErrors, SamplingErrors among them, whose message is one sentence for the user: also at the end of a job
+    in which chains failed, when everything else has been written.
+    """
+    options.chain()
+    Seeds.parse(options.seeds)
+    ranks = of_torchrun()
+    if ranks is not None:
+        if options.processes is not None:
+            raise ValueError("torchrun has started the processes already; leave out --processes.")
+        return run_rank(options, ranks)
+    on_gpus = _device_type(options) == "cuda"
+    gpus = torch.cuda.device_count() if on_gpus else 1
+    processes = options.processes or gpus
+    if on_gpus and processes > gpus:
+        raise ValueError(f"{processes} processes need as many GPUs, and torch finds {gpus}; ask for no more than that.")
+    if processes == 1:
+        return run_rank(options, Ranks())
+    with interruptible():
+        return start(partial(run_rank, options), processes)
+
+
+def run_rank(options: SampleOptions, ranks: Ranks, store: Path | None = None) -> int:
+    """The part of one process, which meets the others by way of the file `store`, or as torchrun says."""
+    with interruptible():
+        try:
+            with joined(ranks, store), _reproducible():
+                return _work(options, ranks)
+        except KeyboardInterrupt:
+            if ranks.speaks:
+                print(f"Stopped; {AGAIN}.")
+            return _command.INTERRUPTED
+        except ProcessLostError:
+            if ranks.speaks:
+                raise
+            return _command.FAILED
+
+
+def _work(options: SampleOptions, ranks: Ranks) -> int:
+    began = time.perf_counter()
+    folder, seeds = Folder(options.out), Seeds.parse(options.seeds)
+    try:
+        ready = _ready_together(options, ranks, folder, seeds)
+        if ready is None:
+            return 0
+        sampler, plan = ready
+        output = Output(options.format, seeds.largest, sampler.layout.image_shape)
+        with _progress(options, ranks, folder, len(seeds), plan.images_done) as look:
+            report = _share(ranks, folder, seeds, sampler, plan, output, look)
+            ranks.wait(look)
+        reports = ranks.exchange(report)
+        if ranks.rank == 0:
+            records = {record.block: record for record in journal.read(folder)}
+            assemble(folder, output, seeds, plan.batch_size, records)
+            print(conclude(folder, seeds, plan, records.values(), reports, time.perf_counter() - began))
+    finally:
+        folder.release()
+    return 0
+
+
+def _ready_together(
+    options: SampleOptions, ranks: Ranks, folder: Folder, seeds: Seeds
+) -> tuple[LangevinSampler, Plan] | None:
+    """This process's sampler, and the plan; the first process takes the lock before anything else, and decides.
+
+    Where one process fails, none goes on: those that speak raise what it raised, the others get None.
+    """
+    plan: Plan | None = None
+    failure: Exception | None = None
+    try:
+        if ranks.rank == 0:
+            folder.prepare()
+        model = _load(options, ranks)
+        device = model.vae.prior_ftr0.device
+        pair = freeze(model, getattr(torch, options.dtype), options.backend)
+        sampler = LangevinSampler(pair, **asdict(options.chain()), device=device)
+        if ranks.rank == 0:
+            hashes = {"nvae": content_sha256(model.vae), "energy": content_sha256(model.energy)}
+            threads = max(1, torch.get_num_threads() // ranks.local_world)
+            plan = make_plan(options, folder, seeds, sampler, hashes, threads)
+            folder.share()
+    except (ValueError, OSError, RuntimeError) as error:
+        failure = error
+    outcomes = ranks.exchange((plan, _command.sentence(failure) if failure else None))
+    sentences = [sentence for _, sentence in outcomes if sentence]
+    if sentences:
+        if ranks.speaks:
+            raise failure or SamplingError(sentences[0])
+        return None
+    plan = outcomes[0][0]
+    assert plan is not None
+    if ranks.rank != 0:
+        folder.share()
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    return sampler, plan
+
+
+def _load(options: SampleOptions, ranks: Ranks) -> VAEBM:
+    """Both networks on this process's device. Raises ValueErrors for files that do not fit together."""
+    device = torch.device("cpu")
+    if _device_type(options) == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"Process {ranks.local_rank} of this machine has no GPU, torch finds {torch.cuda.device_count()}; "
+                "start one process per GPU."
+            )
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
+    vae = load_nvae(options.nvae, device=device)
+    if options.preset and vae.image_shape != PRESETS[options.preset].nvae.image_shape:
+        raise ValueError(
+            f"{options.nvae} makes images of shape {vae.image_shape} (C, H, W), and preset {options.preset} is for "
+            f"{PRESETS[options.preset].nvae.image_shape}; name another preset, or give the chain by its own options."
+        )
+    energy = load_energy(options.energy, arch=options.energy_arch, device=device)
+    return VAEBM(vae, energy).requires_grad_(False)
+
+
+def _device_type(options: SampleOptions) -> str:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; `vaebm-fast info` says what is missing.")
+    return "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _share(
+    ranks: Ranks,
+    folder: Folder,
+    seeds: Seeds,
+    sampler: LangevinSampler,
+    plan: Plan,
+    output: Output,
+    look: Callable[[], None],
+) -> Report:
+    """Compute and write this process's share of the missing blocks."""
+    on_gpu = sampler.device.type == "cuda"
+    writers = min(MOST_WRITERS, max(1, (os.cpu_count() or 1) // ranks.local_world)) if on_gpu else 1
+    blocks, meter = BlockSampler(sampler, plan.batch_size), gpu_meter(sampler.device)
+    images, began = 0, time.perf_counter()
+    with meter or nullcontext(), Writer(folder, output, Journal(folder, ranks.rank), writers) as writer:
+        for index in plan.todo[ranks.rank :: ranks.world]:
+            block = blocks.run(index, seeds.block(index, plan.batch_size))
+            writer.submit(block)
+            images += len(block.seeds)
+            look()
+    seconds = time.perf_counter() - began
+    return Report(
+        ranks.rank,
+        torch.cuda.get_device_name(sampler.device) if on_gpu else "cpu",
+        images,
+        seconds,
+        images / seconds,
+        blocks.at_once,
+        torch.cuda.max_memory_allocated(sampler.device) / 2**30 if on_gpu else None,
+        meter.figures(images) if meter else None,
+    )
+
+
+@contextmanager
+def _progress(
+    options: SampleOptions, ranks: Ranks, folder: Folder, total: int, done: int
+) -> Iterator[Callable[[], None]]:
+    """A bar of all processes' images, moved by the function that it yields; the first process has it."""
+    if ranks.rank != 0:
+        yield lambda: None
+        return
+    watcher = Watcher(folder)
+    with tqdm(total=total, initial=done, unit="image", disable=None if options.progress else True) as bar:
+
+        def look() -> None:
+            bar.update(watcher.new_images())
+
+        yield look
+        look()
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """cuDNN without those of its algorithms that sum in no fixed order; afterwards everything is as it was."""
+    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = deterministic

@@ -1,0 +1,109 @@
+"""What is finished: a line of JSON per block, one journal per process, and what of it is really there.
+
+A line is written, and waited for, after the block's files. A last line that a kill cut short is no line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from vaebm_fast.sampling.folder import Folder
+
+MERGED = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished block: SHA-256 by file, how many images these hold, and the seeds whose chains gave trouble.
+
+    redone: chains that were not finite and came out well the second time; failed: those that did not, and have no
+    image. computed_at_once: images at a time, fewer than the block's where memory ran out.
+    """
+
+    block: int
+    images: int
+    computed_at_once: int
+    files: Mapping[str, str]
+    redone: list[int] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+
+
+class Journal:
+    """The journal of one process; its writing threads share it."""
+
+    def __init__(self, folder: Folder, rank: int) -> None:
+        self._path = folder.state / f"journal.{rank}.jsonl"
+        self._lock = threading.Lock()
+
+    def add(self, record: Record) -> None:
+        """Append a record, and wait until it is on the disk."""
+        with self._lock, self._path.open("ab") as file:
+            file.write(json.dumps(asdict(record)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(folder: Folder) -> list[Record]:
+    """The records of all journals."""
+    return [record for path in _journals(folder) for record in _records(path.read_bytes())]
+
+
+def merge(folder: Folder, records: Iterable[Record]) -> None:
+    """Keep these records alone: one journal holds them, and those of the processes begin anew."""
+    lines = [json.dumps(asdict(record)) + "\n" for record in sorted(records, key=lambda record: record.block)]
+    folder.write(f"{folder.state.name}/{MERGED}", "".join(lines).encode(), durable=True)
+    for path in _journals(folder):
+        if path.name != MERGED:
+            path.unlink()
+
+
+def intact(folder: Folder, records: Iterable[Record]) -> dict[int, Record]:
+    """Per block a record whose files all have their SHA-256; hashing is cheap beside sampling."""
+
+    def is_intact(record: Record) -> bool:
+        return all(folder.is_intact(name, sha256) for name, sha256 in record.files.items())
+
+    records = list(records)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(is_intact, records))
+    return {record.block: record for record, good in zip(records, found, strict=True) if good}
+
+
+class Watcher:
+    """Counts the images that all processes have finished, by what their journals grew."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+
+    def new_images(self) -> int:
+        """Images in records that were not there before."""
+        images = 0
+        for path in _journals(self._folder):
+            if path.name == MERGED:
+                continue
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                added = file.read()
+            whole = added[: added.rfind(b"\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole)
+            images += sum(record.images for record in _records(whole))
+        return images
+
+
+def _journals(folder: Folder) -> list[Path]:
+    return sorted(folder.state.glob("journal*.jsonl"))
+
+
+def _records(content: bytes) -> Iterator[Record]:
+    for line in content.splitlines():
+        try:
+            yield Record(**json.loads(line))
+        except (ValueError, TypeError):
+            continue  # cut short by a kill, or garbled by a crash of the machine: its block is made again

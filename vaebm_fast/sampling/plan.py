@@ -1,0 +1,87 @@
+"""The plan of a run: the job's settings, settled with its folder, and the blocks that are missing there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vaebm_fast.langevin import LangevinSampler
+from vaebm_fast.sampling import journal, manifest
+from vaebm_fast.sampling.assembly import intact_products, needs_part
+from vaebm_fast.sampling.blocks import automatic_batch_size
+from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
+from vaebm_fast.sampling.options import SampleOptions, Seeds
+from vaebm_fast.sampling.outputs import Output
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the first process decides for all. threads: of every process on a CPU, whose sums depend on them."""
+
+    batch_size: int
+    threads: int | None
+    todo: list[int]
+    images_done: int
+
+
+def make_plan(
+    options: SampleOptions,
+    folder: Folder,
+    seeds: Seeds,
+    sampler: LangevinSampler,
+    hashes: Mapping[str, str],
+    threads: int,
+) -> Plan:
+    """Settle the settings, look what is there and whole, and forget what is not. Raises SamplingErrors.
+
+    `threads` is how many a process on a CPU has, unless the folder says otherwise.
+    """
+    settings = manifest.settle(
+        folder,
+        _asked(options, seeds, sampler, hashes),
+        lambda: {
+            "batch_size": options.batch_size or automatic_batch_size(sampler, len(seeds)),
+            "threads": threads if sampler.device.type == "cpu" else None,
+        },
+    )
+    batch_size = settings["batch_size"]
+    output = Output(options.format, seeds.largest, sampler.layout.image_shape)
+    products, whole = output.products(len(seeds)), intact_products(folder, output, len(seeds))
+    records = journal.read(folder)
+    done = journal.intact(folder, records)
+    for record in records:
+        if not needs_part(record.block, batch_size, products, whole):
+            done.setdefault(record.block, record)
+    journal.merge(folder, done.values())
+    todo = [block for block in range(seeds.total_blocks(batch_size)) if block not in done]
+    if todo:
+        missing = sum(len(seeds.block(block, batch_size)) for block in todo)
+        _require_space(folder, output, missing + (len(seeds) if products else 0))
+    return Plan(batch_size, settings["threads"], todo, sum(record.images for record in done.values()))
+
+
+def _asked(options: SampleOptions, seeds: Seeds, sampler: LangevinSampler, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that this command gives."""
+    asked = {
+        **hashes,
+        "seeds": str(seeds),
+        **asdict(options.chain()),
+        "dtype": options.dtype,
+        "device": sampler.device.type,
+        "backend": getattr(sampler.model, "backend", options.backend),
+        "format": options.format,
+    }
+    return {**asked, "batch_size": options.batch_size} if options.batch_size else asked
+
+
+def _require_space(folder: Folder, output: Output, images: int) -> None:
+    """Raise where this many images do not fit on the disk for sure, warn where they may not."""
+    needed, free = output.bytes_needed(images), folder.free_bytes()
+    if needed <= free:
+        return
+    sizes = f"{needed / 2**30:.3g} GiB, and {folder.out} has {free / 2**30:.3g} GiB free"
+    if output.is_exact:
+        raise SamplingError(f"These images need {sizes}; free some, or name a folder on another disk.")
+    warnings.warn(f"These images need about {sizes}; once the disk is full, free some and {AGAIN}.", stacklevel=2)

@@ -1,0 +1,70 @@
+"""What a job came to: summary.json and the last line, or the error where chains failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from vaebm_fast.sampling.folder import Folder, SamplingError
+from vaebm_fast.sampling.journal import Record
+from vaebm_fast.sampling.options import Seeds
+from vaebm_fast.sampling.plan import Plan
+
+NAME = "summary.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one process did in this run; computed_at_once: fewer than the batch size where memory ran out."""
+
+    rank: int
+    device: str
+    images: int
+    seconds: float
+    images_per_second: float
+    computed_at_once: int
+    memory_gib: float | None  # the most that torch held
+    gpu: dict[str, float | None] | None
+
+
+def conclude(
+    folder: Folder, seeds: Seeds, plan: Plan, records: Iterable[Record], reports: Sequence[Report], total_s: float
+) -> str:
+    """Write the summary of a complete job, unless an earlier run has; the line to print.
+
+    Raises SamplingError naming the seeds whose chains failed, which have no image.
+    """
+    records = list(records)
+    failed = sorted(seed for record in records for seed in record.failed)
+    images, seconds = sum(report.images for report in reports), max(report.seconds for report in reports)
+    rate = images / seconds if seconds > 0 else 0.0
+    if plan.todo or not (folder.out / NAME).exists():
+        summary = {
+            "images": len(seeds) - len(failed),
+            "finished_seeds": seeds.without(failed),
+            "redone_seeds": sorted(seed for record in records for seed in record.redone),
+            "failed_seeds": failed,
+            "batch_size": plan.batch_size,
+            "blocks_computed_in_pieces": sorted(
+                record.block
+                for record in records
+                if record.computed_at_once < len(seeds.block(record.block, plan.batch_size))
+            ),
+            "this_run": {
+                "images": images,
+                "seconds": seconds,
+                "images_per_second": rate,
+                "seconds_with_loading": total_s,
+                "processes": [asdict(report) for report in reports],
+            },
+        }
+        folder.write_json(NAME, summary)
+    if failed:
+        shown = ", ".join(map(str, failed[:8])) + (f" and {len(failed) - 8} more" if len(failed) > 8 else "")
+        raise SamplingError(
+            f"{len(failed)} of {len(seeds)} chains were not finite, nor when done again, and have no image in "
+            f"{folder.out} (seeds {shown}); a smaller step size makes them finite, in another folder."
+        )
+    if not plan.todo:
+        return f"All {len(seeds)} images are in {folder.out}, and whole."
+    return f"Made {images} images, {rate:.3g} per second; all {len(seeds)} are in {folder.out}."
