@@ -2,8 +2,8 @@
 
 The job: seeds to a folder of PNG files on a temporary disk, from its first block to its last file; its loading, which
 a job of thousands of images does not feel, is told beside. The bare chain: the same sampler over the same blocks,
-images as uint8. Plain modules and torch.compile, where asked for: the same chain with their energy and gradient. All
-take turns in one run. Random weights, float32, the preset's steps unless told otherwise.
+images as uint8. Plain modules, as they are and in NHWC, and torch.compile, where asked for: the same chain with their
+energy and gradient. All take turns in one run. Random weights, float32, the preset's steps unless told otherwise.
 
     python -m benchmarks.sampling [--preset NAME] [--steps T] [--batch N] [--blocks B] [--rounds R]
                                   [--plain] [--compile] [--results FOLDER]
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.environment import RESULTS, environment
 from benchmarks.measure import default_device, synchronize
-from benchmarks.pair import COMPILED, NHWC, plain_model
+from benchmarks.pair import COMPILED, NHWC, PLAIN, plain_model
 from benchmarks.refresh import summary
 from benchmarks.torch_compile import compiled
 from vaebm_fast import PRESETS, VAEBM, save_energy, save_nvae
@@ -69,6 +69,11 @@ class OtherPair:
         return self.model.mean_image(eps_z, temperature)
 
 
+def official(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """U and its gradient by the plain modules."""
+    return model.energy_and_grad(eps_z, eps_x, "official")
+
+
 def time_of_chain(sampler: LangevinSampler, batch: int, blocks: int) -> float:
     """Seconds of `blocks` blocks, their images as uint8 on the host."""
     began = time.perf_counter()
@@ -94,14 +99,12 @@ def time_of_job(options: SampleOptions) -> tuple[float, float]:
 def other_chains(preset: str, chain: Sampling, batch: int, *, plain: bool, compile: bool) -> dict[str, LangevinSampler]:
     """The chains that are asked for besides the frozen one; torch.compile brings CUDA graphs of its own."""
     device = default_device()
-    if not (plain or compile):
-        return {}
-    model = plain_model(preset, device, nhwc=True)
     samplers, eager = {}, {**asdict(chain), "device": device, "capture": False}
-    if plain:
-        pair = OtherPair(model, lambda eps_z, eps_x: model.energy_and_grad(eps_z, eps_x, "official"))
-        samplers[NHWC] = LangevinSampler(pair, **eager)
+    for name in (PLAIN, NHWC) if plain else ():
+        modules = plain_model(preset, device, nhwc=name == NHWC)
+        samplers[name] = LangevinSampler(OtherPair(modules, partial(official, modules)), **eager)
     if compile:
+        model = plain_model(preset, device, nhwc=True)
         probe = LangevinSampler(model, steps=0, step_size=1.0, device=device)
         call, _ = compiled(model, *probe.layout.split(probe.start(range(batch))), is_bf16=False)
         samplers[COMPILED] = LangevinSampler(OtherPair(model, call), **eager)

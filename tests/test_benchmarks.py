@@ -337,6 +337,13 @@ def test_nothing_that_needs_a_stage_follows_its_failure_nor_anything_the_end_of_
     assert late == [{"stage": "build", "outcome": "no time left"}]
 
 
+def test_gpu_tests_are_found_without_tyro() -> None:
+    arguments = ["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
+    program = f"import sys; sys.modules['tyro'] = None; import pytest; sys.exit(pytest.main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=gate.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_gpu.py" in done.stdout, done.stdout + done.stderr
+
+
 def test_gpu_stages_need_what_comes_before_them_and_are_understood(tmp_path: Path) -> None:
     planned = gpu.stages(tmp_path)
     names = [stage.name for stage in planned]

@@ -323,7 +323,8 @@ class LangevinSampler:
     def sample(self, seeds: Iterable[int], batch_size: int = 64) -> Tensor:
         """Images uint8 [N, H, W, C], one per seed; image i depends on seed i alone, whatever the batch.
 
-        Chains that become non-finite are redone as in `run`; raises NonFiniteChainError where that did not help.
+        batch_size: how many chains are kept in memory at a time. Chains that become non-finite are redone as in `run`;
+        raises NonFiniteChainError where that did not help.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")

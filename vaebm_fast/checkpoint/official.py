@@ -33,6 +33,7 @@ _OLD_FILES_LACK: Mapping[str, Any] = {
 _SIDES = {"mnist": 32, "omniglot": 32, "stacked_mnist": 32, "cifar10": 32, "ffhq": 256}
 _BINARY = ("mnist", "omniglot")  # 28x28 images padded by 2 on each side
 _DERIVED = ("image_size", "image_channels", "likelihood", "num_mixture_dec", "uncounted_border")
+DOS_FOLDER = 0x10  # among a zip record's attributes
 _COPIED = tuple(entry.name for entry in fields(NVAEConfig) if entry.name not in _DERIVED)
 
 
@@ -61,14 +62,20 @@ def unpickle(path: Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the zip's own CRC-32 of every record; torch.load accepts flipped bits silently. Older files have none."""
+    """Compare the zip's own CRC-32 of every record; torch.load accepts flipped bits silently. Older files have none.
+
+    A record that is marked as a folder is damaged too: torch.load would leave its tensor's memory as it found it.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return
     with zipfile.ZipFile(path) as archive:
         record = archive.testzip()
+        folders = [entry.filename for entry in archive.infolist() if entry.is_dir() or entry.external_attr & DOS_FOLDER]
     if record is not None:
         raise CheckpointError(f"the file is damaged: {record} does not match its checksum; download it again.")
+    if folders:
+        raise CheckpointError(f"the file is damaged: {folders[0]} is marked as a folder; download it again.")
 
 
 def _refused(path: Path, error: Exception) -> str:
