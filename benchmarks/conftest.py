@@ -19,7 +19,7 @@ from benchmarks.gate import why_red
 from benchmarks.results_file import ResultsFile
 from vaebm_fast import PRESETS
 
-DEFAULT_CASES = ("cifar10:1", "cifar10:4", "celeba_64:1", "celeba_64:4", "celeba_64:16", "celeba_256:1", "cifar10:8")
+DEFAULT_CASES = ("cifar10:1", "cifar10:4", "cifar10:8", "celeba_64:1", "celeba_64:4", "celeba_64:16", "celeba_256:1")
 
 Rows = dict[str, dict[str, Any]]
 

@@ -207,7 +207,7 @@ def main() -> None:
     report = {"question": "images per second of whole chains and of the job", "environment": ran, "results": rows}
     facts = ", ".join(f"{key} {value}" for key, value in ran.items())
     options.results.mkdir(parents=True, exist_ok=True)
-    stem = options.results / f"chain_{ran['device_type']}"
+    stem = options.results / f"chain_{options.preset}_{options.batch}_{ran['device_type']}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     stem.with_suffix(".md").write_text(f"{table(rows)}\n\n{facts}\n")
     print(table(rows))
