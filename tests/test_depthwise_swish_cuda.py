@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_build import REPOSITORY, barriers, emulate, emulate_sanitised, run_sanitised
+from cuda_build import emulate
 from torch import Tensor
 
 from vaebm_fast import reference
@@ -41,11 +40,6 @@ def case_name(case: object) -> str:
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulate("depthwise_swish", tmp_path_factory.mktemp("emulation"))
-
-
-@pytest.fixture(scope="module")
-def race_checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulate_sanitised("depthwise_swish", "thread", tmp_path_factory.mktemp("emulation"))
 
 
 def tensors(shape: tuple[int, ...], upsample: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -140,25 +134,6 @@ def test_kernels_take_tensors_that_begin_within_a_word(emulated: ctypes.CDLL) ->
 def test_kernels_take_empty_tensors(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
     h, dy, weight, bias = tensors(shape, True, torch.bfloat16)
     assert forward(emulated, h, weight, bias, True).numel() == backward(emulated, dy, h, weight, True).numel() == 0
-
-
-@pytest.mark.slow
-def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
-    done = run_sanitised(emulate_sanitised("depthwise_swish", "address", tmp_path))
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_thread_sanitizer_finds_nothing(race_checked: Path) -> None:
-    done = run_sanitised(race_checked)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("barrier", barriers(REPOSITORY / "csrc" / "cuda" / "depthwise_swish.cu"))
-def test_every_barrier_is_needed(race_checked: Path, barrier: str) -> None:
-    done = run_sanitised(race_checked, drop_barrier=barrier)
-    assert done.returncode == 66 and "data race" in done.stderr and "depthwise_swish_kernel" in done.stderr
 
 
 @pytest.mark.gpu

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import generic
-from cuda_build import REPOSITORY, barriers, emulate, emulate_sanitised, run_sanitised
+from cuda_build import emulate
 from stand_ins import StandIns, pretend_a_gpu
 from torch import Tensor
 
@@ -43,11 +42,6 @@ def case_name(shape: tuple[int, ...]) -> str:
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulate("inverted_residual", tmp_path_factory.mktemp("emulation"))
-
-
-@pytest.fixture(scope="module")
-def race_checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulate_sanitised("inverted_residual", "thread", tmp_path_factory.mktemp("emulation"))
 
 
 def tensors(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Weights]:
@@ -219,25 +213,6 @@ def test_the_report_counts_the_shared_memory_of_a_block(emulated: ctypes.CDLL, C
     assert emulated.shared_bytes(ctypes.c_int(C), ctypes.c_bool(is_backward)) == inverted_residual_shared(
         C, is_backward
     )
-
-
-@pytest.mark.slow
-def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
-    done = run_sanitised(emulate_sanitised("inverted_residual", "address", tmp_path))
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_thread_sanitizer_finds_nothing(race_checked: Path) -> None:
-    done = run_sanitised(race_checked)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("barrier", barriers(REPOSITORY / "csrc" / "cuda" / "inverted_residual.cu"))
-def test_every_barrier_is_needed(race_checked: Path, barrier: str) -> None:
-    done = run_sanitised(race_checked, drop_barrier=barrier)
-    assert done.returncode == 66 and "data race" in done.stderr and "inverted_residual" in done.stderr
 
 
 @pytest.mark.gpu

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_build import emulate, emulate_sanitised, run_sanitised
+from cuda_build import emulate
 from torch import Tensor
 
 from vaebm_fast import reference
@@ -98,9 +97,3 @@ def test_emulated_kernel_covers_more_images_than_a_grid_is_high(emulated: ctypes
     state, flags = run_kernel(emulated, eps, gradient, seeds, 1)
     expected, expected_flags = expected_of(eps, gradient, seeds, 1)
     assert torch.equal(state[:-1], expected[:-1]) and torch.equal(flags, expected_flags) and flags[-1] == 1
-
-
-@pytest.mark.slow
-def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
-    done = run_sanitised(emulate_sanitised("langevin_update", "address", tmp_path))
-    assert done.returncode == 0, done.stderr

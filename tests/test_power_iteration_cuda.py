@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_build import REPOSITORY, barriers, emulate, emulate_sanitised, run_sanitised
+from cuda_build import emulate
 from torch import Tensor
 
 from vaebm_fast import reference
@@ -41,11 +40,6 @@ SHAPES = [
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulate("power_iteration", tmp_path_factory.mktemp("emulation"))
-
-
-@pytest.fixture(scope="module")
-def race_checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulate_sanitised("power_iteration", "thread", tmp_path_factory.mktemp("emulation"))
 
 
 def tensors(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,25 +135,6 @@ def test_kernels_give_zeros_for_a_zero_matrix_and_nans_for_a_nan(emulated: ctype
 def test_kernels_take_an_empty_batch(emulated: ctypes.CDLL) -> None:
     left, right = run(emulated, torch.empty(0, 5, 7), torch.empty(0, 5), 2)
     assert left.shape == (0, 5) and right.shape == (0, 7)
-
-
-@pytest.mark.slow
-def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
-    done = run_sanitised(emulate_sanitised("power_iteration", "address", tmp_path))
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_thread_sanitizer_finds_nothing(race_checked: Path) -> None:
-    done = run_sanitised(race_checked)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("barrier", barriers(REPOSITORY / "csrc" / "cuda" / "power_iteration.cu"))
-def test_every_barrier_is_needed(race_checked: Path, barrier: str) -> None:
-    done = run_sanitised(race_checked, drop_barrier=barrier)
-    assert done.returncode == 66 and "data race" in done.stderr and "power_" in done.stderr
 
 
 @pytest.mark.gpu
