@@ -8,6 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
+
+# 4 x 4 pixels in colour, two groups of latents.
+TINY_NVAE = NVAEConfig(
+    image_size=4,
+    image_channels=3,
+    num_latent_scales=2,
+    num_groups_per_scale=1,
+    num_latent_per_group=2,
+    num_channels_enc=4,
+    num_channels_dec=4,
+    num_preprocess_cells=1,
+    num_postprocess_cells=1,
+    num_cell_per_cond_enc=1,
+    num_cell_per_cond_dec=1,
+)
+TINY_ENERGY = EnergyConfig(image_size=4, image_channels=3, width=3, blocks=parse_blocks("1-1d 1-2"))
+
 
 def generic(module: nn.Module) -> Any:
     """The module in eval mode and float64, with statistics and weights of its batch normalisations that matter."""

@@ -10,30 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builders import TINY_ENERGY, TINY_NVAE
 from torch import nn
 
 from vaebm_fast import _command
 from vaebm_fast.checkpoint import save_energy, save_nvae
-from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.sampling import SampleOptions, run_job
 from vaebm_fast.sampling.job import run_rank
 from vaebm_fast.sampling.ranks import Ranks
-
-TINY_NVAE = NVAEConfig(
-    image_size=4,
-    image_channels=3,
-    num_latent_scales=2,
-    num_groups_per_scale=1,
-    num_latent_per_group=2,
-    num_channels_enc=4,
-    num_channels_dec=4,
-    num_preprocess_cells=1,
-    num_postprocess_cells=1,
-    num_cell_per_cond_enc=1,
-    num_cell_per_cond_dec=1,
-)
-TINY_ENERGY = EnergyConfig(image_size=4, image_channels=3, width=3, blocks=parse_blocks("1-1d 1-2"))
 
 
 def tiny_model(seed: int = 3) -> VAEBM:

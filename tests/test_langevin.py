@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from builders import TINY_ENERGY, TINY_NVAE
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from vaebm_fast.config import POTENTIALS, EnergyConfig, NVAEConfig, Potential, parse_blocks
+from vaebm_fast.config import POTENTIALS, Potential
 from vaebm_fast.langevin import LangevinSampler, NonFiniteChainError, langevin_chain, to_uint8
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import DecoderCombiner
 from vaebm_fast.noise import Stream, normal, seed_tensor
 from vaebm_fast.ops.langevin_update import langevin_update
 
-TINY_NVAE = NVAEConfig(
-    image_size=4,
-    image_channels=1,
-    num_latent_scales=2,
-    num_groups_per_scale=1,
-    num_latent_per_group=2,
-    num_channels_enc=4,
-    num_channels_dec=4,
-    num_preprocess_cells=1,
-    num_postprocess_cells=1,
-    num_cell_per_cond_enc=1,
-    num_cell_per_cond_dec=1,
-)
-TINY_ENERGY = EnergyConfig(image_size=4, image_channels=1, width=3, blocks=parse_blocks("1-1d 1-2"))
+GREY_NVAE, GREY_ENERGY = replace(TINY_NVAE, image_channels=1), replace(TINY_ENERGY, image_channels=1)
 
 
 def tiny_model() -> VAEBM:
     """26 noise elements per image; pixels on both sides of the clamp and log sigmas on both sides of the floor."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = VAEBM(NVAE(TINY_NVAE), EnergyNetwork(TINY_ENERGY)).eval()
+        model = VAEBM(NVAE(GREY_NVAE), EnergyNetwork(GREY_ENERGY)).eval()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, -1.5, 1.5)
