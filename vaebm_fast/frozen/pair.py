@@ -17,7 +17,6 @@ from vaebm_fast.frozen.decoder import FrozenDecoder
 from vaebm_fast.frozen.energy import FrozenEnergy
 from vaebm_fast.frozen.memory import reused_memory
 from vaebm_fast.frozen.part import Part, StaleWeightsError, require_finite
-from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.nvae import NVAE
 from vaebm_fast.models.vaebm import VAEBM
 from vaebm_fast.ops._backend import Backend, backend_for, choose, dtypes, require_dtype, why_not
@@ -44,18 +43,13 @@ class FrozenNVAE:
     """An NVAE whose decoder is folded: it gives the mean images of noise, which a chain of no steps comes to.
 
     It holds its own weights, at fixed addresses, and remembers the live ones: after these changed, every call raises
-    StaleWeightsError until `refresh()`. dtype and backend, and what is raised, are as in `freeze`; ValueError also for
-    pixels that are not Gaussian. within: the VAEBM that it is part of, all of which is then checked.
+    StaleWeightsError until `refresh()`. dtype and backend, and what is raised, are as in `freeze`.
+    within: the VAEBM that it is part of, all of which is then checked.
     """
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend, within: VAEBM | None = None) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
-        if vae.config.likelihood != "gaussian":
-            raise ValueError(
-                "Mean images need an NVAE with Gaussian pixels (num_mixture_dec = 1); this one has "
-                f"{vae.config.likelihood} pixels."
-            )
         self._vae, self._model = vae, within or vae
         self.device = _require_foldable(self._vae, self._model)
         self.backend = _choose(backend, self.device, dtype)
@@ -107,7 +101,7 @@ class FrozenNVAE:
         self._check(eps_z)
         with reused_memory(self, self.device):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
-            return GaussianPixels(logits.to(self.noise_dtype)).mean_image()
+            return self._vae.pixels(logits.to(self.noise_dtype)).mean_image()
 
     def energy_and_grad(
         self,
