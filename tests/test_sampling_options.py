@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from vaebm_fast.frozen import FrozenNVAE, StaleWeightsError
 from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models import NVAE
 from vaebm_fast.noise import NoiseLayout
-from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, job, journal, plan, run_job
+from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, job, journal, plan, ranks, run_job
 from vaebm_fast.sampling.blocks import automatic_batch_size
 from vaebm_fast.sampling.journal import Journal, Record
 from vaebm_fast.sampling.options import MOST_SEEDS, Seeds
@@ -296,6 +297,29 @@ def test_a_device_that_does_not_take_the_networks_is_told_in_one_line(
     assert _command.run(lambda _: run_job(options), ()) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: The memory does not take even one image: free") and error.count("\n") == 1
+
+
+def test_an_interruption_is_passed_on_once_to_processes_that_hear_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal's Ctrl-C reaches every process: they would get it a second time, in the middle of their ending."""
+    told: list[tuple[int, int]] = []
+    joins = iter([False, KeyboardInterrupt, False, True])
+
+    def join(grace_period: float) -> bool:
+        outcome = next(joins)
+        if outcome is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return bool(outcome)
+
+    def start_processes(*_: Any, **__: Any) -> Any:
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "which new processes inherit"
+        return SimpleNamespace(join=join, processes=[SimpleNamespace(pid=pid) for pid in (101, 102)])
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(ranks, "start_processes", start_processes)
+    monkeypatch.setattr(ranks.os, "kill", lambda *arguments: told.append(arguments))
+    assert ranks.start(lambda *_: 0, 2) == _command.INTERRUPTED
+    assert told == [(101, signal.SIGTERM), (102, signal.SIGTERM)]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_more_seeds_than_a_job_can_list_are_refused() -> None:
