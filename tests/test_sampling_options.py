@@ -20,11 +20,11 @@ from vaebm_fast import _command, cli
 from vaebm_fast.checkpoint import CheckpointError, content_sha256, load_energy, save_nvae
 from vaebm_fast.config import Likelihood
 from vaebm_fast.frozen import FrozenNVAE, StaleWeightsError
-from vaebm_fast.langevin import LangevinSampler, to_uint8
+from vaebm_fast.langevin import Chains, LangevinSampler, to_uint8
 from vaebm_fast.models import NVAE
 from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, job, journal, plan, ranks, run_job
-from vaebm_fast.sampling.blocks import automatic_batch_size
+from vaebm_fast.sampling.blocks import BlockSampler, automatic_batch_size
 from vaebm_fast.sampling.journal import Journal, Record
 from vaebm_fast.sampling.options import MOST_SEEDS, Seeds
 
@@ -276,6 +276,24 @@ def test_the_product_of_a_complete_job_is_read_once(options: SampleOptions, monk
 
 def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_block_is_halved_for_a_gpus_memory_and_for_the_hosts_and_for_nothing_else() -> None:
+    def computing(error: RuntimeError) -> BlockSampler:
+        def run(seeds: list[int], nonfinite: str) -> Chains:
+            if len(seeds) > 1:
+                raise error
+            return Chains(torch.empty(0), torch.empty(0), torch.zeros(1, 1, 2, 2))
+
+        sampler: Any = SimpleNamespace(run=run, device=torch.device("cpu"))
+        return BlockSampler(sampler, 4)
+
+    of_gpu = torch.OutOfMemoryError("CUDA out of memory.")
+    of_host = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+    for error in (of_gpu, of_host):
+        assert computing(error).run(0, range(4)).computed_at_once == 1
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        computing(RuntimeError("mat1 and mat2 shapes cannot be multiplied")).run(0, range(4))
 
 
 def test_where_not_even_the_probe_fits_an_automatic_batch_is_one_image(monkeypatch: pytest.MonkeyPatch) -> None:

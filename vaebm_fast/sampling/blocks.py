@@ -73,7 +73,9 @@ class BlockSampler:
         """The chains of these seeds; None where memory ran out, and then nothing holds what they had taken."""
         try:
             return self._sampler.run(seeds, nonfinite="redo")
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
 
     def _halve(self, images: int) -> None:
@@ -82,6 +84,11 @@ class BlockSampler:
         self.at_once = math.ceil(images / 2)
         if self._sampler.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch had no memory for a tensor: a GPU's has an error of its own, the host's a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _to_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

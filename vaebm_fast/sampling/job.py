@@ -26,7 +26,7 @@ from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.sampling import journal
 from vaebm_fast.sampling.assembly import assemble
-from vaebm_fast.sampling.blocks import TOO_SMALL, BlockSampler
+from vaebm_fast.sampling.blocks import TOO_SMALL, BlockSampler, is_out_of_memory
 from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
 from vaebm_fast.sampling.journal import Journal, Watcher
 from vaebm_fast.sampling.options import SampleOptions, Seeds
@@ -121,10 +121,8 @@ def _ready_together(
             threads = max(1, torch.get_num_threads() // ranks.local_world)
             plan = make_plan(options, folder, seeds, sampler, hashes, threads)
             folder.share()
-    except torch.OutOfMemoryError:
-        failure = SamplingError(TOO_SMALL)
     except (ValueError, OSError, RuntimeError) as error:
-        failure = error
+        failure = SamplingError(TOO_SMALL) if is_out_of_memory(error) else error
     outcomes = ranks.exchange((plan, _command.sentence(failure) if failure else None))
     sentences = [sentence for _, sentence in outcomes if sentence]
     if sentences:
