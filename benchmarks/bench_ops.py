@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure, ops
+from benchmarks import measure, ops, pair
 from benchmarks.conftest import REPLAY, replay
 from benchmarks.results_file import ResultsFile
 
@@ -26,5 +26,9 @@ def test_op(
     case, backend = op_case
     device, rounds = measure.default_device(), request.config.getoption("--rounds")
     file = open_results("ops", "How fast is each op?")
-    row = measured_once(file, case.name, (case.tests,), lambda: ops.measure_case(case, device, rounds=rounds), backend)
+
+    def take(keep: pair.Keep) -> dict[str, pair.Row]:
+        return ops.measure_case(case, device, rounds=rounds)
+
+    row = measured_once(file, case.name, (case.tests,), take, backend)
     replay(benchmark, row, case.name)
