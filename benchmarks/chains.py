@@ -25,6 +25,8 @@ from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.sampling import SampleOptions, run_job
 
+BARE, COLD, JOB = "bare chain, frozen", "bare chain, frozen, capture included", "sampling job"
+
 
 @dataclass(frozen=True)
 class OtherPair:

@@ -78,7 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("pair_case", pairs, ids=[f"{preset}-{batch}-{name}" for preset, batch, name in pairs])
     if "op_case" in metafunc.fixturenames:
         device = measure.default_device()
-        kept = [case for case in ops.cases_of(option("--op")) if ops.has_kernel(case.op, device)]
+        kept = [case for case in ops.cases_of(option("--op"), device) if ops.has_kernel(case.op, device)]
         cases = [(case, name) for case in kept for name in ops.backends_of(case.op, device)]
         metafunc.parametrize("op_case", cases, ids=[f"{case.name}-{name}" for case, name in cases])
 

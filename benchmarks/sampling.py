@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from benchmarks import report
-from benchmarks.chains import Bench, Timed
+from benchmarks.chains import BARE, COLD, JOB, Bench, Timed
 from benchmarks.environment import RESULTS
 from benchmarks.measure import default_device
 from benchmarks.pair import COMPILED, COMPILED_BF16, NHWC, PLAIN, TO_COMPILE, Keep, plain_model, refusal, release
@@ -43,7 +43,6 @@ from vaebm_fast.frozen import freeze
 from vaebm_fast.ops._backend import BACKENDS, Backend
 from vaebm_fast.sampling import SampleOptions
 
-BARE, COLD, JOB = "bare chain, frozen", "bare chain, frozen, capture included", "sampling job"
 Dtype = Literal["float32", "bfloat16"]
 
 
