@@ -24,11 +24,11 @@ def test_op(
     request: pytest.FixtureRequest,
 ) -> None:
     case, backend = op_case
-    device, rounds = measure.default_device(), request.config.getoption("--rounds")
+    device, option = measure.default_device(), request.config.getoption
     file = open_results("ops", "How fast is each op?")
 
     def take(keep: pair.Keep) -> dict[str, pair.Row]:
-        return ops.measure_case(case, device, rounds=rounds)
+        return ops.measure_case(case, device, rounds=option("--rounds"), without=option("--without"))
 
     row = measured_once(file, case.name, (case.tests,), take, backend)
     replay(benchmark, row, case.name)

@@ -25,7 +25,7 @@ def test_chain_step(
 ) -> None:
     preset, batch, candidate = pair_case
     option, what = request.config.getoption, f"{preset}, N = {batch}"
-    names = candidates_of(f"{preset}:{batch}", option("--compile"), option("--candidate"))
+    names = candidates_of(f"{preset}:{batch}", option("--compile"), option("--candidate"), option("--without"))
     device, rounds = measure.default_device(), option("--rounds")
     file = open_results(option("--into"), "How long does a chain step take?")
 

@@ -75,6 +75,7 @@ class Bench:
     launched: how the frozen pair's chains are, once `bare` has tried it. whole_job_s: of each job so far.
     """
 
+    device: torch.device
     model: VAEBM
     frozen: FrozenVAEBM
     chain: Sampling
@@ -83,11 +84,6 @@ class Bench:
     options: SampleOptions
     launched: str = EAGER
     whole_job_s: list[float] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        """Where all is computed."""
-        return self.frozen.device
 
     @property
     def on_gpu(self) -> bool:

@@ -60,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cases in which torch.compile takes part; compiling takes minutes",
     )
     group.addoption("--op", action="append", metavar="NAME", help="ops to measure; all of them")
+    group.addoption("--without", metavar="BACKEND", help="left out, as its tests are red")
     group.addoption("--rounds", type=int, help="rounds; by default as many as the length of a call allows")
     group.addoption("--tested", action="store_true", help="the tests of this build passed just now: skip them")
     group.addoption("--into", default="pair", metavar="NAME", help="the whole pair's result file; pair")
@@ -73,20 +74,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         strays = sorted(set(option("--compile") or ()) - set(texts))
         if strays:
             raise pytest.UsageError(f"--compile {', '.join(strays)}: not among the cases {', '.join(texts)}.")
-        chosen = option("--compile"), option("--candidate")
+        chosen = option("--compile"), option("--candidate"), option("--without")
         pairs = [(*_parsed(text), name) for text in texts for name in candidates_of(text, *chosen)]
         metafunc.parametrize("pair_case", pairs, ids=[f"{preset}-{batch}-{name}" for preset, batch, name in pairs])
     if "op_case" in metafunc.fixturenames:
         device = measure.default_device()
         kept = [case for case in ops.cases_of(option("--op"), device) if ops.has_kernel(case.op, device)]
-        cases = [(case, name) for case in kept for name in ops.backends_of(case.op, device)]
+        cases = [(case, name) for case in kept for name in ops.backends_of(case.op, device, option("--without"))]
         metafunc.parametrize("op_case", cases, ids=[f"{case.name}-{name}" for case, name in cases])
 
 
-def candidates_of(text: str, compiled: list[str] | None, chosen: list[str] | None = None) -> list[str]:
-    """Those that run here, in the order chosen; torch.compile only in the cases that it was asked for."""
+def candidates_of(
+    text: str, compiled: list[str] | None, chosen: list[str] | None = None, without: str | None = None
+) -> list[str]:
+    """Those that run here, in the order chosen, none on the backend `without`; torch.compile only where asked for."""
     device = measure.default_device()
     usable = [name for name in chosen or pair.CANDIDATES if pair.why_not(name, device) is None]
+    usable = [name for name in usable if name not in pair.FROZEN or pair.FROZEN[name][0] != without]
     return [name for name in usable if name not in pair.TO_COMPILE or text in (compiled or ())]
 
 

@@ -4,9 +4,10 @@
 
 Builds in place with the Python that runs this. Each stage is a process with a limit of its own; one that fails or runs
 out of time does not keep the next from running, except those that need it: everything needs the build, and figures need
-green tests. Every stage writes its results as it goes; gpu_run.json in the results folder says after each what became
-of it, and what it printed last. At the end the tables of all that was measured are printed, and which of the design's
-targets hold. What there was no time for goes on with --stage, and where the tests have passed just now, --tested.
+green tests. Where those of the CUDA kernels alone are not green, figures are taken without these kernels. Every stage
+writes its results as it goes; gpu_run.json in the results folder says after each what became of it, and what it printed
+last. At the end the tables of all that was measured are printed, and which of the design's targets hold. What there was
+no time for goes on with --stage, and where the tests have passed just now, --tested.
 """
 
 from __future__ import annotations
@@ -41,104 +42,130 @@ CASES = (
 HALF = ("frozen, cuda, bf16", "frozen, triton, bf16")
 CANDIDATES = (*HALF, PLAIN, "frozen, cuda, bf16, eager", NHWC_BF16)
 OTHERS = (NHWC, *(name for name in FROZEN if name not in CANDIDATES))
+OF_CUDA = "tests, cuda"
+TESTS = ("tests", OF_CUDA)
 COMPILED = ("celeba_64:16", "celeba_256:16")  # the one that compiles faster first
+
+Command = Sequence[str]
 
 
 class Stage(NamedTuple):
-    """A command, or what gives it when its turn comes; the most seconds it may take; what it needs to have passed."""
+    """A command, or what gives it for the stages that passed; the most seconds it may take.
+
+    needs: the stages without whose success it is not run. uses: one without whose success `without` is added.
+    """
 
     name: str
-    command: Sequence[str] | Callable[[], Sequence[str]]
+    command: Command | Callable[[set[str]], Command]
     limit_s: float
     needs: tuple[str, ...] = ("build",)
+    uses: str | None = None
+    without: Command = ()
+
+    def words(self, passed: set[str]) -> list[str]:
+        """What is run where these have passed."""
+        command = self.command(passed) if callable(self.command) else self.command
+        return [*command, *(self.without if self.uses is not None and self.uses not in passed else ())]
 
 
 def stages(results: Path) -> list[Stage]:
     """What is run, in this order."""
-    measured = ("--tested", "--results", str(results))
+    into = ("--results", str(results))
     memcheck, racecheck = (
         ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, *SANITISED)
         for tool in ("memcheck", "racecheck")
     )
 
-    def pair(into: str, cases: Sequence[str], candidates: Sequence[str], *options: str) -> tuple[str, ...]:
+    def figures(name: str, limit_s: float, *command: str) -> Stage:
+        words = (*PYTEST, *command, "--tested", *into)
+        return Stage(name, words, limit_s, ("build", "tests"), OF_CUDA, ("--without", "cuda"))
+
+    def pair(
+        name: str, limit_s: float, file: str, cases: Sequence[str], candidates: Sequence[str], *options: str
+    ) -> Stage:
         chosen = [f"--case={case}" for case in cases] + [f"--candidate={name}" for name in candidates]
-        return (*PYTEST, "benchmarks/bench_pair.py", "--into", into, *chosen, *options, *measured)
+        return figures(name, limit_s, "benchmarks/bench_pair.py", "--into", file, *chosen, *options)
 
-    def chain(preset: str, blocks: int, *options: str) -> Callable[[], Sequence[str]]:
+    def chain(name: str, limit_s: float, preset: str, blocks: int, *options: str) -> Stage:
         sizes = ("--batch", "16", "--blocks", str(blocks), "--rounds", "2", "--dtype", "bfloat16")
-        command = (sys.executable, "-m", "benchmarks.sampling", "--preset", preset, *sizes, *options, *measured[1:])
-        return lambda: (*command, "--backend", fastest_backend(results, preset))
+        command = (sys.executable, "-m", "benchmarks.sampling", "--preset", preset, *sizes, *options, *into)
 
-    figures = ("build", "tests")
+        def on_the_fastest(passed: set[str]) -> Command:
+            return (*command, "--backend", fastest_backend(results, preset, None if OF_CUDA in passed else "cuda"))
+
+        return Stage(name, on_the_fastest, limit_s, ("build", "tests"), OF_CUDA)
+
     compiled = (f"--compile={case}" for case in COMPILED)
     beside = (*HALF, NHWC, COMPILED_BF16)
-    into = ("--no-job", "--into", "chain_celeba_256_16_bf16_compiled")
+    chain_alone = ("--compile", "--no-job", "--into", "chain_celeba_256_16_bf16_compiled")
     return [
         Stage("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 180, needs=()),
-        Stage("tests", (*PYTEST, "-m", "gpu"), 150),
-        Stage("pair", pair("pair", CASES[0], CANDIDATES), 120, figures),
-        Stage("chain, celeba_256", chain("celeba_256", 8, "--plain"), 110, figures),
-        Stage("chain, celeba_64", chain("celeba_64", 32, "--plain", "--compile"), 150, figures),
-        Stage("ops", (*PYTEST, "benchmarks/bench_ops.py", *measured), 60, figures),
+        Stage("tests", (*PYTEST, "-m", "gpu", "-k", "not cuda"), 120),
+        Stage(OF_CUDA, (*PYTEST, "-m", "gpu", "-k", "cuda"), 90),
+        pair("pair", 120, "pair", CASES[0], CANDIDATES),
+        chain("chain, celeba_256", 110, "celeba_256", 8, "--plain"),
+        chain("chain, celeba_64", 150, "celeba_64", 32, "--plain", "--compile"),
+        figures("ops", 60, "benchmarks/bench_ops.py"),
         Stage("memcheck", memcheck, 45),
-        Stage("chain, celeba_256, torch.compile", chain("celeba_256", 8, "--compile", *into), 240, figures),
-        Stage("pair, torch.compile", pair("pair_compiled", COMPILED, beside, *compiled), 300, figures),
-        Stage("pair, float32", pair("pair_float32", CASES[0][:3], (*HALF, *OTHERS)), 120, figures),
+        chain("chain, celeba_256, torch.compile", 240, "celeba_256", 8, *chain_alone),
+        pair("pair, torch.compile", 300, "pair_compiled", COMPILED, beside, *compiled),
+        pair("pair, float32", 120, "pair_float32", CASES[0][:3], (*HALF, *OTHERS)),
         Stage("racecheck", racecheck, 60),
-        Stage("pair, other sizes", pair("pair_sizes", CASES[1], CANDIDATES), 150, figures),
-        Stage("tune", (sys.executable, "-m", "benchmarks.tune_triton"), 600, figures),
+        pair("pair, other sizes", 150, "pair_sizes", CASES[1], CANDIDATES),
+        Stage("tune", (sys.executable, "-m", "benchmarks.tune_triton"), 600, ("build", "tests")),
     ]
 
 
-def fastest_backend(results: Path, preset: str) -> str:
-    """The backend of the pair that was fastest in bfloat16 at N = 16, CUDA's where none was measured."""
+def fastest_backend(results: Path, preset: str, without: str | None = None) -> str:
+    """The backend of the pair that was fastest in bfloat16 at N = 16; where none was measured, the best by design."""
     path = results / "pair_cuda.json"
     rows = json.loads(path.read_text())["results"] if path.exists() else []
     rows = [row for row in rows if (row["preset"], row["batch"]) == (preset, 16) and row["candidate"] in HALF]
-    return str(min(rows, key=lambda row: row["median_s"])["backend"]) if rows else "cuda"
+    rows = [row for row in rows if row["backend"] != without]
+    if not rows:
+        return "triton" if without == "cuda" else "cuda"
+    return str(min(rows, key=lambda row: float(row["median_s"]))["backend"])
 
 
 def chosen(planned: Sequence[Stage], names: Sequence[str], *, tested: bool) -> list[Stage]:
-    """The stages of these names, all without any, after those that they need; `tested` passes for the tests.
+    """The stages of these names, all without any, after those that they need or use; `tested` stands for all tests.
 
     Raises ValueError for a name that no stage has.
     """
     unknown = sorted(set(names) - {stage.name for stage in planned})
     if unknown:
         raise ValueError(f"No stage is named {', '.join(unknown)}; there are {'; '.join(s.name for s in planned)}.")
-    if tested:
-        without = [stage for stage in planned if stage.name != "tests"]
-        planned = [s._replace(needs=tuple(need for need in s.needs if need != "tests")) for s in without]
     asked = [stage for stage in planned if stage.name in names] if names else list(planned)
-    needed = {stage.name for stage in asked} | {need for stage in asked for need in stage.needs}
-    return [stage for stage in planned if stage.name in needed]
+    wanted = {name for stage in asked for name in (stage.name, *stage.needs, stage.uses)}
+    return [stage for stage in planned if stage.name in wanted and not (tested and stage.name in TESTS)]
 
 
-def run_stages(planned: Sequence[Stage], limit_s: float, path: Path) -> list[dict[str, Any]]:
+def run_stages(
+    planned: Sequence[Stage], limit_s: float, path: Path, passed_before: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Run the stages until `limit_s` is over; what became of each is in `path` after every one."""
     ends = time.monotonic() + limit_s
     done: list[dict[str, Any]] = []
     for stage in planned:
         left_s = ends - time.monotonic()
-        passed = {entry["stage"] for entry in done if entry["outcome"] == "passed"}
+        passed = {*passed_before, *(entry["stage"] for entry in done if entry["outcome"] == "passed")}
         missing = [name for name in stage.needs if name not in passed]
         if missing:
             done.append({"stage": stage.name, "outcome": f"not run: it needs {' and '.join(missing)}"})
         elif left_s < 5:
             done.append({"stage": stage.name, "outcome": "no time left"})
         else:
-            done.append({"stage": stage.name, **_run(stage, min(stage.limit_s, left_s))})
+            done.append({"stage": stage.name, **_run(stage, passed, min(stage.limit_s, left_s))})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"environment": environment(), "stages": done}, indent=2) + "\n")
         print(f"{stage.name}: {done[-1]['outcome']}", flush=True)
     return done
 
 
-def _run(stage: Stage, limit_s: float) -> dict[str, Any]:
+def _run(stage: Stage, passed: set[str], limit_s: float) -> dict[str, Any]:
     """Outcome, seconds and the last lines of one stage."""
     began = time.monotonic()
-    command = list(stage.command() if callable(stage.command) else stage.command)
+    command = stage.words(passed)
     variables = {**os.environ, "VAEBM_CUDA": "1", "PYTHONPATH": str(REPOSITORY)}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
@@ -185,7 +212,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(f"torch {torch.__version__} sees no GPU; `make gpu` needs one.")
     began = time.time()
-    done = run_stages(planned, options.limit, options.results / "gpu_run.json")
+    done = run_stages(planned, options.limit, options.results / "gpu_run.json", TESTS if options.tested else ())
     for path in measured_since(began, options.results):
         print(f"\n{write_table(path)}", flush=True)
     print(f"\n{verdict(options.results)}", flush=True)

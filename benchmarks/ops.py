@@ -346,9 +346,10 @@ CACHES, MOST_BUFFERS = 4, 32  # tensors of a GPU's case: so many times the cache
 GRAPH_BYTES, MOST_CALLS = 10**9, 128  # what a replay moves at least, some 0.3 ms, and in how many calls at most
 
 
-def backends_of(op: str, device: torch.device) -> list[str]:
-    """Who can run the op on this device here, its twin among them."""
-    return [name for name in _backend.OP_BACKENDS[op] if _backend.why_not(op, device, name) is None]
+def backends_of(op: str, device: torch.device, without: str | None = None) -> list[str]:
+    """Who can run the op on this device here, its twin among them; not `without`."""
+    known = [name for name in _backend.OP_BACKENDS[op] if name != without]
+    return [name for name in known if _backend.why_not(op, device, name) is None]
 
 
 def has_kernel(op: str, device: torch.device) -> bool:
@@ -366,10 +367,12 @@ class Timed:
     launched: str = EAGER
 
 
-def measure_case(case: Case, device: torch.device, *, rounds: int | None = None) -> dict[str, dict[str, Any]]:
+def measure_case(
+    case: Case, device: torch.device, *, rounds: int | None = None, without: str | None = None
+) -> dict[str, dict[str, Any]]:
     """A row per backend that can run the case, measured in turns; {"refused": why} for one that failed on a GPU."""
     facts = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "bytes": case.bytes_moved, "flops": case.flops}
-    backends, on_gpu = backends_of(case.op, device), device.type == "cuda"
+    backends, on_gpu = backends_of(case.op, device, without), device.type == "cuda"
     rows: dict[str, dict[str, Any]] = {name: {**facts, "candidate": name, "backend": name} for name in backends}
     runs = [case.make(device) for _ in range(buffers_of(case, cache_bytes(device)) if on_gpu else 1)]
     timed: dict[str, Timed] = {}

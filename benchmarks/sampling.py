@@ -104,7 +104,8 @@ def _makers(bench: Bench, *, job: bool, plain: bool, compile: bool) -> dict[str,
 @contextmanager
 def _bench(preset: str, chain: Sampling, batch: int, blocks: int, dtype: Dtype, backend: Backend) -> Iterator[Bench]:
     """The networks, frozen, and in files that last as long."""
-    model = plain_model(preset, default_device(), nhwc=False)
+    device = default_device()
+    model = plain_model(preset, device, nhwc=False)
     with tempfile.TemporaryDirectory() as folder:
         nvae, energy = Path(folder, "nvae.safetensors"), Path(folder, "energy.safetensors")
         save_nvae(model.vae, nvae)
@@ -113,7 +114,8 @@ def _bench(preset: str, chain: Sampling, batch: int, blocks: int, dtype: Dtype, 
             nvae=nvae, energy=energy, out=Path(folder), seeds=f"0-{batch * blocks - 1}", **asdict(chain),
             batch_size=batch, processes=1, progress=False, dtype=dtype, backend=backend,
         )  # fmt: skip
-        yield Bench(model, freeze(model, getattr(torch, dtype), backend), chain, batch, blocks, options)
+        frozen = freeze(model, getattr(torch, dtype), backend)
+        yield Bench(device, model, frozen, chain, batch, blocks, options)
 
 
 def _measure_group(makers: dict[str, Callable[[], Timed]], bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
