@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -171,8 +172,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[graphs.Recording]:
     """Graphs on CPU tensors, by tapes; the recordings that were made."""
     made: list[graphs.Recording] = []
 
-    def recording(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
-        made.append(record(function, inputs))
+    def recording(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
+        made.append(record(function, inputs, pool))
         return made[-1]
 
     monkeypatch.setattr(graphs, "_is_capturable", lambda tensor: True)
@@ -320,7 +321,7 @@ def test_a_chain_that_cannot_be_captured_runs_eagerly_after_one_warning_that_say
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        others = [captured.run(range(2)), captured.run(range(2)), captured.run(range(3)), captured.run(range(3))]
+        others = [captured.run(range(2)), captured.run(range(2)), captured.run(range(3))]
     for chains in (first, second, *others):
         assert_same(chains, eager.run(range(len(chains.eps))))
 
@@ -328,7 +329,7 @@ def test_a_chain_that_cannot_be_captured_runs_eagerly_after_one_warning_that_say
 def test_the_reason_of_a_failed_capture_is_what_was_raised_first(
     emulated: list[graphs.Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_as_torch_does(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
+    def fail_as_torch_does(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
         try:
             raise RuntimeError("the reason")
         finally:
@@ -339,6 +340,40 @@ def test_the_reason_of_a_failed_capture_is_what_was_raised_first(
     expected = sampler.run(range(2))
     with pytest.warns(UserWarning, match="runs eagerly: the reason$"):
         assert_same(sampler.run(range(2)), expected)
+
+
+def test_a_capture_for_which_memory_ran_out_leaves_nothing_behind_and_smaller_batches_are_captured(
+    emulated: list[graphs.Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The eager chain that follows may need all the memory that there is, and a job then goes on with half a batch."""
+    sampler = sampler_of(steps=1)
+    run, made, alive = sampler._chains, [], []
+
+    def chains(keys: Tensor, *args: Any, **options: Any) -> Any:
+        alive.append([kept() is not None for kept in made])
+        activations = torch.empty(1)
+        made.append(weakref.ref(activations))
+        outcome = run(keys, *args, **options)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it.")
+        return outcome
+
+    monkeypatch.setattr(sampler, "_chains", chains)
+    expected = sampler.run(range(4))
+    with pytest.warns(UserWarning, match="runs eagerly: CUDA out of memory.$"):
+        assert_same(sampler.run(range(4)), expected)
+    assert alive == [[], [False], [False, False]] and not emulated
+    for _ in range(2):
+        sampler.run(range(2))
+    assert len(emulated) == 1
+
+
+def test_all_graphs_share_one_pool(emulated: list[graphs.Recording]) -> None:
+    sampler = sampler_of(steps=1)
+    for size in (2, 3):
+        for _ in range(2):
+            sampler.run(range(size))
+    assert emulated[0].pool is emulated[1].pool is not None
 
 
 def test_on_a_cpu_nothing_is_captured_and_nothing_fails() -> None:

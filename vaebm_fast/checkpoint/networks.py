@@ -214,6 +214,11 @@ def _from_ours(
     image_size: int | None,
 ) -> NetworkFile:
     with store.naming(path):
+        if meta["kind"] == "training":
+            raise CheckpointError(
+                "this file holds the state of a training, not a network; those are nvae.safetensors and "
+                "energy.safetensors, which the training writes beside it."
+            )
         _require_kind(meta["kind"], kind)
         config: NVAEConfig | EnergyConfig
         if meta["kind"] == "nvae":

@@ -51,7 +51,7 @@ class FrozenVAEBM:
             raise ValueError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
         self._model = model
         self.device = _require_foldable(model)
-        self.backend = _choose(backend, self.device, dtype)
+        self.backend = choose_backend(backend, self.device, dtype)
         self.dtype = dtype
         self.noise_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         with reused_memory(self, self.device):
@@ -166,8 +166,11 @@ def _nhwc(noise: Sequence[Tensor]) -> list[Tensor]:
     return [eps if eps.stride(1) == 1 else eps.contiguous(memory_format=torch.channels_last) for eps in noise]
 
 
-def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The pair's backend; "auto" is the compiled one where it is there and takes the precision."""
+def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+    """What a pair asked for with `backend` runs on: "auto" is the C++ one where it is there and takes the precision.
+
+    Raises ValueError and RuntimeError as `freeze` does.
+    """
     if backend == "auto":
         is_compiled = dtype in dtypes("cpu") and why_not("pointwise", device, "cpu") is None
         return "cpu" if is_compiled else "reference"
