@@ -155,13 +155,14 @@ def test_pointwise(shape: tuple[int, ...], swish: bool) -> None:
     check_pointwise(shape, swish, torch.float32)
 
 
-@pytest.mark.parametrize("precision", ["half", "tf32", "ieee"])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("shape_class", ["narrow", "small", "large"])
-def test_every_configuration_of_pointwise(shape_class: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several ragged blocks of everything. The interpreter multiplies in float32 what a GPU multiplies as TF32."""
+def test_every_configuration_of_pointwise(
+    shape_class: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ragged blocks of everything; those of TF32 are in interpreted_tf32.py."""
     monkeypatch.setattr(pointwise_kernels, "shape_class", lambda *sizes: shape_class)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high" if precision == "tf32" else "highest")
-    check_pointwise((1, 70, 130, 12, 13), True, torch.float16 if precision == "half" else torch.float32)
+    check_pointwise((1, 70, 130, 12, 13), True, dtype)
 
 
 def check_pointwise(shape: tuple[int, ...], swish: bool, dtype: torch.dtype) -> None:

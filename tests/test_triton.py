@@ -35,6 +35,7 @@ CLAIMS = "triton and not (stationary or 20000 or 63 or 64 or 65 or 66)"
 INTERPRETED = {
     "kernels": ("tests/interpreted_triton.py",),
     "residual_tail": ("tests/interpreted_residual_tail.py",),
+    "TF32": ("tests/interpreted_tf32.py",),
     "noise": ("tests/interpreted_noise.py",),
     "claims about noise": ("tests/test_noise.py", "tests/test_langevin_update.py", "-k", CLAIMS),
 }
@@ -130,6 +131,39 @@ def test_noise_compiles_to_the_ieee_operations_of_the_recipe(
             "cvt.rn.f32.s32": 2 * pairs,
             "selp.f32": 2 * pairs,
         }
+
+
+def test_tensor_cores_get_rounded_tf32_operands(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In PTX every register that they multiply is masked; on sm_90 both operands' elements are, once each.
+
+    There the weight reaches them through shared memory; on sm_80 warps that share an operand round it once each.
+    """
+    pytest.importorskip("triton")
+    from benchmarks import triton_aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    seen = 0
+    for name, call in triton_aot.cases():
+        with triton_aot.recorded_launches() as launches:
+            call()
+        for launch in launches:
+            if launch.kwargs.get("PRECISION") != "tf32":
+                continue
+            seen += 1
+            sm_80, sm_90 = (triton_aot.compile_launch(name, launch, each).ptx for each in triton_aot.ARCHITECTURES)
+            operands = re.findall(r"mma\.sync\S*tf32\S* \{[^}]*\}, \{([^}]*)\}, \{([^}]*)\}", sm_80)
+            multiplied = {register for pair in operands for text in pair for register in text.split(", ")}
+            assert multiplied and {register.strip() for register in multiplied} == rounded_registers(sm_80)
+            M, N, K, warps = (launch.kwargs[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
+            assert "wgmma" in sm_90 and len(rounded_registers(sm_90)) == (M + N) * K // (32 * warps)
+    assert seen == 8
+
+
+def rounded_registers(ptx: str) -> set[str]:
+    """Those that `activation.round_to_tf32` leaves its results in."""
+    masked = set(re.findall(r"and\.b32\s+(%r\d+), %r\d+, -8192;", ptx))
+    sums = re.findall(r"fma\.rn\.f32\s+(%r\d+), %r\d+, 0f0D800000, (%r\d+);", ptx)
+    return {register for register, addend in sums if addend in masked}
 
 
 @pytest.mark.slow

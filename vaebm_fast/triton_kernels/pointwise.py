@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vaebm_fast.triton_kernels.activation import nhwc, swish, swish_slope
+from vaebm_fast.triton_kernels.activation import nhwc, round_to_tf32, swish, swish_slope
 
 
 class Config(NamedTuple):
@@ -77,6 +77,8 @@ def pointwise_kernel(
             scale = tl.load(gate + image * INNER + a_inner, mask=a_inner < INNER, other=0.0).to(tl.float32)
             added = tl.load(shift + image * INNER + a_inner, mask=a_inner < INNER, other=0.0)
             a = (a.to(tl.float32) * scale + added).to(a.dtype)
+        if PRECISION == "tf32":
+            a, b = round_to_tf32(a), round_to_tf32(b)
         total = tl.dot(a, b, total, input_precision=PRECISION)
 
     inside = (pixel < pixels) & (n < outer)
