@@ -100,6 +100,31 @@ def test_kernels_compile_without_spills(op: str, cache: Path, monkeypatch: pytes
     compile_and_check(op, RARE_WINDOWS, cache, monkeypatch)
 
 
+def test_batches_of_any_size_run_the_same_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of pixels, so that the number of images alone decides whether theirs is a multiple of 16."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from benchmarks import triton_aot
+    from vaebm_fast.triton_kernels import depthwise_swish, energy_epilogue, pointwise, residual_tail
+
+    monkeypatch.setattr(pointwise, "shape_class", lambda *sizes: "small")  # which follows the number of images
+    new, hashes = partial(triton_aot._empty, torch.float32), []
+    weights = new(5, 5, 32), new(32), new(48, 32), new(48), new(4, 48), new(4), new(48, 4), new(48)
+    for N in (1, 2, 16):
+        h, y = new(N, 32, 9, 9), new(N, 48, 9, 9)
+        with triton_aot.recorded_launches() as launches:
+            depthwise_swish.depthwise_swish(h, *weights[:2], True)
+            pointwise.pointwise(h, weights[2], weights[2].T, weights[3], y, True)
+            pointwise.pointwise_backward(y, weights[2].T, 32, h)
+            residual_tail.residual_tail(h, y, *weights, False)
+            residual_tail.residual_tail_backward(y, h, h, y, new(N, 4), new(N, 48), *weights[::2], False)
+            energy_epilogue.energy_epilogue(y, y, 1.0)
+        sources = [triton_aot.specialised(launch, GPUTarget("cuda", 90, 32))[0] for launch in launches]
+        hashes.append([source.hash() for source in sources])
+    assert len(hashes[0]) == 12 and hashes[0] == hashes[1] == hashes[2]
+
+
 # Products, sums and roots of a Box-Muller pair in csrc/math.h, two pairs for each thread's two counters.
 PRODUCTS, SUMS, COUNTERS_PER_THREAD = 26, 20, 2
 

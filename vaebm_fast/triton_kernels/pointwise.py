@@ -40,7 +40,7 @@ CONFIGS: dict[tuple[str, str], Config] = {
 GROUP = 8  # blocks of pixels whose programs run side by side, so that they share the weight in the L2 cache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "pixels"])  # else compiled anew for 1 image, for multiples of 16
 def pointwise_kernel(
     x, weight, bias, residual, slope_of, gate, shift, y, sums, images, pixels, outer, stride_outer, stride_inner,
     INNER: tl.constexpr, ACTIVATE: tl.constexpr, PRECISION: tl.constexpr,
