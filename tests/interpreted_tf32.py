@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,21 @@ def off(found: Tensor, truth: Tensor) -> float:
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """How float32 is multiplied."""
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: KINDS[request.param])
-    return str(request.param)
+    torch.set_float32_matmul_precision(KINDS[request.param])
+    yield str(request.param)
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_either_way_to_ask_torch_for_tf32_is_heard() -> None:
+    try:
+        assert pointwise_kernels.precision_of(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # after which the older question raises
+        assert pointwise_kernels.precision_of(torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert pointwise_kernels.precision_of(torch.float32) == "ieee"
 
 
 def check(kind: str, found: Tensor, twin: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
@@ -138,8 +149,8 @@ def test_a_gated_gradient_is_rounded_behind_its_gate(shape: tuple[Any, ...], kin
 
 
 @pytest.mark.parametrize("bits", [0x7F800000, NANS[0]], ids=["infinity", "NaN"])
-def test_what_is_not_finite_shows_in_the_product(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+@pytest.mark.parametrize("kind", ["tf32"], indirect=True)
+def test_what_is_not_finite_shows_in_the_product(bits: int, kind: str) -> None:
     value = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     x, weight = normal(1, 20, 3, 3), normal(5, 20)
     in_x, in_weight = x.clone(), weight.clone()

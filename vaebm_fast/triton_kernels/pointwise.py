@@ -103,10 +103,10 @@ def shape_class(M: int, inner: int, outer: int) -> str:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """float32 is multiplied as it is or as TF32: `torch.set_float32_matmul_precision` says."""
+    """float32 is multiplied as it is or as TF32: what torch's own products on CUDA do, however that was set."""
     if dtype != torch.float32:
         return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def config_of(x: Tensor, outer: int) -> Config:
