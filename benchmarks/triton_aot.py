@@ -77,17 +77,21 @@ def recorded_launches() -> Iterator[list[Launch]]:
         JITFunction.run = run
 
 
-def compile_launch(name: str, launch: Launch, architecture: int) -> Compiled:
-    """What Triton's own launcher would compile for these arguments on that architecture."""
-    target = GPUTarget("cuda", architecture, 32)
-    backend = make_backend(target)
-    kernel = launch.kernel
+def specialised(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton's own launcher makes of these arguments: the kernel for their types, constants and alignments."""
+    kernel, backend = launch.kernel, make_backend(target)
     kwargs = {**launch.kwargs, "debug": False}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, given = bind(*launch.args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, given)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), options.__dict__
+
+
+def compile_launch(name: str, launch: Launch, architecture: int) -> Compiled:
+    """What Triton's own launcher would compile for these arguments on that architecture."""
+    target = GPUTarget("cuda", architecture, 32)
+    source, options = specialised(launch, target)
+    compiled = triton.compile(source, target=target, options=options)
     registers, spills = _resources(compiled.asm["cubin"])
     metadata, ptx = compiled.metadata, compiled.asm["ptx"]
     return Compiled(name, architecture, registers, metadata.shared, spills, metadata.num_warps, ptx)

@@ -107,9 +107,9 @@ def test_each_rewrite_of_the_pair_moves_less() -> None:
 def test_whole_blocks_save_the_traffic_of_the_kernels_that_they_replace(
     compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three kernels each way write or read h1 three times, h2 three times, their gradients twice, x, s, ds and dx once.
+    """Those write or read h1 three times, h2 three times, each one's gradient twice, and dy once more for ds.
 
-    A whole block writes and reads h2 once, and x once more.
+    A whole block writes and reads h2 once, x once more, and ds, which they make where they read it, twice.
     """
     counted = celeba_256()
     fused = [c for c in counted.cells if c.side >= 64 and not c.is_upsampled]
@@ -117,7 +117,7 @@ def test_whole_blocks_save_the_traffic_of_the_kernels_that_they_replace(
     monkeypatch.setattr(cells, "FUSED_SIDE", 512)  # beyond the image: none
     apart = step_traffic(freeze(_without_values("celeba_256"), torch.bfloat16, "cuda"))
     whole = counted.traffic["frozen, cuda, bfloat16"]
-    assert apart.per_image - whole.per_image == 2 * sum(8 * c.h2 - c.x for c in fused)
+    assert apart.per_image - whole.per_image == 2 * sum(8 * c.h2 - c.x - c.y for c in fused)
 
 
 def test_a_compiled_pair_reads_its_weights_once_each_way(compiled: None) -> None:

@@ -35,6 +35,7 @@ CLAIMS = "triton and not (stationary or 20000 or 63 or 64 or 65 or 66)"
 INTERPRETED = {
     "kernels": ("tests/interpreted_triton.py",),
     "residual_tail": ("tests/interpreted_residual_tail.py",),
+    "TF32": ("tests/interpreted_tf32.py",),
     "noise": ("tests/interpreted_noise.py",),
     "claims about noise": ("tests/test_noise.py", "tests/test_langevin_update.py", "-k", CLAIMS),
 }
@@ -99,6 +100,31 @@ def test_kernels_compile_without_spills(op: str, cache: Path, monkeypatch: pytes
     compile_and_check(op, RARE_WINDOWS, cache, monkeypatch)
 
 
+def test_batches_of_any_size_run_the_same_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of pixels, so that the number of images alone decides whether theirs is a multiple of 16."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from benchmarks import triton_aot
+    from vaebm_fast.triton_kernels import depthwise_swish, energy_epilogue, pointwise, residual_tail
+
+    monkeypatch.setattr(pointwise, "shape_class", lambda *sizes: "small")  # which follows the number of images
+    new, hashes = partial(triton_aot._empty, torch.float32), []
+    weights = new(5, 5, 32), new(32), new(48, 32), new(48), new(4, 48), new(4), new(48, 4), new(48)
+    for N in (1, 2, 16):
+        h, y = new(N, 32, 9, 9), new(N, 48, 9, 9)
+        with triton_aot.recorded_launches() as launches:
+            depthwise_swish.depthwise_swish(h, *weights[:2], True)
+            pointwise.pointwise(h, weights[2], weights[2].T, weights[3], y, True)
+            pointwise.pointwise_backward(y, weights[2].T, 32, h)
+            residual_tail.residual_tail(h, y, *weights, False)
+            residual_tail.residual_tail_backward(y, h, h, y, new(N, 4), new(N, 48), *weights[::2], False)
+            energy_epilogue.energy_epilogue(y, y, 1.0)
+        sources = [triton_aot.specialised(launch, GPUTarget("cuda", 90, 32))[0] for launch in launches]
+        hashes.append([source.hash() for source in sources])
+    assert len(hashes[0]) == 12 and hashes[0] == hashes[1] == hashes[2]
+
+
 # Products, sums and roots of a Box-Muller pair in csrc/math.h, two pairs for each thread's two counters.
 PRODUCTS, SUMS, COUNTERS_PER_THREAD = 26, 20, 2
 
@@ -130,6 +156,39 @@ def test_noise_compiles_to_the_ieee_operations_of_the_recipe(
             "cvt.rn.f32.s32": 2 * pairs,
             "selp.f32": 2 * pairs,
         }
+
+
+def test_tensor_cores_get_rounded_tf32_operands(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In PTX every register that they multiply is masked; on sm_90 both operands' elements are, once each.
+
+    There the weight reaches them through shared memory; on sm_80 warps that share an operand round it once each.
+    """
+    pytest.importorskip("triton")
+    from benchmarks import triton_aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    seen = 0
+    for name, call in triton_aot.cases():
+        with triton_aot.recorded_launches() as launches:
+            call()
+        for launch in launches:
+            if launch.kwargs.get("PRECISION") != "tf32":
+                continue
+            seen += 1
+            sm_80, sm_90 = (triton_aot.compile_launch(name, launch, each).ptx for each in triton_aot.ARCHITECTURES)
+            operands = re.findall(r"mma\.sync\S*tf32\S* \{[^}]*\}, \{([^}]*)\}, \{([^}]*)\}", sm_80)
+            multiplied = {register for pair in operands for text in pair for register in text.split(", ")}
+            assert multiplied and {register.strip() for register in multiplied} == rounded_registers(sm_80)
+            M, N, K, warps = (launch.kwargs[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
+            assert "wgmma" in sm_90 and len(rounded_registers(sm_90)) == (M + N) * K // (32 * warps)
+    assert seen == 8
+
+
+def rounded_registers(ptx: str) -> set[str]:
+    """Those that `activation.round_to_tf32` leaves its results in."""
+    masked = set(re.findall(r"and\.b32\s+(%r\d+), %r\d+, -8192;", ptx))
+    sums = re.findall(r"fma\.rn\.f32\s+(%r\d+), %r\d+, 0f0D800000, (%r\d+);", ptx)
+    return {register for register, addend in sums if addend in masked}
 
 
 @pytest.mark.slow

@@ -30,9 +30,9 @@ def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = 
 
     dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U stay in float32 (float64
     for float64). backend: who computes; "auto" is "cpu" for float32 on a CPU with the compiled part, else "reference".
-    "triton" and "cuda" have not run on a GPU yet and are there for who asks. "cuda" runs what has a kernel in CUDA C++
-    on that, all else on Triton, and needs both: depthwise convolutions, and in bfloat16 wide inverted residuals as a
-    whole (`frozen.cells.InvertedResidualCell`).
+    "triton" and "cuda" have not run on a GPU yet and are there for who asks. "cuda" is "triton" but for
+    inverted residuals of large images in bfloat16, each of which is one kernel in CUDA C++
+    (`frozen.cells.InvertedResidualCell`), and needs both.
     Later changes of `model` need `refresh()`. Raises ValueError for a VAE in training mode, weights that are not finite
     or on several devices, a precision or a name that is not known; RuntimeError for a backend that is missing.
     """
