@@ -155,9 +155,14 @@ def test_a_red_test_is_seen(body: str, tmp_path: Path) -> None:
     red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
     red.write_text(f"def test_it():\n    {body}\n")
     green.write_text("def test_it():\n    pass\n")
-    assert gate.why_red(str(green)) is None
     reason = gate.why_red(str(green), str(red))
     assert reason is not None and "exit code 1" in reason and "test_it" in reason
+
+
+def test_green_tests_are_not_red_and_missing_ones_are(tmp_path: Path) -> None:
+    green = tmp_path / "test_green.py"
+    green.write_text("def test_it():\n    pass\n")
+    assert gate.why_red(str(green)) is None
     assert "exit code" in (gate.why_red(str(tmp_path / "test_missing.py")) or "")
 
 
@@ -165,7 +170,8 @@ def test_an_op_with_red_tests_gets_no_figure_and_the_run_fails(tmp_path: Path) -
     (tmp_path / "test_red.py").write_text("def test_it():\n    assert False\n")
     program = (
         "import dataclasses, sys, pytest\n"
-        "from benchmarks import ops\n"
+        "from benchmarks import measure, ops\n"
+        f"measure.ceilings = lambda device: {CEILINGS}\n"
         "case = next(case for case in ops.CASES if case.op == 'philox_normal')\n"
         f"ops.CASES = (dataclasses.replace(case, tests={str(tmp_path / 'test_red.py')!r}),)\n"
         f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}]\n"
@@ -182,7 +188,8 @@ def test_what_fails_while_it_is_measured_is_refused_and_not_tried_again(tmp_path
     (tmp_path / "test_green.py").write_text("def test_it():\n    pass\n")
     program = (
         "import sys, pytest\n"
-        "from benchmarks import pair\n"
+        "from benchmarks import measure, pair\n"
+        f"measure.ceilings = lambda device: {CEILINGS}\n"
         f"pair.TESTS = ({str(tmp_path / 'test_green.py')!r},)\n"
         "def measure_pair(*_, **__):\n"
         "    print('tried')\n"
