@@ -54,7 +54,10 @@ class Queue:
 
 
 def main(folder: Path, runs: list[Any]) -> None:
+    tests = os.getppid()
     for number, (arguments, variables) in enumerate(runs):
+        if os.getppid() != tests:  # they were killed
+            return
         done = subprocess.run(
             [sys.executable, *arguments],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
