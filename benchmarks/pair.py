@@ -55,8 +55,8 @@ TORCHS_OWN = "tf32 in cuDNN"
 # Error of the gradient's norm above which a candidate is wrong and not to be timed; docs/performance.md on TF32.
 AGREEMENT = {"float32": 1e-4, TORCHS_OWN: 5e-2, "tf32": 5e-2, "bf16": 5e-2}
 CANDIDATES = (PLAIN, NHWC, NHWC_BF16, *FROZEN, *TO_COMPILE)
-TESTS = ("tests/test_frozen.py", "tests/test_golden.py")
-GPU_SECONDS = 0.5  # of a candidate's rounds: what else a lent GPU does is nothing
+TESTS = ("tests/test_frozen.py", "tests/test_frozen_refresh.py", "tests/test_golden.py")
+GPU_SECONDS = 0.5  # of a candidate's rounds: nothing else runs on a GPU that measures
 
 Row = dict[str, Any]
 Keep = Callable[[str, Row], None]

@@ -235,7 +235,9 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("matching", nargs="?", default="", help="part of a name")
-    for row in report(parser.parse_args().matching):
+    parser.add_argument("--without", action="append", default=[], help="part of names to leave out")
+    options = parser.parse_args()
+    for row in report(options.matching, tuple(options.without)):
         print(
             f"{row.name:<58} sm_{row.architecture} {row.num_warps:2} warps {row.registers:4} registers "
             f"{row.shared:7} B shared {row.spills:4} B spilled",

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 import torch
+from ahead import PYTEST, REPOSITORY, Ran
 
 from vaebm_fast import _extension
 from vaebm_fast.ops import _backend
 
-if TYPE_CHECKING:
-    from benchmarks.triton_aot import Compiled
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 OPS = [op for op, backends in _backend.OP_BACKENDS.items() if "triton" in backends]
 
+CACHE = REPOSITORY / ".pytest_cache" / "triton"  # kept between runs: Triton looks up kernels by source and constants
 SHARED_LIMIT = 163 * 1024  # bytes that a block can have on sm_80; sm_90 has more
 RARE_WINDOWS = ("7x7", "11x11")  # no published decoder has them, and they take minutes
 
@@ -39,20 +31,17 @@ INTERPRETED = {
     "noise": ("tests/interpreted_noise.py",),
     "claims about noise": ("tests/test_noise.py", "tests/test_langevin_update.py", "-k", CLAIMS),
 }
+IN_INTERPRETER = [
+    pytest.param(marks=pytest.mark.ahead(*PYTEST, *tests, TRITON_INTERPRET="1"), id=name)
+    for name, tests in INTERPRETED.items()
+]
 
 
-@pytest.mark.parametrize("tests", INTERPRETED)
-def test_kernels_in_the_interpreter(tests: str) -> None:
+@pytest.mark.parametrize((), IN_INTERPRETER)
+def test_kernels_in_the_interpreter(ahead: Ran) -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED[tests]],
-        cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    assert ahead.returncode == 0, ahead.output[-10_000:]
+    assert "passed" in ahead.output and "skipped" not in ahead.output
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("residual_tail")])  # that is in Triton alone
@@ -66,38 +55,36 @@ def test_both_namespaces_have_the_same_schemas(op: str) -> None:
     assert triton == compiled
 
 
-def compile_and_check(matching: str, without: tuple[str, ...], cache: Path, patch: pytest.MonkeyPatch) -> None:
-    """Compile the kernels whose name contains `matching`: nothing spills, shared memory suffices."""
+@pytest.fixture
+def compiled_ahead(ahead: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton finds what the run in the test's mark has compiled."""
     pytest.importorskip("triton")
+    assert ahead.returncode == 0, ahead.output[-10_000:]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
+
+
+def compiling(matching: str, without: tuple[str, ...], *arguments: Any) -> Any:
+    """A case of a test that begins with (matching, without) and needs these kernels compiled for both architectures."""
+    options = [f"--without={part}" for part in without]
+    mark = pytest.mark.ahead("-m", "benchmarks.triton_aot", matching, *options, TRITON_CACHE_DIR=str(CACHE))
+    return pytest.param(matching, without, *arguments, marks=mark, id=matching)
+
+
+def assert_no_spills(matching: str, without: tuple[str, ...]) -> None:
+    """Of kernels whose name contains `matching`; and their shared memory suffices."""
     from benchmarks import triton_aot
 
-    patch.setenv("TRITON_CACHE_DIR", str(cache))
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:  # a process per architecture
-        compiled = pool.map(partial(_compile, matching, without), triton_aot.ARCHITECTURES)
-        rows = [row for found in compiled for row in found]
+    rows = list(triton_aot.report(matching, without))
     assert {row.architecture for row in rows} == {80, 90}
     for row in rows:
         assert row.spills == 0, f"{row.name} spills {row.spills} bytes on sm_{row.architecture}."
         assert row.shared <= SHARED_LIMIT and 0 < row.registers <= 255
 
 
-def _compile(matching: str, without: tuple[str, ...], architecture: int) -> list[Compiled]:
-    from benchmarks import triton_aot
-
-    return list(triton_aot.report(matching, without, (architecture,)))
-
-
-@pytest.fixture
-def cache(pytestconfig: pytest.Config) -> Path:
-    """Where compiled kernels are kept between runs; Triton looks them up by their source and constants."""
-    assert pytestconfig.cache is not None
-    return Path(pytestconfig.cache.mkdir("triton"))
-
-
-@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_backward")])
-def test_kernels_compile_without_spills(op: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("op", "without"), [compiling(op, RARE_WINDOWS) for op in OPS if not op.endswith("_backward")])
+def test_kernels_compile_without_spills(op: str, without: tuple[str, ...], compiled_ahead: None) -> None:
     """Forward and backward, in float32, TF32 and bfloat16."""
-    compile_and_check(op, RARE_WINDOWS, cache, monkeypatch)
+    assert_no_spills(op, without)
 
 
 def test_batches_of_any_size_run_the_same_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,18 +117,20 @@ PRODUCTS, SUMS, COUNTERS_PER_THREAD = 26, 20, 2
 
 
 @pytest.mark.parametrize(
-    ("case", "products", "sums"),
-    # and per element of the update half * slope, root * noise, two sums, and one with the prior
-    [("philox_normal", 0, 0), ("langevin_update", 2, 2), ("langevin_update, prior", 2, 3)],
+    ("op", "without", "case", "products", "sums"),
+    [
+        # and per element of the update half * slope, root * noise, two sums, and one with the prior
+        compiling("philox_normal", RARE_WINDOWS, "philox_normal", 0, 0),
+        compiling("langevin_update", RARE_WINDOWS, "langevin_update", 2, 2),
+        compiling("langevin_update", RARE_WINDOWS, "langevin_update, prior", 2, 3),
+    ],
 )
 def test_noise_compiles_to_the_ieee_operations_of_the_recipe(
-    case: str, products: int, sums: int, cache: Path, monkeypatch: pytest.MonkeyPatch
+    op: str, without: tuple[str, ...], case: str, products: int, sums: int, compiled_ahead: None
 ) -> None:
     """In PTX a rounding mode (.rn) forbids ptxas to contract; no fma, nothing approximate, nothing flushed to zero."""
-    pytest.importorskip("triton")
     from benchmarks import triton_aot
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     for row in triton_aot.report(case):
         if row.name != case:
             continue
@@ -158,17 +147,18 @@ def test_noise_compiles_to_the_ieee_operations_of_the_recipe(
         }
 
 
-def test_tensor_cores_get_rounded_tf32_operands(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("op", "without"), [compiling(op, RARE_WINDOWS) for op in ("pointwise", "residual_tail")])
+def test_tensor_cores_get_rounded_tf32_operands(op: str, without: tuple[str, ...], compiled_ahead: None) -> None:
     """In PTX every register that they multiply is masked; on sm_90 both operands' elements are, once each.
 
     There the weight reaches them through shared memory; on sm_80 warps that share an operand round it once each.
     """
-    pytest.importorskip("triton")
     from benchmarks import triton_aot
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     seen = 0
     for name, call in triton_aot.cases():
+        if not name.startswith(op):
+            continue
         with triton_aot.recorded_launches() as launches:
             call()
         for launch in launches:
@@ -181,7 +171,7 @@ def test_tensor_cores_get_rounded_tf32_operands(cache: Path, monkeypatch: pytest
             assert multiplied and {register.strip() for register in multiplied} == rounded_registers(sm_80)
             M, N, K, warps = (launch.kwargs[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
             assert "wgmma" in sm_90 and len(rounded_registers(sm_90)) == (M + N) * K // (32 * warps)
-    assert seen == 8
+    assert seen == {"pointwise": 6, "residual_tail": 2}[op]
 
 
 def rounded_registers(ptx: str) -> set[str]:
@@ -192,6 +182,6 @@ def rounded_registers(ptx: str) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", RARE_WINDOWS)
-def test_rare_windows_compile_without_spills(window: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_and_check(window, (), cache, monkeypatch)
+@pytest.mark.parametrize(("window", "without"), [compiling(window, ()) for window in RARE_WINDOWS])
+def test_rare_windows_compile_without_spills(window: str, without: tuple[str, ...], compiled_ahead: None) -> None:
+    assert_no_spills(window, without)
