@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from trainers import QUIET, SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 
 import vaebm_fast as vf
 from vaebm_fast import reference
@@ -25,24 +26,6 @@ from vaebm_fast.training.guard import DivergedError, DivergenceGuard
 from vaebm_fast.training.losses import balanced_kl, kl_alpha, kl_coeff, learning_rate
 from vaebm_fast.training.readjust import load_readjusted_nvae, readjust_batch_norm
 from vaebm_fast.training.spectral import NORMALIZE_EPS, SpectralRegulariser
-
-TINY = replace(
-    PRESETS["digits"].nvae, num_channels_enc=4, num_channels_dec=4, num_groups_per_scale=1, num_latent_per_group=2
-)
-TINY_ENERGY = replace(PRESETS["digits"].energy, width=4)
-QUIET = {"progress": False, "log_every": 1, "grid_every": 10**6}
-SOURCE = digits()
-
-
-def vae_trainer(**changes: object) -> VAETrainer:
-    training = replace(PRESETS["digits"].vae_training, epochs=1, batch_size=128, warmup_epochs=0, **changes)
-    return VAETrainer(TINY, training, SOURCE, seed=5)
-
-
-def energy_trainer(**changes: object) -> EnergyTrainer:
-    torch.manual_seed(0)
-    training = replace(PRESETS["digits"].energy_training, iterations=6, batch_size=8, steps=2, **changes)
-    return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, SOURCE, seed=5)
 
 
 def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_its_minimum() -> None:

@@ -11,10 +11,14 @@ from vaebm_fast.data import ImageSource, batches, quantise
 from vaebm_fast.noise import seed_tensor
 
 
+class UnreadableDataError(ValueError):
+    """A step's images could not be read. They are read first, so nothing of that step has been done."""
+
+
 class StepData:
     """`data(step)` is the step's batch, float32 [N, C, H, W] in [0, 1], reduced to `bits`, on `device`.
 
-    Reads ahead while steps are asked for in turn; any other step may be asked for too.
+    Reads ahead while steps are asked for in turn; any other step may be asked for too. Raises UnreadableDataError.
     """
 
     def __init__(
@@ -39,7 +43,11 @@ class StepData:
         if step != self._next_step:
             self._batches = self._from(step)
         self._next_step = step + 1
-        return quantise(next(self._batches), self._bits).to(self._device, memory_format=torch.channels_last)
+        try:
+            batch = next(self._batches)
+        except (ValueError, OSError) as error:
+            raise UnreadableDataError(str(error)) from error
+        return quantise(batch, self._bits).to(self._device, memory_format=torch.channels_last)
 
 
 def step_seeds(seed: int, step: int, batch: int, device: torch.device) -> Tensor:

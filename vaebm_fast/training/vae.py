@@ -28,6 +28,7 @@ from vaebm_fast.training.losses import (
     learning_rate,
     reconstruction_and_kl,
     regulariser_coeff,
+    weight_norm,
 )
 from vaebm_fast.training.spectral import SpectralRegulariser
 from vaebm_fast.training.stepdata import StepData, step_seeds
@@ -74,6 +75,7 @@ class VAEUpdate:
             "kl": elbo.kl.detach().sum(1).mean(),
             "spectral": spectral.detach(),
             "batchnorm": batchnorm.detach(),
+            "weight_norm": weight_norm(self.vae),
             "kl_coeff": coeff,
             "learning_rate": rate,
         }
