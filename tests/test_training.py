@@ -63,6 +63,14 @@ def test_first_spectral_call_makes_forty_power_steps_and_later_ones_four() -> No
     assert float(regulariser().detach()) == pytest.approx(float(u[0] @ weight[0] @ v[0]), rel=1e-6)
 
 
+def test_a_spectral_regulariser_put_back_to_its_start_repeats_its_first_call() -> None:
+    regulariser = SpectralRegulariser(nn.Sequential(nn.Conv2d(3, 5, 3)), iterations=1, first_iterations=1)
+    start = regulariser.state_dict()
+    first, second = float(regulariser().detach()), float(regulariser().detach())
+    regulariser.load_state_dict(start)
+    assert float(regulariser().detach()) == first != second
+
+
 def test_spectral_gradient_is_that_of_the_largest_singular_value() -> None:
     conv = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False))
     SpectralRegulariser(conv, first_iterations=500)().backward()
@@ -201,7 +209,8 @@ def test_guard_forgives_one_spike() -> None:
 def test_energy_training_rolls_back_a_diverging_run() -> None:
     trainer = energy_trainer(max_energy_gap=1e-6)
     with pytest.warns(UserWarning, match="diverged at step 0"):
-        trainer.step(0)
+        scalars = trainer.step(0)
+    assert set(scalars) == {"learning_rate", "rollbacks"}  # those of the step itself are no longer true
     assert trainer.update.optimizer.param_groups[0]["lr"] == trainer.training.learning_rate / 2
 
 
