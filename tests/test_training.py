@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import os
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +22,7 @@ from vaebm_fast import reference
 from vaebm_fast.checkpoint import CheckpointError
 from vaebm_fast.config import PRESETS, EnergyTraining, NVAEConfig, ReplayBuffer, VAETraining
 from vaebm_fast.data import digits
+from vaebm_fast.data.images import Pixels
 from vaebm_fast.evaluation.likelihood import evaluate_likelihood
 from vaebm_fast.models import NVAE, EnergyNetwork
 from vaebm_fast.models.nvae import bits_per_dim
@@ -26,6 +32,7 @@ from vaebm_fast.training.guard import DivergedError, DivergenceGuard
 from vaebm_fast.training.losses import balanced_kl, kl_alpha, kl_coeff, learning_rate
 from vaebm_fast.training.readjust import load_readjusted_nvae, readjust_batch_norm
 from vaebm_fast.training.spectral import NORMALIZE_EPS, SpectralRegulariser
+from vaebm_fast.training.stepdata import StepData
 
 
 def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_its_minimum() -> None:
@@ -119,6 +126,39 @@ def test_mixed_precision_keeps_densities_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         elbo = mixed.vae.elbo(x)
     assert elbo.kl.dtype == elbo.log_q.dtype == elbo.reconstruction_loss.dtype == torch.float32
+
+
+@dataclass
+class _Meeting:
+    """The digits; a read ends only when as many threads read at once as the barrier is for."""
+
+    barrier: threading.Barrier
+    crops: list[bool] = field(default_factory=list)
+    name: str = SOURCE.name
+    labels: None = None
+    image_shape: tuple[int, int, int] = SOURCE.image_shape
+
+    def __len__(self) -> int:
+        return len(SOURCE)
+
+    def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
+        self.barrier.wait(timeout=20)
+        self.crops.append(crop is not None)
+        return SOURCE.read(indices)
+
+
+@pytest.mark.parametrize("cores, threads", [(1, 1), (3, 3), (64, 8)])
+def test_a_steps_images_are_read_by_a_thread_per_core_and_are_the_same(
+    cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    source = _Meeting(threading.Barrier(threads))
+    options: dict[str, Any] = {"seed": 5, "bits": 8, "horizontal_flip": True, "device": torch.device("cpu")}
+    data = StepData(source, 100, random_crop=True, **options)
+    alone = StepData(SOURCE, 100, random_crop=False, workers=1, **options)
+    assert torch.equal(data(0), alone(0))
+    assert len(source.crops) >= 1 and all(source.crops)
+    source.barrier.abort()  # whatever still waits to be read
 
 
 class _Interrupt(Exception):

@@ -13,6 +13,19 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 Likelihood = Literal["gaussian", "logistic_mixture", "bernoulli"]
+ArchInstance = Literal[
+    "res_elu",
+    "res_bnelu",
+    "res_bnswish",
+    "mbconv_sep",
+    "mbconv_sep11",
+    "mbconv_den",
+    "res_mbconv",
+    "res53_mbconv",
+    "res35_mbconv",
+    "res55_mbconv",
+    "mbconv_res",
+]
 Potential = Literal["energy", "paper", "official"]
 POTENTIALS: tuple[Potential, ...] = ("energy", "paper", "official")
 ReplayDtype = Literal["float32", "bfloat16"]
@@ -41,7 +54,7 @@ def _inverted(tower: str, ends: str) -> CellPlan:
     return CellPlan((tower,), (tower,), (ends,), (ends,))
 
 
-CELL_PLANS: Mapping[str, CellPlan] = MappingProxyType(
+CELL_PLANS: Mapping[ArchInstance, CellPlan] = MappingProxyType(
     {
         "res_elu": _residual("res_elu", "res_elu"),
         "res_bnelu": _residual("res_bnelu", "res_bnelu"),
@@ -87,7 +100,7 @@ class NVAEConfig:
     num_mixture_dec: int = 10  # logistic_mixture only
     uncounted_border: int = 0  # bernoulli only: padding pixels on each side that the loss leaves out
     num_x_bits: int = 8
-    arch_instance: str = "res_mbconv"
+    arch_instance: ArchInstance = "res_mbconv"  # the cells of all towers
     use_se: bool = True
     res_dist: bool = True
     num_latent_scales: int = 1
@@ -387,6 +400,7 @@ class Preset:
     energy_training: EnergyTraining
     sampling: Sampling
     horizontal_flip: bool = True
+    random_crop: bool = False
     vae_gpus: int = 8
     energy_gpus: int = 1
 
@@ -444,6 +458,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 vae_training=VAETraining(epochs=60, warmup_epochs=1),
                 energy_training=EnergyTraining(learning_rate=4e-5, step_size=4e-6, buffer=ReplayBuffer()),
                 sampling=Sampling(steps=20, step_size=4e-6),
+                random_crop=True,
             ),
             Preset(
                 name="celeba_256",

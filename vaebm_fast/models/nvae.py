@@ -260,9 +260,8 @@ class NVAE(nn.Module):
         VAEBM's -2 by default, None for NVAE's own training loss.
         """
         if tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this NVAE takes [N, C, H, W] = {('N', *self.image_shape)}."
-            )
+            taken = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"x has shape {list(x.shape)}; this NVAE takes [N, {taken}].")
         if eps_q is None:
             eps_q = [torch.randn(x.shape[0], *shape, dtype=x.dtype, device=x.device) for shape in self.latent_shapes]
         noise = eps_q

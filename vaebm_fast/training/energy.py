@@ -139,6 +139,7 @@ class EnergyTrainer:
         *,
         seed: int = 0,
         horizontal_flip: bool = False,
+        random_crop: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.training, self.seed = config, training, seed
@@ -150,13 +151,13 @@ class EnergyTrainer:
         self._nvae_sha256 = content_sha256(vae)
         self.model = channels_last(VAEBM(vae, energy).to(self.device))
         self.update = EnergyUpdate(self.model.energy, training, seed=seed)
-        self._flip = horizontal_flip
+        self._augmentation = {"horizontal_flip": horizontal_flip, "random_crop": random_crop}
         self._data = StepData(
             source,
             training.batch_size,
             seed=seed,
             bits=vae.config.num_x_bits,
-            horizontal_flip=horizontal_flip,
+            **self._augmentation,
             device=self.device,
         )
         self._frozen = freeze(self.model)
@@ -191,7 +192,7 @@ class EnergyTrainer:
             "nvae_sha256": self._nvae_sha256,
             "seed": self.seed,
             "data": f"{self._data.source.name}, {len(self._data.source)} images",
-            "horizontal_flip": self._flip,
+            **self._augmentation,
             "energy": to_json(self.config),
             **training,
         }

@@ -35,7 +35,7 @@ SHOWN = 3  # settings that differ, in an error
 class RunOptions:
     """Where a run writes and how often."""
 
-    out: Path
+    out: Path  # the folder of the run; one that holds a part of the same run is continued
     log_every: int = 20  # steps from one line of metrics.jsonl to the next
     save_every: int = 500  # steps from one checkpoint to the next; a run that is stopped saves too
     grid_every: int = 500  # steps from one picture of samples to the next

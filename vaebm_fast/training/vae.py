@@ -106,6 +106,7 @@ class VAETrainer:
         *,
         seed: int = 0,
         horizontal_flip: bool = False,
+        random_crop: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.training, self.seed = config, training, seed
@@ -119,16 +120,16 @@ class VAETrainer:
         self.update = VAEUpdate(
             self.vae, training, steps_per_epoch=steps_per_epoch, total_steps=self.total_steps, seed=seed
         )
+        self._augmentation = {"horizontal_flip": horizontal_flip, "random_crop": random_crop}
         self._data = StepData(
             source,
             training.batch_size,
             seed=seed,
             bits=config.num_x_bits,
-            horizontal_flip=horizontal_flip,
+            **self._augmentation,
             device=self.device,
         )
         self._layout = NoiseLayout(config.latent_shapes, config.image_shape)
-        self._flip = horizontal_flip
 
     def settings(self) -> dict[str, Any]:
         """What a continuation must share with its checkpoint."""
@@ -136,7 +137,7 @@ class VAETrainer:
             "stage": "vae",
             "seed": self.seed,
             "data": f"{self._data.source.name}, {len(self._data.source)} images",
-            "horizontal_flip": self._flip,
+            **self._augmentation,
             **to_json(self.config),
             **asdict(self.training),
         }
