@@ -196,6 +196,13 @@ class NVAEConfig:
         """(C, H, W) of one image."""
         return (self.image_channels, self.image_size, self.image_size)
 
+    @property
+    def counted_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pixels that the likelihood is of: all but a Bernoulli's padding."""
+        border = self.uncounted_border if self.likelihood == "bernoulli" else 0
+        side = self.image_size - 2 * border
+        return (self.image_channels, side, side)
+
 
 @dataclass(frozen=True)
 class EnergyBlock:

@@ -70,7 +70,7 @@ class VAEUpdate:
         nats = (elbo.reconstruction_loss + elbo.kl.sum(1)).detach()
         return {
             "loss": loss.detach(),
-            "bits_per_dim": bits_per_dim(nats, self.vae.image_shape).mean(),
+            "bits_per_dim": bits_per_dim(nats, self.vae.config.counted_shape).mean(),
             "reconstruction_loss": elbo.reconstruction_loss.detach().mean(),
             "kl": elbo.kl.detach().sum(1).mean(),
             "spectral": spectral.detach(),
