@@ -14,9 +14,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import torch
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -50,15 +49,22 @@ class Options:
     """A folder of images or of idx files to train on, or `digits`, which are built in."""
     horizontal_flip: bool
     """Mirror half of the training images."""
+    random_crop: bool
+    """Cut training images that are not square at random places, not in the middle."""
     seed: int = 0
     """Decides the first weights, the order of the images and all noise."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: _command.DeviceName = "auto"
     """Where to train; auto is the GPU where there is one."""
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
     def trainer_options(self) -> dict[str, Any]:
         """What both trainers take by these names."""
-        return {"seed": self.seed, "horizontal_flip": self.horizontal_flip, "device": choose_device(self.device)}
+        return {
+            "seed": self.seed,
+            "horizontal_flip": self.horizontal_flip,
+            "random_crop": self.random_crop,
+            "device": _command.choose_device(self.device),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +97,9 @@ def train_vae(arguments: Sequence[str]) -> int:
     options = parse("vae", defaults, arguments)
     model = options.model
     source = open_source(options.data, image_size=model.image_size, image_channels=model.image_channels)
-    return finish(VAETrainer(model, options.training, source, **options.trainer_options()), options.run)
+    trainer = VAETrainer(model, options.training, source, **options.trainer_options())
+    compare_batches(preset.vae_gpus, preset.vae_training.batch_size, options.training.batch_size)
+    return finish(trainer, options.run)
 
 
 def train_energy(arguments: Sequence[str]) -> int:
@@ -110,7 +118,9 @@ def train_energy(arguments: Sequence[str]) -> int:
         training = replace(training, buffer=None)
     vae, energy = load_nvae(options.nvae), options.energy
     source = open_source(options.data, image_size=energy.image_size, image_channels=energy.image_channels)
-    return finish(EnergyTrainer(vae, energy, training, source, **options.trainer_options()), options.run)
+    trainer = EnergyTrainer(vae, energy, training, source, **options.trainer_options())
+    compare_batches(preset.energy_gpus, preset.energy_training.batch_size, training.batch_size)
+    return finish(trainer, options.run)
 
 
 STAGES: Mapping[str, Callable[[Sequence[str]], int]] = {"vae": train_vae, "energy": train_energy}
@@ -131,6 +141,7 @@ def start_options(stage: str, arguments: Sequence[str]) -> tuple[Preset, dict[st
         "preset": name or tyro.MISSING,
         "data": "digits" if preset.name == "digits" else tyro.MISSING,
         "horizontal_flip": preset.horizontal_flip,
+        "random_crop": preset.random_crop,
         "run": RunOptions(Path("runs", preset.name, stage)),
     }
 
@@ -164,11 +175,13 @@ def parse(stage: str, defaults: OptionsT, arguments: Sequence[str]) -> OptionsT:
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that --device means. Raises ValueError where it asks for a GPU and torch finds none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; `vaebm-fast info` says what is missing.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def compare_batches(processes: int, published: int, batch_size: int) -> None:
+    """Say on stderr where the preset's other settings were published for a larger batch, on several processes."""
+    if processes > 1 and processes * published != batch_size:
+        print(
+            f"Published: {processes} processes of {published} images; this run: 1 process of {batch_size}.",
+            file=sys.stderr,
+        )
 
 
 def finish(trainer: VAETrainer | EnergyTrainer, run: RunOptions) -> int:

@@ -230,18 +230,29 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
     assert process.stderr.read() == b""
 
 
-def test_likelihood_prints_both_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--data", "digits", "--importance-samples", "2", "--batch-size", "300"]
-    shown = lines_of(capsys, "likelihood", str(tiny_nvae(tmp_path)), *arguments)
-    assert float(shown["importance weighted bits per dim"]) <= float(shown["elbo bits per dim"]) + 0.05
-    assert shown["total images"] == "899"
+def test_likelihood_prints_both_bounds_and_their_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nvae = str(tiny_nvae(tmp_path))
+    arguments = ["--data", "digits", "--importance-samples", "2", "--batch-size", "300", "--device", "cpu"]
+    shown = lines_of(capsys, "likelihood", nvae, *arguments)
+    assert float(shown["importance weighted bits per dim"]) < float(shown["elbo bits per dim"])
+    assert shown["total images"] == "899" and "not comparable" in shown["unit"]
+    assert "batch_size is 0" in error_of(capsys, "likelihood", nvae, "--data", "digits", "--batch-size", "0")
+
+
+@pytest.mark.parametrize("command", [("likelihood", "--data", "digits"), ("readjust", "--temperature", "0.7")])
+def test_a_gpu_that_is_not_there_is_one_sentence(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no GPU" in error_of(capsys, *command, str(tiny_nvae(tmp_path)), "--device", "cuda")
 
 
 def test_readjust_writes_its_result_beside_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny_nvae(tmp_path)
     assert cli.main(["readjust", str(path), "--temperature", "0.7", "--batches", "2"]) == 0
     written = path.with_name(f"{path.stem}.bn-t0.7.safetensors")
-    assert str(written) in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert str(written) in said.out and said.err == ""  # no bar where there is no terminal
     assert describe(written)["info"]["temperature"] == 0.7
 
 

@@ -41,7 +41,9 @@ class ListBuffer:
 @given(
     capacity=st.integers(1, 6),
     dtype=st.sampled_from(DTYPES),
-    work=st.lists(st.one_of(st.floats(0, 1), st.just("restore")), max_size=12),  # a push of this share of the capacity
+    work=st.lists(
+        st.one_of(st.floats(0, 1), st.sampled_from(["restore", "clear"])), max_size=12
+    ),  # shares of it are pushed
     picks=st.lists(st.floats(0, 1, exclude_max=True), max_size=8),
 )
 def test_ring_is_a_list_whose_oldest_states_are_replaced(
@@ -49,7 +51,10 @@ def test_ring_is_a_list_whose_oldest_states_are_replaced(
 ) -> None:
     ring, expected = ReplayRing(capacity, 3, dtype=dtype), ListBuffer(capacity, dtype)
     for what in work:
-        if isinstance(what, str):
+        if what == "clear":
+            ring.clear()
+            expected = ListBuffer(capacity, dtype)
+        elif isinstance(what, str):
             restored = ReplayRing(capacity, 3, dtype=dtype)
             restored.push(torch.full((capacity, 3), -1.0))  # what it held before is forgotten
             restored.load_state_dict(ring.state_dict())

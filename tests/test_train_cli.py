@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from vaebm_fast import _command
 from vaebm_fast.checkpoint import load_energy, load_nvae, save_nvae
 from vaebm_fast.config import (
+    CELL_PLANS,
     PRESETS,
     EnergyConfig,
     EnergyTraining,
@@ -140,6 +143,14 @@ def test_help_shows_the_values_of_the_named_preset(form: list[str], capsys: pyte
     assert "--training.step-size FLOAT h (default: 3e-06)" in energy
     assert "--training.buffer.size INT (default: 2000)" in energy
     assert "(default: runs/celeba_256/energy)" in energy
+    assert all(name in vae.replace(", ", ",") for name in CELL_PLANS)
+
+
+def test_help_explains_every_option_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = help_of(capsys, "vae", "--preset", "digits")
+    for name in option_names("", RunOptions):
+        after = shown.split(name, 1)[1].split("(default", 1)[0]
+        assert len(after.split()) > 3, name
 
 
 def test_help_without_a_stage_names_both_and_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +164,8 @@ def test_without_other_options_a_run_is_the_preset(name: str) -> None:
     preset, common = train.start_options("vae", ["--preset", name])
     defaults = train.VAEOptions(**common, model=preset.nvae, training=preset.vae_training)
     options = train.parse("vae", defaults, ["--preset", name, "--data", "here"])
-    assert (options.preset, options.data, options.horizontal_flip) == (name, "here", preset.horizontal_flip)
+    assert (options.preset, options.data) == (name, "here")
+    assert (options.horizontal_flip, options.random_crop) == (preset.horizontal_flip, name == "lsun_church_64")
     assert (options.model, options.training) == (preset.nvae, preset.vae_training)
     assert options.run == RunOptions(Path("runs", name, "vae"))
 
@@ -217,7 +229,8 @@ def test_what_cannot_be_is_one_sentence(
     assert "begin with one of vae, energy" in error_of(capsys, "nvae")
     assert all(name in error_of(capsys, "vae", "--preset", "cifar100") for name in ("cifar100", *PRESETS))
     assert "There is no /nowhere" in error_of(capsys, *vae, "--data", "/nowhere")
-    assert "batch_size is 10000" in error_of(capsys, *vae, "--training.batch-size", "10000")
+    at_most = "batch_size is 10000; it must be at least 1 and at most 898, the images of digits, train half."
+    assert at_most in error_of(capsys, *vae, "--training.batch-size", "10000")
     assert "/nowhere: there is no such file" in error_of(capsys, *energy, "--nvae", "/nowhere")
     sizes = error_of(capsys, *energy, "--energy.image-size", "16")
     assert "(1, 8, 8)" in sizes and "(1, 16, 16)" in sizes
@@ -231,8 +244,45 @@ def test_what_cannot_be_is_one_sentence(
 def test_auto_takes_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for present, kind in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
-        assert train.choose_device("auto").type == kind
-        assert train.choose_device("cpu").type == "cpu"
+        assert _command.choose_device("auto").type == kind
+        assert _command.choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("processes, published, batch_size", [(8, 32, 32), (4, 4, 32)])
+def test_another_batch_than_the_published_one_is_told(
+    processes: int, published: int, batch_size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.compare_batches(processes, published, batch_size)
+    said = capsys.readouterr().err
+    assert said == f"Published: {processes} processes of {published} images; this run: 1 process of {batch_size}.\n"
+    train.compare_batches(processes, published, processes * published)
+    train.compare_batches(1, published, batch_size)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_a_published_preset_says_what_it_differs_in(
+    trainers: list[Any], tmp_path: Path, nvae_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        Image.new("RGB", (8, 12), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    common = ("--preset", "celeba_256", "--data", str(tmp_path), "--device", "cpu", "--training.batch-size", "2")
+    model = TINY_VAE_OPTIONS[:6]
+    assert train.main(["vae", *common, *model, "--model.image-size", "32", "--random-crop"]) == 0
+    assert capsys.readouterr().err == "Published: 8 processes of 8 images; this run: 1 process of 2.\n"
+    assert trainers[0][0].settings()["random_crop"] and trainers[0][0].settings()["horizontal_flip"]
+    energy = (
+        "--nvae",
+        str(nvae_file),
+        "--energy.image-size",
+        "8",
+        "--energy.image-channels",
+        "1",
+        *TINY_ENERGY_OPTIONS,
+    )
+    blocks = ("--energy.blocks", "1-1d", "--training.no-buffer", "--training.batch-size", "2")
+    assert train.main(["energy", *common, *energy, *blocks]) == 0
+    assert capsys.readouterr().err == "Published: 4 processes of 4 images; this run: 1 process of 2.\n"
+    assert not trainers[1][0].settings()["random_crop"]
 
 
 def test_a_stopped_run_continues_to_the_same_bytes(

@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import os
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
+from trainers import QUIET, SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 
 import vaebm_fast as vf
 from vaebm_fast import reference
 from vaebm_fast.checkpoint import CheckpointError
 from vaebm_fast.config import PRESETS, EnergyTraining, NVAEConfig, ReplayBuffer, VAETraining
-from vaebm_fast.data import digits
-from vaebm_fast.evaluation.likelihood import evaluate_likelihood
+from vaebm_fast.data.images import Pixels
 from vaebm_fast.models import NVAE, EnergyNetwork
 from vaebm_fast.models.nvae import bits_per_dim
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
 from vaebm_fast.training.energy import clip_by_second_moment
 from vaebm_fast.training.guard import DivergedError, DivergenceGuard
 from vaebm_fast.training.losses import balanced_kl, kl_alpha, kl_coeff, learning_rate
-from vaebm_fast.training.readjust import load_readjusted_nvae, readjust_batch_norm
+from vaebm_fast.training.readjust import load_readjusted_nvae, readjust_batch_norm, readjusted_path
 from vaebm_fast.training.spectral import NORMALIZE_EPS, SpectralRegulariser
-
-TINY = replace(
-    PRESETS["digits"].nvae, num_channels_enc=4, num_channels_dec=4, num_groups_per_scale=1, num_latent_per_group=2
-)
-TINY_ENERGY = replace(PRESETS["digits"].energy, width=4)
-QUIET = {"progress": False, "log_every": 1, "grid_every": 10**6}
-SOURCE = digits()
-
-
-def vae_trainer(**changes: object) -> VAETrainer:
-    training = replace(PRESETS["digits"].vae_training, epochs=1, batch_size=128, warmup_epochs=0, **changes)
-    return VAETrainer(TINY, training, SOURCE, seed=5)
-
-
-def energy_trainer(**changes: object) -> EnergyTrainer:
-    torch.manual_seed(0)
-    training = replace(PRESETS["digits"].energy_training, iterations=6, batch_size=8, steps=2, **changes)
-    return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, SOURCE, seed=5)
+from vaebm_fast.training.stepdata import StepData
 
 
 def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_its_minimum() -> None:
@@ -78,6 +66,14 @@ def test_first_spectral_call_makes_forty_power_steps_and_later_ones_four() -> No
     assert float(regulariser().detach()) == pytest.approx(float(u[0] @ weight[0] @ v[0]), rel=1e-6)
     u, v = reference.power_iteration(weight, u, v, iterations=4, eps=NORMALIZE_EPS)
     assert float(regulariser().detach()) == pytest.approx(float(u[0] @ weight[0] @ v[0]), rel=1e-6)
+
+
+def test_a_spectral_regulariser_put_back_to_its_start_repeats_its_first_call() -> None:
+    regulariser = SpectralRegulariser(nn.Sequential(nn.Conv2d(3, 5, 3)), iterations=1, first_iterations=1)
+    start = regulariser.state_dict()
+    first, second = float(regulariser().detach()), float(regulariser().detach())
+    regulariser.load_state_dict(start)
+    assert float(regulariser().detach()) == first != second
 
 
 def test_spectral_gradient_is_that_of_the_largest_singular_value() -> None:
@@ -128,6 +124,39 @@ def test_mixed_precision_keeps_densities_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         elbo = mixed.vae.elbo(x)
     assert elbo.kl.dtype == elbo.log_q.dtype == elbo.reconstruction_loss.dtype == torch.float32
+
+
+@dataclass
+class _Meeting:
+    """The digits; a read ends only when as many threads read at once as the barrier is for."""
+
+    barrier: threading.Barrier
+    crops: list[bool] = field(default_factory=list)
+    name: str = SOURCE.name
+    labels: None = None
+    image_shape: tuple[int, int, int] = SOURCE.image_shape
+
+    def __len__(self) -> int:
+        return len(SOURCE)
+
+    def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
+        self.barrier.wait(timeout=20)
+        self.crops.append(crop is not None)
+        return SOURCE.read(indices)
+
+
+@pytest.mark.parametrize("cores, threads", [(1, 1), (3, 3), (64, 8)])
+def test_a_steps_images_are_read_by_a_thread_per_core_and_are_the_same(
+    cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    source = _Meeting(threading.Barrier(threads))
+    options: dict[str, Any] = {"seed": 5, "bits": 8, "horizontal_flip": True, "device": torch.device("cpu")}
+    data = StepData(source, 100, random_crop=True, **options)
+    alone = StepData(SOURCE, 100, random_crop=False, workers=1, **options)
+    assert torch.equal(data(0), alone(0))
+    assert len(source.crops) >= 1 and all(source.crops)
+    source.barrier.abort()  # whatever still waits to be read
 
 
 class _Interrupt(Exception):
@@ -218,7 +247,8 @@ def test_guard_forgives_one_spike() -> None:
 def test_energy_training_rolls_back_a_diverging_run() -> None:
     trainer = energy_trainer(max_energy_gap=1e-6)
     with pytest.warns(UserWarning, match="diverged at step 0"):
-        trainer.step(0)
+        scalars = trainer.step(0)
+    assert set(scalars) == {"learning_rate", "rollbacks"}  # those of the step itself are no longer true
     assert trainer.update.optimizer.param_groups[0]["lr"] == trainer.training.learning_rate / 2
 
 
@@ -314,6 +344,23 @@ def test_readjustment_that_turns_non_finite_is_named_and_undone() -> None:
     assert all(torch.equal(before[name], buffer) for name, buffer in vae.named_buffers())
 
 
+@pytest.mark.parametrize("temperature", [1.5, 1.0, 0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_below_one_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature is {temperature}; .* above 0 and below 1"):
+        readjust_batch_norm(fresh_nvae(), temperature)
+
+
+@pytest.mark.parametrize("batches", [0, -1])
+def test_a_readjustment_without_batches_is_refused_and_leaves_the_good_one(batches: int, tmp_path: Path) -> None:
+    path = tmp_path / "nvae.safetensors"
+    vf.save_nvae(fresh_nvae(), path)
+    load_readjusted_nvae(path, 0.7, batches=2)
+    kept = readjusted_path(path, 0.7).read_bytes()
+    with pytest.raises(ValueError, match=f"batches is {batches}"):
+        load_readjusted_nvae(path, 0.7, batches=batches)
+    assert readjusted_path(path, 0.7).read_bytes() == kept
+
+
 def test_readjusted_file_is_made_once_and_again_when_the_weights_change(tmp_path: Path) -> None:
     path = tmp_path / "nvae.safetensors"
     vf.save_nvae(fresh_nvae(), path)
@@ -329,18 +376,6 @@ def test_readjusted_file_is_made_once_and_again_when_the_weights_change(tmp_path
     vf.save_nvae(other, path)
     load_readjusted_nvae(path, 0.7, batches=2)
     assert cache.stat().st_mtime_ns > written
-
-
-def test_importance_weighted_bound_is_the_elbo_at_one_sample_and_tightens_with_more() -> None:
-    config = replace(TINY, num_nf=1)  # with flows the KL is taken at the sample, so one sample gives the very ELBO
-    torch.manual_seed(2)
-    vae = NVAE(config).eval()
-    source = digits(split="held_out")
-    one = evaluate_likelihood(vae, source, importance_samples=1, batch_size=300)
-    assert one.elbo_bits_per_dim == pytest.approx(one.importance_weighted_bits_per_dim, rel=1e-4)
-    many = evaluate_likelihood(vae, source, importance_samples=8, batch_size=450)
-    assert many.importance_weighted_bits_per_dim < one.importance_weighted_bits_per_dim
-    assert many.elbo_bits_per_dim == pytest.approx(one.elbo_bits_per_dim, rel=1e-5)  # batch size changes nothing
 
 
 def test_presets_hold_the_published_settings() -> None:

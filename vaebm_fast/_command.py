@@ -1,4 +1,5 @@
-"""How a command ends: its exit code, and one line on stderr for a warning, or an error that its user can act on.
+"""What all commands share: the meaning of --device; and how they end: the exit code, and one line on stderr for a
+warning, or an error that its user can act on.
 
 What the commands are is left to `cli` and `train.py`.
 """
@@ -10,7 +11,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Literal
 
+import torch
+
+DeviceName = Literal["auto", "cpu", "cuda"]
 FAILED, INTERRUPTED = 1, 130  # as shells have it: 128 + SIGINT
 
 
@@ -37,6 +42,13 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
         return FAILED
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that --device means. Raises ValueError where it asks for a GPU and torch finds none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; `vaebm-fast info` says what is missing.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:

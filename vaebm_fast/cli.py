@@ -113,6 +113,7 @@ def likelihood(
     split: Literal["train", "held_out"] = "held_out",
     importance_samples: int = 1,
     batch_size: int = 64,
+    device: _command.DeviceName = "auto",
 ) -> None:
     """Print an NVAE's negative ELBO and its importance-weighted bound on a data set, in bits per dimension.
 
@@ -120,11 +121,14 @@ def likelihood(
         split: Which part of the data.
         importance_samples: Samples of the posterior per image; more make the bound tighter.
         batch_size: Images at a time; it changes nothing but speed.
+        device: Where to compute; auto is the GPU where there is one.
     """
-    vae = checkpoint.load_nvae(nvae)
+    vae = checkpoint.load_nvae(nvae, device=_command.choose_device(device))
     channels, size, _ = vae.image_shape
     source = open_source(data, image_size=size, image_channels=channels, split=split)
-    facts = evaluate_likelihood(vae, source, importance_samples=importance_samples, batch_size=batch_size)
+    facts = evaluate_likelihood(
+        vae, source, importance_samples=importance_samples, batch_size=batch_size, progress=True
+    )
     print(_aligned({name.replace("_", " "): value for name, value in asdict(facts).items()}))
 
 
@@ -133,14 +137,16 @@ def readjust(
     *,
     temperature: float,
     batches: int = 500,
+    device: _command.DeviceName = "auto",
 ) -> None:
     """Readjust an NVAE's batch normalisation to a sampling temperature below 1; the result is kept beside the file.
 
     Args:
         temperature: Of the prior's standard deviations.
         batches: Batches that the running statistics are made from.
+        device: Where to compute; auto is the GPU where there is one.
     """
-    load_readjusted_nvae(nvae, temperature, batches=batches)
+    load_readjusted_nvae(nvae, temperature, batches=batches, device=_command.choose_device(device), progress=True)
     print(f"Readjusted to temperature {temperature:g}: {readjusted_path(nvae, temperature)}.")
 
 

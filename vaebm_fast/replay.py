@@ -71,6 +71,10 @@ class ReplayRing:
         self._remember(states.device)
         self._pushed += count
 
+    def clear(self) -> None:
+        """Forget all states; the ring is filled from its first row again."""
+        self._pushed = 0
+
     @torch.no_grad()
     def gather(self, indices: Tensor) -> Tensor:
         """The states at `indices` [N] as float32 [N, D], a copy of these rows alone. Indices on the host save a wait.
@@ -101,7 +105,7 @@ class ReplayRing:
             self._copies = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The states kept (a view, no copy), the count ever pushed, and whose ring it is."""
+        """The states kept (a view, no copy), the count pushed since it was empty, and whose ring it is."""
         self._wait()
         kept = self._states[: len(self)]
         return {"states": kept, "pushed": self._pushed, "rank": self._rank, "world_size": self._world_size}

@@ -52,7 +52,9 @@ def plan_epoch(seed: int, epoch: int, total_images: int) -> EpochPlan:
 def batches_per_epoch(source: ImageSource, batch_size: int) -> int:
     """len(source) // batch_size: the last, smaller batch is left out. Raises ValueError where that leaves none."""
     if not 1 <= batch_size <= len(source):
-        raise ValueError(f"batch_size is {batch_size}; for {source.name} it must be at least 1, at most {len(source)}.")
+        raise ValueError(
+            f"batch_size is {batch_size}; it must be at least 1 and at most {len(source)}, the images of {source.name}."
+        )
     return len(source) // batch_size
 
 

@@ -69,9 +69,9 @@ def num_logits(config: NVAEConfig) -> int:
     return 10 * config.num_mixture_dec
 
 
-def bits_per_dim(nats: Tensor, image_shape: Sequence[int]) -> Tensor:
-    """nats / (ln 2 * C * H * W), for a loss per image."""
-    return nats / (math.log(2) * math.prod(image_shape))
+def bits_per_dim(nats: Tensor, counted_shape: Sequence[int]) -> Tensor:
+    """nats / (ln 2 * C * H * W), for a loss per image; `counted_shape` is (C, H, W) of `NVAEConfig.counted_shape`."""
+    return nats / (math.log(2) * math.prod(counted_shape))
 
 
 class NVAE(nn.Module):
@@ -255,14 +255,17 @@ class NVAE(nn.Module):
     ) -> Elbo:
         """Encode and decode images x [N, C, H, W] in [0, 1], already reduced to `num_x_bits`.
 
+        Their range is not looked at, because that would wait for the device. Raises ValueError for another shape, and
+        for integers, which are no images in [0, 1].
         `eps_q` is the posterior's noise, one [N, L, H, W] per group; None draws it from torch's global generator.
         With flows KL_g = log q - log p at the sample, else the closed form. `log_sigma_floor` concerns Gaussian pixels:
         VAEBM's -2 by default, None for NVAE's own training loss.
         """
         if tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this NVAE takes [N, C, H, W] = {('N', *self.image_shape)}."
-            )
+            taken = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"x has shape {list(x.shape)}; this NVAE takes [N, {taken}].")
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}; this NVAE takes floating-point images in [0, 1], such as uint8 / 255.")
         if eps_q is None:
             eps_q = [torch.randn(x.shape[0], *shape, dtype=x.dtype, device=x.device) for shape in self.latent_shapes]
         noise = eps_q
@@ -302,16 +305,23 @@ class NVAE(nn.Module):
             reconstruction_loss=-log_p_x,
         )
 
-    def importance_weighted_bound(self, x: Tensor, eps_q: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Per image logsumexp_k(log p(x, z_k) - log q(z_k|x)) - log K in nats, [N]; one set of noise per sample k.
+    def log_importance_weights(self, x: Tensor, eps_q: Sequence[Sequence[Tensor]]) -> Tensor:
+        """log p(x, z_k) - log q(z_k|x) in nats, [K, N]; one set of noise per sample k, x and noise as in `elbo`.
 
-        Burda et al., arXiv:1509.00519, equation 8; Gaussian pixels without VAEBM's floor.
+        Their mean over k estimates the ELBO. Gaussian pixels without VAEBM's floor.
         """
         log_weights = []
         for noise in eps_q:
             elbo = self.elbo(x, noise, log_sigma_floor=None)
             log_weights.append(-elbo.reconstruction_loss - elbo.log_q + elbo.log_p)
-        return torch.logsumexp(torch.stack(log_weights), dim=0) - math.log(len(log_weights))
+        return torch.stack(log_weights)
+
+    def importance_weighted_bound(self, x: Tensor, eps_q: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Per image logsumexp_k(log p(x, z_k) - log q(z_k|x)) - log K in nats, [N]; arguments as above.
+
+        Burda et al., arXiv:1509.00519, equation 8.
+        """
+        return torch.logsumexp(self.log_importance_weights(x, eps_q), dim=0) - math.log(len(eps_q))
 
     def initialize_from_data(self, x: Tensor, eps_q: Sequence[Tensor] | None = None) -> None:
         """Data-dependent initialisation of a fresh network's `res_elu` cells on a first batch; arguments of `elbo`."""

@@ -7,6 +7,7 @@ buffer and the data. Source: VAEBM (arXiv:2010.00654), section 3.2 and appendix;
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,12 +21,13 @@ from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json
 from vaebm_fast.data import ImageSource
 from vaebm_fast.frozen import FrozenVAEBM, freeze
-from vaebm_fast.langevin import LangevinSampler
+from vaebm_fast.langevin import LangevinSampler, NonFiniteChainError
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.noise import Stream, uniform
 from vaebm_fast.replay import ReplayRing
 from vaebm_fast.training.guard import DivergenceGuard
+from vaebm_fast.training.losses import finite, weight_norm
 from vaebm_fast.training.spectral import SpectralRegulariser
 from vaebm_fast.training.stepdata import StepData, step_seeds
 
@@ -68,7 +70,10 @@ class EnergyUpdate:
         )
 
     def __call__(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """Update on images [N, C, H, W] in [0, 1]; returns `loss` (no alpha_s term), `spectral`, mean energies."""
+        """Update on images [N, C, H, W] in [0, 1]; returns `loss` (no alpha_s term), `spectral`, mean energies, ...
+
+        `weight_norm` is that of the weights after the update, not finite where one of them is not.
+        """
         energy_data = self.energy(positive).mean()
         energy_negative = self.energy(negative).mean()
         loss = energy_data - energy_negative
@@ -83,6 +88,7 @@ class EnergyUpdate:
             "spectral": spectral.detach(),
             "energy_data": energy_data.detach(),
             "energy_negative": energy_negative.detach(),
+            "weight_norm": weight_norm(self.energy),
         }
 
     @torch.no_grad()
@@ -133,6 +139,7 @@ class EnergyTrainer:
         *,
         seed: int = 0,
         horizontal_flip: bool = False,
+        random_crop: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.training, self.seed = config, training, seed
@@ -144,13 +151,13 @@ class EnergyTrainer:
         self._nvae_sha256 = content_sha256(vae)
         self.model = channels_last(VAEBM(vae, energy).to(self.device))
         self.update = EnergyUpdate(self.model.energy, training, seed=seed)
-        self._flip = horizontal_flip
+        self._augmentation = {"horizontal_flip": horizontal_flip, "random_crop": random_crop}
         self._data = StepData(
             source,
             training.batch_size,
             seed=seed,
             bits=vae.config.num_x_bits,
-            horizontal_flip=horizontal_flip,
+            **self._augmentation,
             device=self.device,
         )
         self._frozen = freeze(self.model)
@@ -185,7 +192,7 @@ class EnergyTrainer:
             "nvae_sha256": self._nvae_sha256,
             "seed": self.seed,
             "data": f"{self._data.source.name}, {len(self._data.source)} images",
-            "horizontal_flip": self._flip,
+            **self._augmentation,
             "energy": to_json(self.config),
             **training,
         }
@@ -213,9 +220,15 @@ class EnergyTrainer:
         return step_seeds(self.seed, step, self.training.batch_size, self.device)
 
     def negatives(self, step: int) -> Tensor:
-        """Images [N, C, H, W] at the end of a step's chains; their latents go into the replay buffer."""
+        """Images [N, C, H, W] at the end of a step's chains; their latents go into the replay buffer.
+
+        Raises FloatingPointError or NonFiniteChainError where the energy network does not allow for chains any more.
+        """
         layout = self.sampler.layout
-        self._frozen.refresh()
+        try:
+            self._frozen.refresh()
+        except ValueError as error:  # the VAE stays in evaluation mode: the only reason left is a weight
+            raise FloatingPointError(str(error)) from error
         chains = self.sampler.run(self._seeds(step), start=self.start(step), stream=Stream.TRAIN_CHAIN)
         if self.buffer is not None:
             self.buffer.push(chains.eps[:, : layout.latent_dim])
@@ -224,19 +237,38 @@ class EnergyTrainer:
         with torch.no_grad():
             return self._frozen.image(*layout.split(chains.eps))
 
-    def step(self, step: int) -> Mapping[str, Tensor]:
-        """Chains, one update, one look at the energy gap; what diverged is rolled back at half the learning rate."""
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Chains, one update, one look at what came of it; returns the scalars of this step.
+
+        What diverged is rolled back at half the learning rate, and the replay buffer emptied, because its states are
+        those of a network that went wrong; that step's scalars are left out.
+        """
         if step == 0:
             self.initialize()
+        images = self._data(step)  # before anything changes
         self._guard.before_step(step)
-        scalars = self.update(self._data(step), self.negatives(step))
-        if self._guard.after_step(step, float(scalars["loss"])):
-            self.update.scale_learning_rate(0.5**self._guard.rollbacks)
-            warnings.warn(
-                f"Energy training diverged at step {step}: rolled back to its last good state, learning rate halved.",
-                stacklevel=2,
-            )
-        return scalars
+        scalars: Mapping[str, Tensor | float] = {}
+        try:
+            scalars = finite(self.update(images, self.negatives(step)), step + 1)
+            gap, cause = float(scalars["loss"]), ""
+        except (FloatingPointError, NonFiniteChainError) as error:
+            gap, cause = math.inf, str(error)
+        if self._guard.after_step(step, gap, cause):
+            self._recover(step, cause or f"energy gap {gap:.4g}")
+            scalars = {}
+        rate = self.update.optimizer.param_groups[0]["lr"]
+        return {**scalars, "learning_rate": rate, "rollbacks": self._guard.rollbacks}
+
+    def _recover(self, step: int, cause: str) -> None:
+        """What else a rollback asks for."""
+        self.update.scale_learning_rate(0.5**self._guard.rollbacks)
+        if self.buffer is not None:
+            self.buffer.clear()
+        warnings.warn(
+            f"Energy training diverged at step {step} ({cause.rstrip('.')}): rolled back to its last good state, "
+            "learning rate halved.",
+            stacklevel=3,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on."""

@@ -54,7 +54,8 @@ def training_figure(folder: Path, path: Path) -> None:
     for axis, (stage, names, label) in zip(axes, panels, strict=True):
         records = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
         for name in names:
-            axis.plot([r["step"] for r in records], [r[name] for r in records], label=name.replace("_", " "))
+            there = [record for record in records if name in record]  # a step that was rolled back has no energies
+            axis.plot([r["step"] for r in there], [r[name] for r in there], label=name.replace("_", " "))
         axis.set(xlabel=f"{'NVAE' if stage == 'vae' else 'energy network'} step", ylabel=label)
         if len(names) > 1:
             axis.legend()

@@ -42,8 +42,11 @@ class DivergenceGuard:
         if not self._snapshots or step % self._interval == 0:
             self._snapshots.append(copy.deepcopy(self._trainee.state_dict()))
 
-    def after_step(self, step: int, gap: float) -> bool:
-        """Judge the step's gap; True when it was rolled back. Raises DivergedError after the last permitted one."""
+    def after_step(self, step: int, gap: float, cause: str = "") -> bool:
+        """Judge the step's gap; True when it was rolled back. Raises DivergedError after the last permitted one.
+
+        cause: why a gap is not finite, for the error.
+        """
         self._mean_gap += 0.1 * (abs(gap) - self._mean_gap) if math.isfinite(gap) else math.inf
         if self._mean_gap <= self._max_gap:
             return False
@@ -53,10 +56,10 @@ class DivergenceGuard:
         self._mean_gap = 0.0
         self.rollbacks += 1
         if self.rollbacks > self._max_rollbacks:
+            cause = cause.rstrip(".") or f"|energy gap| above {self._max_gap:g}"
             raise DivergedError(
-                f"Energy training diverged again at step {step} (|energy gap| above {self._max_gap:g}) after "
-                f"{self._max_rollbacks} rollbacks; the last good network is exported. Lower the learning rate or the "
-                "step size."
+                f"Energy training diverged again at step {step} ({cause}) after {self._max_rollbacks} rollbacks; the "
+                "last good network is exported. Lower the learning rate or the step size."
             )
         return True
 

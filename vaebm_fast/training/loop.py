@@ -7,35 +7,39 @@ is counter-based), so running the same command again continues bit for bit where
 from __future__ import annotations
 
 import json
-import math
 import signal
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from torch import Tensor
-from tqdm import tqdm
 
 from vaebm_fast.checkpoint import CheckpointError, load_training, save_training
+from vaebm_fast.langevin import NonFiniteChainError
 from vaebm_fast.training.guard import DivergedError
+from vaebm_fast.training.losses import finite
 from vaebm_fast.training.pictures import save_grid
+from vaebm_fast.training.progress import Progress
+from vaebm_fast.training.stepdata import UnreadableDataError
 
 Scalars = Mapping[str, Tensor | float]
 STATE_FILE = "training.safetensors"
+SHOWN = 3  # settings that differ, in an error
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes and how often; counts in steps."""
+    """Where a run writes and how often."""
 
-    out: Path
-    log_every: int = 20
-    save_every: int = 500
-    grid_every: int = 500
-    progress: bool = True  # a bar, where the output is a terminal
+    out: Path  # the folder of the run; one that holds a part of the same run is continued
+    log_every: int = 20  # steps from one line of metrics.jsonl to the next
+    save_every: int = 500  # steps from one checkpoint to the next; a run that is stopped saves too
+    grid_every: int = 500  # steps from one picture of samples to the next
+    progress: bool = True  # a bar, or where stderr is no terminal a line per log_every
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "grid_every"):
@@ -69,52 +73,82 @@ def train(trainee: Trainee, options: RunOptions) -> Path | None:
     """Run the trainee to its last step, or continue it; returns the exported network's path.
 
     SIGINT and SIGTERM finish the step, save, and return None. Raises CheckpointError when `out` holds a run with other
-    settings, FloatingPointError when a scalar is not finite, DivergedError after exporting the last good network.
+    settings, FloatingPointError when a scalar is not finite, DivergedError after exporting the last good network,
+    UnreadableDataError after saving what was done before.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    start = _resume(trainee, options.out / STATE_FILE)
-    with _log(options.out, start) as log, _stop_signals() as stopped:
-        bar = tqdm(range(start, trainee.total_steps), initial=start, total=trainee.total_steps,
-                   disable=None if options.progress else True, mininterval=0.5, unit="step")  # fmt: skip
-        for step in bar:
+    state_file, total = options.out / STATE_FILE, trainee.total_steps
+    saved = start = _resume(trainee, state_file)
+    scalars: Scalars = {}
+    bar = Progress(start, total, shown=options.progress)
+    with closing(_Log(options.out, start)) as log, closing(bar), _stop_signals() as stopped:
+        for step in range(start, total):
             try:
                 scalars = trainee.step(step)
             except DivergedError:
                 trainee.export(options.out)
                 raise
-            done, last = step + 1, step + 1 == trainee.total_steps
+            except UnreadableDataError:
+                if step > saved:
+                    _save(trainee, state_file, step, scalars)
+                raise
+            done, last, stop = step + 1, step + 1 == total, stopped()
+            bar.advance()
             if done % options.log_every == 0 or last:
-                values = log.write(done, scalars)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:3]})
+                values = finite(scalars, done)
+                log.write(done, values)
+                bar.report(done, values)
             if done % options.grid_every == 0 or last:
-                save_grid(trainee.sample_images(), options.out / "samples" / f"step_{done:07d}.png")
-            if done % options.save_every == 0 or last or stopped():
-                _save(trainee, options.out / STATE_FILE, done)
-            if stopped() and not last:
+                _draw(trainee, options.out / "samples" / f"step_{done:07d}.png")
+            if done % options.save_every == 0 or last or stop:
+                _save(trainee, state_file, done, scalars)
+                saved = done
+            if stop and not last:
                 return None
     return trainee.export(options.out)
 
 
-def _save(trainee: Trainee, path: Path, done: int) -> None:
+def _save(trainee: Trainee, path: Path, done: int, scalars: Scalars) -> None:
+    """Write the checkpoint after `done` steps; raises FloatingPointError where the last scalars are not finite."""
+    finite(scalars, done)
     save_training({"step": done, "settings": trainee.settings(), "state": trainee.state_dict()}, path)
+
+
+def _draw(trainee: Trainee, path: Path) -> None:
+    """A grid of samples; a network that is about to be rolled back may have none, of which a warning tells."""
+    try:
+        images = trainee.sample_images()
+    except (NonFiniteChainError, ValueError) as error:
+        warnings.warn(f"{path.name} was not drawn: {error}", stacklevel=2)
+        return
+    save_grid(images, path)
 
 
 def _resume(trainee: Trainee, path: Path) -> int:
     """Load the checkpoint, if there is one, and return the number of steps done."""
     if not path.exists():
         return 0
-    saved, _ = load_training(path)
-    settings = trainee.settings()
-    differing = [name for name in sorted({*settings, *saved["settings"]})
-                 if settings.get(name) != saved["settings"].get(name)]  # fmt: skip
-    if differing:
-        changes = "; ".join(f"{name}: {saved['settings'].get(name)} -> {settings.get(name)}" for name in differing)
+    state, _ = load_training(path)
+    _require_same(trainee.settings(), state["settings"], path)
+    trainee.load_state_dict(state["state"])
+    return int(state["step"])
+
+
+def _require_same(settings: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError, in one sentence, where the run at `path` was another one."""
+    if settings["stage"] != saved["stage"]:
         raise CheckpointError(
-            f"{path} belongs to a run with other settings ({changes}). Use the same settings to continue it, or "
+            f"{path} belongs to a run of stage {saved['stage']}, and this is one of stage {settings['stage']}; use "
+            "another output folder."
+        )
+    differing = [name for name in sorted({*settings, *saved}) if settings.get(name) != saved.get(name)]
+    if differing:
+        changes = "; ".join(f"{name}: {saved.get(name)} -> {settings.get(name)}" for name in differing[:SHOWN])
+        more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings ({changes}{more}). Use the same settings to continue it, or "
             "another output folder to start anew."
         )
-    trainee.load_state_dict(saved["state"])
-    return int(saved["step"])
 
 
 class _Log:
@@ -129,16 +163,11 @@ class _Log:
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
-    def write(self, done: int, scalars: Scalars) -> dict[str, float]:
-        """Log the scalars after `done` steps; raises FloatingPointError naming the first that is not finite."""
-        values = {name: float(value) for name, value in scalars.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {done}; lower the learning rate.")
+    def write(self, done: int, values: Mapping[str, float]) -> None:
+        """Log the scalars after `done` steps."""
         self._lines.write(json.dumps({"step": done, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, done)
-        return values
 
     def close(self) -> None:
         """Flush and close both."""
@@ -153,15 +182,6 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
-
-
-@contextmanager
-def _log(out: Path, start: int) -> Iterator[_Log]:
-    log = _Log(out, start)
-    try:
-        yield log
-    finally:
-        log.close()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The scalars of both training stages: KL annealing and balancing, regulariser weights, learning rate.
+"""The scalars of both training stages: KL annealing and balancing, regulariser weights, learning rate, their check.
 
 Pure functions of steps and tensors. Source: NVAE (arXiv:2007.03898), section 3.3 and appendix A.
 """
@@ -6,7 +6,7 @@ Pure functions of steps and tensors. Source: NVAE (arXiv:2007.03898), section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +73,18 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, training: V
 def reconstruction_and_kl(elbo: Elbo, coeff: float, alpha: Tensor) -> Tensor:
     """NVAE's loss without regularisers: mean over images of reconstruction + balanced KL, in nats."""
     return (elbo.reconstruction_loss + balanced_kl(elbo.kl, coeff, alpha)).mean()
+
+
+@torch.no_grad()
+def weight_norm(module: nn.Module) -> Tensor:
+    """The Euclidean norm of all parameters together: not finite where one of them is not."""
+    return torch.nn.utils.get_total_norm([parameter.detach() for parameter in module.parameters()])
+
+
+def finite(scalars: Mapping[str, Tensor | float], done: int) -> dict[str, float]:
+    """The scalars after `done` steps as numbers; raises FloatingPointError naming the first that is not finite."""
+    values = {name: float(value) for name, value in scalars.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value} at step {done}; lower the learning rate.")
+    return values

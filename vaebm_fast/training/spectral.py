@@ -28,14 +28,19 @@ class SpectralRegulariser:
 
     def __init__(self, module: nn.Module, *, seed: int = 0, iterations: int = 4, first_iterations: int = 40) -> None:
         self.iterations, self.first_iterations = iterations, first_iterations
-        self.started = False
+        self._seed = seed
         self._convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, nn.Conv2d)}
         self._names_by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
         for name, conv in self._convs.items():
             self._names_by_shape[(conv.out_channels, conv.weight[0].numel())].append(name)
-        generator = torch.Generator().manual_seed(seed)
         self._u: dict[tuple[int, int], Tensor] = {}
         self._v: dict[tuple[int, int], Tensor] = {}
+        self._restart()
+
+    def _restart(self) -> None:
+        """Singular vectors as they were before the first call."""
+        self.started = False
+        generator = torch.Generator().manual_seed(self._seed)
         for shape, names in self._names_by_shape.items():
             device = self._convs[names[0]].weight.device
             for vectors, size in ((self._u, shape[0]), (self._v, shape[1])):
@@ -70,8 +75,9 @@ class SpectralRegulariser:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from `state_dict()`'s vectors; an empty state restarts."""
-        self.started = bool(state)
-        if self.started:
-            for shape, names in self._names_by_shape.items():
-                self._u[shape] = torch.stack([state["u"][name] for name in names]).to(self._u[shape])
-                self._v[shape] = torch.stack([state["v"][name] for name in names]).to(self._v[shape])
+        if not state:
+            return self._restart()
+        self.started = True
+        for shape, names in self._names_by_shape.items():
+            self._u[shape] = torch.stack([state["u"][name] for name in names]).to(self._u[shape])
+            self._v[shape] = torch.stack([state["v"][name] for name in names]).to(self._v[shape])

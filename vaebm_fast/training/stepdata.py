@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -10,11 +11,18 @@ from torch import Tensor
 from vaebm_fast.data import ImageSource, batches, quantise
 from vaebm_fast.noise import seed_tensor
 
+MOST_WORKERS = 8  # each keeps a batch in memory
+
+
+class UnreadableDataError(ValueError):
+    """A step's images could not be read. They are read first, so nothing of that step has been done."""
+
 
 class StepData:
     """`data(step)` is the step's batch, float32 [N, C, H, W] in [0, 1], reduced to `bits`, on `device`.
 
-    Reads ahead while steps are asked for in turn; any other step may be asked for too.
+    `workers` threads (by default one per core, MOST_WORKERS at most) read ahead, a batch each, while steps are asked
+    for in turn, and change nothing in what comes out; any other step may be asked for too. Raises UnreadableDataError.
     """
 
     def __init__(
@@ -25,21 +33,37 @@ class StepData:
         seed: int,
         bits: int,
         horizontal_flip: bool,
+        random_crop: bool,
         device: torch.device,
+        workers: int | None = None,
     ) -> None:
         self.source, self.batch_size, self.seed = source, batch_size, seed
-        self._bits, self._flip, self._device = bits, horizontal_flip, device
+        self._bits, self._device = bits, device
+        self._flip, self._crop = horizontal_flip, random_crop
+        self._workers = workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         self._next_step = 0
         self._batches = self._from(0)
 
     def _from(self, step: int) -> Iterator[Tensor]:
-        return batches(self.source, self.batch_size, seed=self.seed, start_iteration=step, horizontal_flip=self._flip)
+        return batches(
+            self.source,
+            self.batch_size,
+            seed=self.seed,
+            start_iteration=step,
+            horizontal_flip=self._flip,
+            random_crop=self._crop,
+            workers=self._workers,
+        )
 
     def __call__(self, step: int) -> Tensor:
         if step != self._next_step:
             self._batches = self._from(step)
         self._next_step = step + 1
-        return quantise(next(self._batches), self._bits).to(self._device, memory_format=torch.channels_last)
+        try:
+            batch = next(self._batches)
+        except (ValueError, OSError) as error:
+            raise UnreadableDataError(str(error)) from error
+        return quantise(batch, self._bits).to(self._device, memory_format=torch.channels_last)
 
 
 def step_seeds(seed: int, step: int, batch: int, device: torch.device) -> Tensor:

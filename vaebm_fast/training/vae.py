@@ -28,6 +28,7 @@ from vaebm_fast.training.losses import (
     learning_rate,
     reconstruction_and_kl,
     regulariser_coeff,
+    weight_norm,
 )
 from vaebm_fast.training.spectral import SpectralRegulariser
 from vaebm_fast.training.stepdata import StepData, step_seeds
@@ -69,11 +70,12 @@ class VAEUpdate:
         nats = (elbo.reconstruction_loss + elbo.kl.sum(1)).detach()
         return {
             "loss": loss.detach(),
-            "bits_per_dim": bits_per_dim(nats, self.vae.image_shape).mean(),
+            "bits_per_dim": bits_per_dim(nats, self.vae.config.counted_shape).mean(),
             "reconstruction_loss": elbo.reconstruction_loss.detach().mean(),
             "kl": elbo.kl.detach().sum(1).mean(),
             "spectral": spectral.detach(),
             "batchnorm": batchnorm.detach(),
+            "weight_norm": weight_norm(self.vae),
             "kl_coeff": coeff,
             "learning_rate": rate,
         }
@@ -104,6 +106,7 @@ class VAETrainer:
         *,
         seed: int = 0,
         horizontal_flip: bool = False,
+        random_crop: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.training, self.seed = config, training, seed
@@ -117,16 +120,16 @@ class VAETrainer:
         self.update = VAEUpdate(
             self.vae, training, steps_per_epoch=steps_per_epoch, total_steps=self.total_steps, seed=seed
         )
+        self._augmentation = {"horizontal_flip": horizontal_flip, "random_crop": random_crop}
         self._data = StepData(
             source,
             training.batch_size,
             seed=seed,
             bits=config.num_x_bits,
-            horizontal_flip=horizontal_flip,
+            **self._augmentation,
             device=self.device,
         )
         self._layout = NoiseLayout(config.latent_shapes, config.image_shape)
-        self._flip = horizontal_flip
 
     def settings(self) -> dict[str, Any]:
         """What a continuation must share with its checkpoint."""
@@ -134,7 +137,7 @@ class VAETrainer:
             "stage": "vae",
             "seed": self.seed,
             "data": f"{self._data.source.name}, {len(self._data.source)} images",
-            "horizontal_flip": self._flip,
+            **self._augmentation,
             **to_json(self.config),
             **asdict(self.training),
         }

@@ -1,0 +1,34 @@
+"""Trainers of both stages on the built-in digits, small enough that a step takes milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vaebm_fast.config import PRESETS
+from vaebm_fast.data import ImageSource, digits
+from vaebm_fast.models import NVAE
+from vaebm_fast.training import EnergyTrainer, VAETrainer
+
+TINY = replace(
+    PRESETS["digits"].nvae, num_channels_enc=4, num_channels_dec=4, num_groups_per_scale=1, num_latent_per_group=2
+)
+TINY_ENERGY = replace(PRESETS["digits"].energy, width=4)
+QUIET: dict[str, Any] = {"progress": False, "log_every": 1, "grid_every": 10**6}
+SOURCE = digits()
+
+
+def vae_trainer(source: ImageSource = SOURCE, **changes: Any) -> VAETrainer:
+    """Seven steps of stage 1."""
+    training = replace(PRESETS["digits"].vae_training, epochs=1, batch_size=128, warmup_epochs=0, **changes)
+    return VAETrainer(TINY, training, source, seed=5)
+
+
+def energy_trainer(**changes: Any) -> EnergyTrainer:
+    """Six steps of stage 2 against an NVAE that knows nothing."""
+    torch.manual_seed(0)
+    options = {"iterations": 6, "batch_size": 8, "steps": 2, **changes}
+    training = replace(PRESETS["digits"].energy_training, **options)
+    return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, SOURCE, seed=5)

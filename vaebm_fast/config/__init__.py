@@ -1,0 +1,56 @@
+"""What a model, a training run and a preset are, as frozen dataclasses; `PRESETS` is the one table of named settings.
+
+Field names follow the arguments stored in published NVAE checkpoints where such an argument exists, so that what a
+user knows from there (`num_latent_scales`, `num_groups_per_scale`, ...) means the same here. This package owns names,
+defaults and their validation; it knows nothing of tensors.
+"""
+
+from vaebm_fast.config._fields import to_json
+from vaebm_fast.config.energy import (
+    ENERGY_ARCHS,
+    EnergyArch,
+    EnergyBlock,
+    EnergyConfig,
+    energy_from_json,
+    format_blocks,
+    parse_blocks,
+)
+from vaebm_fast.config.nvae import CELL_PLANS, ArchInstance, CellPlan, Likelihood, NVAEConfig, nvae_from_json
+from vaebm_fast.config.presets import PRESETS, Preset
+from vaebm_fast.config.training import (
+    POTENTIALS,
+    EnergyTraining,
+    Placement,
+    Potential,
+    ReplayBuffer,
+    ReplayDtype,
+    Sampling,
+    VAETraining,
+)
+
+__all__ = [
+    "CELL_PLANS",
+    "ENERGY_ARCHS",
+    "POTENTIALS",
+    "PRESETS",
+    "ArchInstance",
+    "CellPlan",
+    "EnergyArch",
+    "EnergyBlock",
+    "EnergyConfig",
+    "EnergyTraining",
+    "Likelihood",
+    "NVAEConfig",
+    "Placement",
+    "Potential",
+    "Preset",
+    "ReplayBuffer",
+    "ReplayDtype",
+    "Sampling",
+    "VAETraining",
+    "energy_from_json",
+    "format_blocks",
+    "nvae_from_json",
+    "parse_blocks",
+    "to_json",
+]

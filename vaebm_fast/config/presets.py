@@ -1,0 +1,130 @@
+"""The one table of named settings: the published models, and the built-in digits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from vaebm_fast.config.energy import ENERGY_ARCHS, EnergyConfig, parse_blocks
+from vaebm_fast.config.nvae import NVAEConfig
+from vaebm_fast.config.training import EnergyTraining, ReplayBuffer, Sampling, VAETraining
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model with the settings that train and sample it; batch sizes are per GPU, for the number given here."""
+
+    name: str
+    nvae: NVAEConfig
+    energy: EnergyConfig
+    vae_training: VAETraining
+    energy_training: EnergyTraining
+    sampling: Sampling
+    horizontal_flip: bool = True
+    random_crop: bool = False
+    vae_gpus: int = 8
+    energy_gpus: int = 1
+
+
+def _nvae(image_size: int, channels: int, scales: int, groups: int, flows: int, bits: int = 8) -> NVAEConfig:
+    return NVAEConfig(
+        image_size,
+        num_x_bits=bits,
+        num_latent_scales=scales,
+        num_groups_per_scale=groups,
+        num_channels_enc=channels,
+        num_channels_dec=channels,
+        num_nf=flows,
+    )
+
+
+_DIGITS_NVAE = NVAEConfig(
+    image_size=8,
+    image_channels=1,
+    num_latent_scales=2,
+    num_groups_per_scale=2,
+    num_latent_per_group=4,
+    num_channels_enc=16,
+    num_channels_dec=16,
+    num_cell_per_cond_enc=1,
+    num_cell_per_cond_dec=1,
+    num_preprocess_cells=1,
+    num_postprocess_cells=1,
+)
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        preset.name: preset
+        for preset in (
+            Preset(
+                name="cifar10",
+                nvae=_nvae(32, channels=128, scales=1, groups=30, flows=1),
+                energy=ENERGY_ARCHS["cifar32"].config(),
+                vae_training=VAETraining(epochs=400),
+                energy_training=EnergyTraining(learning_rate=4e-5, step_size=8e-5, use_mean_negatives=False),
+                sampling=Sampling(steps=16, step_size=8e-5),
+            ),
+            Preset(
+                name="celeba_64",
+                nvae=_nvae(64, channels=48, scales=3, groups=5, flows=1),
+                energy=ENERGY_ARCHS["celeba64"].config(),
+                vae_training=VAETraining(epochs=50, warmup_epochs=1),
+                energy_training=EnergyTraining(learning_rate=5e-5, step_size=5e-6),
+                sampling=Sampling(steps=20, step_size=5e-6),
+            ),
+            Preset(
+                name="lsun_church_64",
+                nvae=_nvae(64, channels=48, scales=3, groups=5, flows=1),
+                energy=ENERGY_ARCHS["lsun64"].config(),
+                vae_training=VAETraining(epochs=60, warmup_epochs=1),
+                energy_training=EnergyTraining(learning_rate=4e-5, step_size=4e-6, buffer=ReplayBuffer()),
+                sampling=Sampling(steps=20, step_size=4e-6),
+                random_crop=True,
+            ),
+            Preset(
+                name="celeba_256",
+                nvae=_nvae(256, channels=32, scales=5, groups=4, flows=2, bits=5),
+                energy=ENERGY_ARCHS["celeba256"].config(),
+                vae_training=VAETraining(
+                    epochs=200,
+                    batch_size=8,
+                    learning_rate=6e-3,
+                    weight_decay_norm=1e-2,
+                    weight_decay_norm_anneal=True,
+                ),
+                energy_training=EnergyTraining(
+                    iterations=9_000,
+                    batch_size=4,
+                    learning_rate=4e-5,
+                    spectral_coeff=0.3,
+                    steps=6,
+                    step_size=3e-6,
+                    buffer=ReplayBuffer(size=2_000, anneal_steps=3_000),
+                ),
+                sampling=Sampling(steps=24, step_size=3e-6),
+                energy_gpus=4,
+            ),
+            Preset(
+                name="digits",
+                nvae=_DIGITS_NVAE,
+                energy=EnergyConfig(8, 1, 32, parse_blocks("1-1d 1-1 1-2d 2-2")),
+                vae_training=VAETraining(epochs=60, mixed_precision=False),
+                energy_training=EnergyTraining(
+                    iterations=250,
+                    learning_rate=1e-4,
+                    beta1=0.5,
+                    steps=10,
+                    step_size=0.15,
+                    potential="paper",
+                    use_mean_negatives=False,
+                    ema_decay=0.98,
+                    max_energy_gap=100.0,
+                ),
+                sampling=Sampling(steps=10, step_size=0.15, potential="paper"),
+                horizontal_flip=False,
+                vae_gpus=1,
+            ),
+        )
+    }
+)

@@ -1,0 +1,100 @@
+"""How both networks are trained and sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vaebm_fast.config._fields import require, require_not_negative, require_positive
+
+Potential = Literal["energy", "paper", "official"]
+POTENTIALS: tuple[Potential, ...] = ("energy", "paper", "official")
+ReplayDtype = Literal["float32", "bfloat16"]
+Placement = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class VAETraining:
+    """Stage 1: how an NVAE is trained. Rates per iteration; portions of all iterations."""
+
+    epochs: int = 400
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    learning_rate_min: float = 1e-4
+    warmup_epochs: int = 5
+    weight_decay: float = 3e-4
+    adamax_eps: float = 1e-3
+    weight_decay_norm: float = 1e-1  # coefficient of the spectral and BN regularisers
+    weight_decay_norm_anneal: bool = False
+    weight_decay_norm_init: float = 10.0
+    kl_anneal_portion: float = 0.3
+    kl_const_portion: float = 1e-4
+    kl_const_coeff: float = 1e-4
+    mixed_precision: bool = True  # bfloat16 autocast
+    log_sigma_floor: float | None = None  # NVAE trains its Gaussian pixels without the floor that VAEBM adds
+
+    def __post_init__(self) -> None:
+        require_positive(self, "epochs", "batch_size", "learning_rate", "adamax_eps", "kl_anneal_portion")
+        require_not_negative(self, "learning_rate_min", "warmup_epochs", "weight_decay", "kl_const_portion")
+        require_positive(self, "kl_const_coeff", "weight_decay_norm", "weight_decay_norm_init")
+
+
+@dataclass(frozen=True)
+class ReplayBuffer:
+    """Persistent chains: how many each process keeps, where, and how often a chain starts from one."""
+
+    size: int = 10_000
+    max_probability: float = 0.6
+    anneal_steps: int = 5_000
+    dtype: ReplayDtype = "float32"  # of what is kept; bfloat16 halves celeba_256's 14 GB
+    placement: Placement = "device"  # host: its memory, pinned, where that of the GPU is short
+
+    def __post_init__(self) -> None:
+        require_positive(self, "size")
+        require_not_negative(self, "anneal_steps")
+        require(0 <= self.max_probability <= 1, f"max_probability is {self.max_probability}; it is between 0 and 1.")
+        for name, known in (("dtype", get_args(ReplayDtype)), ("placement", get_args(Placement))):
+            value = getattr(self, name)
+            require(value in known, f"{name} {value!r} is not known; it is one of {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class EnergyTraining:
+    """Stage 2: how the energy network is trained against its frozen NVAE."""
+
+    iterations: int = 30_000
+    batch_size: int = 32
+    learning_rate: float = 4e-5
+    beta1: float = 0.99
+    beta2: float = 0.999
+    weight_decay: float = 3e-5
+    spectral_coeff: float = 0.2  # alpha_s
+    steps: int = 10
+    step_size: float = 8e-5  # h
+    potential: Potential = "official"
+    use_mean_negatives: bool = True  # negatives are decoder means, not x(eps)
+    buffer: ReplayBuffer | None = None
+    init_batches: int = 5  # data batches, taken as one, of the data-dependent initialisation
+    ema_decay: float = 0.0  # of the weights that are exported and sampled; 0 exports the last weights
+    max_energy_gap: float = 1e4  # |mean E(data) - mean E(negatives)| beyond which training counts as diverged
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        require_positive(self, "iterations", "batch_size", "learning_rate", "steps", "step_size", "init_batches")
+        require_positive(self, "max_energy_gap")
+        require_not_negative(self, "weight_decay", "spectral_coeff", "max_rollbacks")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1.")
+        size = self.buffer.size if self.buffer else self.batch_size
+        require(size >= self.batch_size, f"A replay buffer of {size} cannot take a batch of {self.batch_size}.")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The published chain of a model at sampling time."""
+
+    steps: int
+    step_size: float
+    potential: Potential = "official"
+    temperature: float = 1.0

@@ -1,0 +1,41 @@
+"""How far a run is: a bar where stderr is a terminal, a line now and then where it is not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Steps `start` to `total` on stderr; `shown` False keeps it silent."""
+
+    def __init__(self, start: int, total: int, *, shown: bool) -> None:
+        self._bar = tqdm(initial=start, total=total, disable=None if shown else True, mininterval=0.5, unit="step")
+        self._has_lines = shown and self._bar.disable
+        self._total, self._done, self._at = total, start, time.monotonic()
+
+    def advance(self) -> None:
+        """One step more is done."""
+        self._bar.update()
+
+    def report(self, done: int, values: Mapping[str, float]) -> None:
+        """Show the first scalars after `done` steps; a line also has the speed since the line before, and what is left.
+
+        Such as `step 40/1680: loss 33.41, 3.12 steps/s, 08:46 left`.
+        """
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:3]})
+        if self._has_lines and done > self._done:
+            now = time.monotonic()
+            speed = (done - self._done) / max(now - self._at, 1e-9)
+            left = tqdm.format_interval((self._total - done) / speed)
+            name, value = next(iter(values.items()))
+            line = f"step {done}/{self._total}: {name} {value:.4g}, {speed:.3g} steps/s, {left} left"
+            print(line, file=sys.stderr, flush=True)
+            self._done, self._at = done, now
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
