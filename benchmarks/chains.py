@@ -36,6 +36,11 @@ class OtherPair:
     call: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
 
     @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return self.model.device
+
+    @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """Of the model."""
         return self.model.latent_shapes
@@ -97,7 +102,7 @@ class Bench:
 
     def sampler(self) -> LangevinSampler:
         """As a job has it."""
-        return LangevinSampler(self.frozen, **asdict(self.chain), device=self.device)
+        return LangevinSampler(self.frozen, **asdict(self.chain))
 
     def bare(self) -> Timed:
         """On a GPU with the capture behind it."""
@@ -145,7 +150,7 @@ class Bench:
 
     def _other(self, pair: OtherPair) -> Callable[[], float]:
         """A chain of that pair, on a GPU after a step that warms up."""
-        settings = {**asdict(self.chain), "device": self.device, "capture": False}
+        settings = {**asdict(self.chain), "capture": False}
         if self.on_gpu:
             LangevinSampler(pair, **{**settings, "steps": min(self.chain.steps, 1)}).run(range(self.batch))
         return partial(time_of_chain, LangevinSampler(pair, **settings), self.batch, self._other_blocks)

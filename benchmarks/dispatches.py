@@ -58,7 +58,7 @@ def step_dispatches(model: ChainModel, update_backend: Any) -> int:
 
 
 def _chain_dispatches(model: ChainModel, update_backend: Any, steps: int) -> int:
-    sampler = LangevinSampler(model, steps=steps, step_size=1e-3, device=META)
+    sampler = LangevinSampler(model, steps=steps, step_size=1e-3)
     keys, start = torch.empty(1, dtype=torch.int64, device=META), torch.empty(1, sampler.layout.dim, device=META)
     update = partial(langevin_update, seeds=keys, stream=0, backend=update_backend)
     with DispatchCount() as count:

@@ -66,9 +66,7 @@ def times_of_refresh(frozen: FrozenVAEBM, changed: nn.Module, device: torch.devi
 def times_of_chain(frozen: FrozenVAEBM, preset: str, batch: int, device: torch.device, repeats: int) -> list[float]:
     """A chain with the steps, step size and potential of the preset's energy training."""
     training = PRESETS[preset].energy_training
-    sampler = LangevinSampler(
-        frozen, steps=training.steps, step_size=training.step_size, potential=training.potential, device=device
-    )
+    sampler = LangevinSampler(frozen, steps=training.steps, step_size=training.step_size, potential=training.potential)
     return times_of(lambda: sampler.run(range(batch)), device, repeats)
 
 

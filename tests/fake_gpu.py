@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from vaebm_fast import graphs
 
 CUDA = torch.device("cuda")
-Recorder = Callable[[graphs.Function, Sequence[Tensor]], graphs.Recording]
+Recorder = Callable[[graphs.Function, Sequence[Tensor], Any], graphs.Recording]
 
 
 class CudaIsCpu(TorchFunctionMode):
@@ -34,8 +34,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graphs.Recording]
     """Makes `CUDA` a device of this process; gives the recordings that were made."""
     made: list[graphs.Recording] = []
 
-    def recording(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
-        made.append(record(function, inputs))
+    def recording(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
+        made.append(record(function, inputs, pool))
         return made[-1]
 
     monkeypatch.setattr(graphs, "_is_capturable", lambda tensor: True)

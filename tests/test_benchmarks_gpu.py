@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def test_a_frozen_pair_is_replayed_and_each_row_says_how_it_was_launched(gpu: li
 def test_the_gradient_that_is_checked_is_the_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     record = graphs._record
 
-    def wrong(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
-        recording = record(function, inputs)
+    def wrong(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
+        recording = record(function, inputs, pool)
         tape = recording.replay.__self__  # type: ignore[attr-defined]
 
         def replay() -> None:
@@ -74,7 +75,7 @@ def test_the_gradient_that_is_checked_is_the_replays(monkeypatch: pytest.MonkeyP
                 if entry.op is torch.ops.aten.cat.default:
                     entry.result.mul_(1.5)
 
-        return graphs.Recording(recording.inputs, recording.outputs, replay)
+        return replace(recording, replay=replay)
 
     monkeypatch.setattr(graphs, "_record", wrong)
     rows = measured(FROZEN, PLAIN)
@@ -84,7 +85,7 @@ def test_the_gradient_that_is_checked_is_the_replays(monkeypatch: pytest.MonkeyP
 
 @on_a_gpu
 def test_a_step_that_cannot_be_captured_is_measured_and_said_to_be_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
+    def fail(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "_record", fail)

@@ -150,7 +150,7 @@ def test_a_sampling_job_writes_the_bare_chains_images_whether_a_block_is_capture
     )  # fmt: skip
     assert run_job(options) == 0
     assert json.loads((options.out / "manifest.json").read_text())["batch_size"] == 16  # so that there are four blocks
-    eager = LangevinSampler(tiny_model().to(DEVICE), steps=3, step_size=0.05, device=DEVICE, capture=False)
+    eager = LangevinSampler(tiny_model().to(DEVICE), steps=3, step_size=0.05, capture=False)
     expected = torch.cat([to_uint8(eager.run(range(at, at + 16)).images).cpu() for at in range(0, 64, 16)])
     assert np.array_equal(np.load(options.out / "samples.npy"), expected.numpy())
     assert json.loads((options.out / "summary.json").read_text())["this_run"]["processes"][0]["memory_gib"] > 0

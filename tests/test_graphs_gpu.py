@@ -19,7 +19,7 @@ from vaebm_fast.ops._backend import why_absent
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
-OPTIONS: dict[str, Any] = dict(steps=4, step_size=[1e-2, 4e-2, 2e-2, 1e-2], device=DEVICE)
+OPTIONS: dict[str, Any] = dict(steps=4, step_size=[1e-2, 4e-2, 2e-2, 1e-2])
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from vaebm_fast.ops.langevin_update import langevin_update
 class Bowl:
     """U = |eps|^2 / 2 in every potential: a chain model without networks."""
 
+    device = torch.device("cpu")
     latent_shapes = [(3, 4, 5), (2, 8, 10)]
     image_shape = (1, 60, 64)
 
@@ -310,6 +311,7 @@ def test_uint8_is_255_times_the_image_rounded_and_never_rescaled() -> None:
         ({"steps": 0, "step_size": -1.0}, r"step_size is -1\.0; it must be a positive number\."),
         ({"steps": 2, "step_size": [0.1, math.nan]}, r"step_size is nan; it must be a positive number\."),
         ({"steps": 3, "step_size": [0.1, 0.2]}, r"step_size holds 2 numbers; a chain of 3 steps takes one, or 3\."),
+        ({"temperature": math.nan}, r"temperature is nan; it must be a number from 0 up\."),
         ({"start_temperature": -0.1}, r"start_temperature is -0\.1; it must be a number from 0 up\."),
         ({"start_temperature": math.inf}, r"start_temperature is inf; it must be a number from 0 up\."),
         ({"potential": "exact"}, r"'exact' is not known; it is one of energy, paper, official\."),

@@ -150,8 +150,8 @@ def test_of_all_kinds_of_pixels_the_nvaes_own_samples_are_the_plain_modules_mean
     sampler = LangevinSampler(FrozenNVAE(vae, torch.float32, "auto"), steps=0, step_size=())
     eps_z, _ = NoiseLayout(vae.latent_shapes, vae.image_shape).split(sampler.start(range(10)))
     with torch.no_grad():
-        plain = vae.pixels(vae.decode(eps_z, 0.8).logits).mean_image()
-    made = images(replace(alone, nvae=tmp_path / "nvae", temperature=0.8)).astype(int)
+        plain = vae.pixels(vae.decode(eps_z, 1.2).logits).mean_image()
+    made = images(replace(alone, nvae=tmp_path / "nvae", temperature=1.2)).astype(int)
     assert made.std() > 1 and int(np.abs(made - to_uint8(plain).numpy()).max()) <= 1
 
 
@@ -344,3 +344,17 @@ def test_more_seeds_than_a_job_can_list_are_refused() -> None:
     assert len(Seeds.parse(f"0-{MOST_SEEDS - 1}")) == MOST_SEEDS
     with pytest.raises(ValueError, match="100,000,001 seeds are too many for one folder"):
         Seeds.parse(f"0-{MOST_SEEDS - 1},{2**40}")
+
+
+@pytest.mark.parametrize("made_at", [None, 0.8, 0.7])
+def test_below_temperature_one_an_nvae_that_is_not_readjusted_is_told_of(
+    made_at: float | None, options: SampleOptions, tmp_path: Path
+) -> None:
+    save_nvae(tiny_model().vae, tmp_path / "nvae", {"temperature": made_at} if made_at else None)
+    colder = replace(options, nvae=tmp_path / "nvae", temperature=0.7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run_job(colder) == 0
+    told = [str(warning.message) for warning in caught if "readjust" in str(warning.message)]
+    command = f"`vaebm-fast readjust {colder.nvae} --temperature 0.7` writes an NVAE that is."
+    assert len(told) == (made_at != 0.7) and all(message.endswith(command) for message in told)

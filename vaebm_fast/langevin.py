@@ -33,6 +33,9 @@ class ChainModel(Protocol):
     """What a chain needs of a model; `VAEBM` and its frozen form both have it."""
 
     @property
+    def device(self) -> torch.device: ...
+
+    @property
     def latent_shapes(self) -> list[tuple[int, int, int]]: ...
 
     @property
@@ -204,13 +207,13 @@ class LangevinSampler:
         potential: Potential = "official",
         temperature: float = 1.0,
         start_temperature: float = 1.0,
-        device: torch.device | str = "cpu",
         capture: bool = True,
     ) -> None:
         if potential not in POTENTIALS:
             raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
-        if not (start_temperature >= 0 and math.isfinite(start_temperature)):
-            raise ValueError(f"start_temperature is {start_temperature}; it must be a number from 0 up.")
+        for name, value in (("temperature", temperature), ("start_temperature", start_temperature)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; it must be a number from 0 up.")
         self.step_sizes = schedule(steps, step_size)
         self._followed: FrozenModel | None = None
         if isinstance(model, LiveModel):
@@ -221,7 +224,7 @@ class LangevinSampler:
         self._has_prior = potential == "paper"
         self.temperature = temperature
         self.start_temperature = start_temperature
-        self.device = torch.device(device)
+        self.device = self.model.device
         self.layout = NoiseLayout(self.model.latent_shapes, self.model.image_shape)
         self._graphs = Graphs() if capture else None
 

@@ -50,6 +50,11 @@ class VAEBM(nn.Module):
         return model.eval()
 
     @property
+    def device(self) -> torch.device:
+        """Where the NVAE's weights are."""
+        return self.vae.prior_ftr0.device
+
+    @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """[(L, H, W), ...] per group, top first."""
         return self.vae.latent_shapes

@@ -117,9 +117,7 @@ def automatic_batch_size(sampler: LangevinSampler, total: int) -> int:
 def _that_fit(sampler: LangevinSampler) -> int:
     """How many images the free memory takes, from what one step needs for one and for four; 0 where it does not."""
     first, potential = sampler.step_sizes[:1], sampler.potential
-    probe = LangevinSampler(
-        sampler.model, steps=len(first), step_size=first, potential=potential, device=sampler.device, capture=False
-    )
+    probe = LangevinSampler(sampler.model, steps=len(first), step_size=first, potential=potential, capture=False)
     peaks = []
     for images in (1, 4):
         torch.cuda.reset_peak_memory_stats(sampler.device)

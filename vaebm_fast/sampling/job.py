@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from vaebm_fast import _command
-from vaebm_fast.checkpoint import content_sha256, load_energy, load_nvae
+from vaebm_fast.checkpoint import content_sha256, describe, load_energy, load_nvae
 from vaebm_fast.config import ENERGY_ARCHS, PRESETS
 from vaebm_fast.frozen import FrozenNVAE, freeze
 from vaebm_fast.langevin import LangevinSampler
@@ -117,6 +118,7 @@ def _ready_together(
         vae, energy = _load(options, ranks)
         sampler = _sampler(options, vae, energy)
         if ranks.rank == 0:
+            _warn_unless_readjusted(options.nvae, sampler.temperature)
             hashes = {"nvae": content_sha256(vae)} | ({"energy": content_sha256(energy)} if energy else {})
             threads = max(1, torch.get_num_threads() // ranks.local_world)
             plan = make_plan(options, folder, seeds, sampler, hashes, threads)
@@ -162,11 +164,21 @@ def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | N
     return vae.requires_grad_(False), energy.requires_grad_(False)
 
 
+def _warn_unless_readjusted(nvae: Path, temperature: float) -> None:
+    """Below temperature 1 the decoder sees other statistics than those that batch normalisation has from training."""
+    if 0 < temperature < 1 and describe(nvae)["info"].get("temperature") != temperature:
+        warnings.warn(
+            f"The batch normalisation of {nvae} is not readjusted to temperature {temperature:g}; "
+            f"`vaebm-fast readjust {nvae} --temperature {temperature:g}` writes an NVAE that is.",
+            stacklevel=2,
+        )
+
+
 def _sampler(options: SampleOptions, vae: NVAE, energy: EnergyNetwork | None) -> LangevinSampler:
     """The chains of the frozen networks."""
     form: tuple[torch.dtype, Backend] = getattr(torch, options.dtype), options.backend
     model = freeze(VAEBM(vae, energy), *form) if energy else FrozenNVAE(vae, *form)
-    return LangevinSampler(model, **asdict(options.chain()), device=model.device)
+    return LangevinSampler(model, **asdict(options.chain()))
 
 
 def _device_type(options: SampleOptions) -> str:

@@ -60,10 +60,10 @@ class SampleOptions:
     """Standard deviation of the noise that chains start from."""
     format: Format = "png"
     """Folders of 1000 PNG files, a zip of PNG files, webdataset tars of 1000, or all images as one uint8 array."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and features."""
     backend: Backend = "auto"
-    """Who computes; auto takes the best one that is there."""
+    """What the frozen networks run on; auto is cpu with the compiled part on a CPU, else reference."""
     batch_size: int | None = None
     """Images at a time; by default found from the memory, and kept for later runs in the same folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -179,7 +179,6 @@ class EnergyTrainer:
             steps=training.steps,
             step_size=training.step_size,
             potential=training.potential,
-            device=self.device,
         )
 
     def settings(self) -> dict[str, Any]:
