@@ -74,14 +74,21 @@ def _depthwise(a: Arguments) -> dict[str, float]:
 
 
 def _pointwise(a: Arguments) -> dict[str, float]:
-    """tf32 takes tensor cores twice as long as halves do, so its products count twice."""
+    """tf32 takes tensor cores twice as long as halves do, so its products count twice.
+
+    And each element of an operand that a block reads is rounded by an addition and a mask of integers.
+    """
     x, y = a["x"], a["y"]
     flop = 2.0 * y.numel() * a["INNER"]
     activations = x.numel() * triton.cdiv(y.shape[1], a["BLOCK_N"]) if a["ACTIVATE"] else 0
     special = 2.0 * (activations + (y.numel() if a["slope_of"] is not None else 0))
     if x.element_size() == 4 and a["PRECISION"] == "ieee":
         return {"fp32_flop": flop, "special": special}
-    return {"tensor_flop": flop * (2 if x.element_size() == 4 else 1), "special": special}
+    if x.element_size() == 2:
+        return {"tensor_flop": flop, "special": special}
+    tiles = a["images"] * triton.cdiv(a["pixels"], a["BLOCK_M"])
+    read = x.numel() * triton.cdiv(y.shape[1], a["BLOCK_N"]) + a["weight"].numel() * tiles
+    return {"tensor_flop": 2 * flop, "special": special, "integer": 2.0 * read}
 
 
 def _noise(of: str, *, integer: int, fp32_flop: int, special: int) -> Callable[[Arguments], dict[str, float]]:

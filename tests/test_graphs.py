@@ -271,6 +271,21 @@ def test_each_size_and_setting_has_a_graph_of_its_own_and_the_oldest_goes(emulat
     assert len(emulated) == 6
 
 
+def test_a_graph_is_not_replayed_where_float32_is_multiplied_otherwise(emulated: list[graphs.Recording]) -> None:
+    """What was captured would go on with the kernels of before."""
+    call, cudnn = graphs.Graphs(), torch.backends.cudnn.allow_tf32
+    try:
+        for made, precision, allow_tf32 in ((1, "highest", True), (2, "high", True), (3, "highest", False)):
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = allow_tf32
+            for _ in range(3):
+                call(lambda x: (x + 1,), (torch.ones(2),), "key")
+            assert len(emulated) == made
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
 def test_a_chain_that_is_watched_or_must_not_be_captured_runs_eagerly(emulated: list[graphs.Recording]) -> None:
     steps: list[int] = []
     sampler = sampler_of()

@@ -64,9 +64,12 @@ class Graphs:
     def __call__(self, function: Function, inputs: Sequence[Tensor], key: Hashable) -> Tensors:
         """`function(*inputs)`, a tuple of tensors that are not its inputs.
 
-        key: everything but the inputs' values and their shape, precision and device that the results depend on.
+        key: everything that the results depend on but the inputs' values, their shape, precision and device, and how
+        torch multiplies float32 (a captured kernel goes on as it was).
         """
-        key = (key, tuple((given.shape, given.dtype, given.device) for given in inputs))
+        cudnn = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        products = torch.backends.cuda.matmul.fp32_precision, cudnn
+        key = (key, products, tuple((given.shape, given.dtype, given.device) for given in inputs))
         if key in self._failed or not all(_is_capturable(given) for given in inputs):
             return function(*inputs)
         if key not in self._warm:
