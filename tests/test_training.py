@@ -21,6 +21,7 @@ import vaebm_fast as vf
 from vaebm_fast import reference
 from vaebm_fast.checkpoint import CheckpointError
 from vaebm_fast.config import PRESETS, EnergyTraining, NVAEConfig, ReplayBuffer, VAETraining
+from vaebm_fast.data import digits
 from vaebm_fast.data.images import Pixels
 from vaebm_fast.models import NVAE, EnergyNetwork
 from vaebm_fast.models.nvae import bits_per_dim
@@ -110,6 +111,14 @@ def test_vae_training_improves_bits_per_dim() -> None:
     trainer = vae_trainer(kl_anneal_portion=0.01)
     scalars = [trainer.step(step) for step in range(trainer.total_steps)]
     assert float(scalars[-1]["bits_per_dim"]) < float(scalars[0]["bits_per_dim"])
+
+
+def test_bits_per_dim_in_training_are_those_of_the_pixels_that_count() -> None:
+    config = replace(TINY, image_size=16, likelihood="bernoulli", uncounted_border=2)
+    training = replace(PRESETS["digits"].vae_training, batch_size=8)
+    scalars = VAETrainer(config, training, digits(image_size=16)).step(0)
+    nats = float(scalars["reconstruction_loss"]) + float(scalars["kl"])
+    assert float(scalars["bits_per_dim"]) == pytest.approx(nats / (12 * 12 * math.log(2)))
 
 
 def test_mixed_precision_keeps_densities_in_float32() -> None:

@@ -55,9 +55,8 @@ class EnergyNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Energies [N]; raises ValueError when x is not [N, C, H, W] of this network's images."""
         if tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this energy network takes [N, C, H, W] = {('N', *self.image_shape)}."
-            )
+            taken = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"x has shape {list(x.shape)}; this energy network takes [N, {taken}].")
         x = activation(self.conv1(x))
         for block in self.blocks:
             x = block(x)
