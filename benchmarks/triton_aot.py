@@ -25,6 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from vaebm_fast.triton_kernels import (
+    bilinear_upsample,
     depthwise_swish,
     energy_epilogue,
     energy_head,
@@ -189,6 +190,9 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     y = new(16, 256, 64, 64)
     yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0)
     yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0)
+    low = new(16, 64, 64, 64)
+    yield "bilinear_upsample", partial(bilinear_upsample.bilinear_upsample, low)
+    yield "bilinear_upsample_backward", partial(bilinear_upsample.bilinear_upsample_backward, new(16, 64, 128, 128))
     last, linear = new(16, 512, 4, 4), noise(512)
     yield "energy_head", partial(energy_head.energy_head, last, last, 0.9, linear, noise(1))
     yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), last, last, 0.9, linear)

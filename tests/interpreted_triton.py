@@ -19,6 +19,7 @@ from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.models import EnergyNetwork
 from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops import _backend
+from vaebm_fast.ops.bilinear_upsample import bilinear_upsample, bilinear_upsample_backward
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
 from vaebm_fast.ops.energy_head import energy_head, energy_head_backward
@@ -34,6 +35,7 @@ OPS = torch.ops.vaebm_triton
 OP_NAMES = (
     "depthwise_swish",
     "pointwise",
+    "bilinear_upsample",
     "energy_epilogue",
     "energy_head",
     "se_gate_residual",
@@ -188,6 +190,24 @@ def test_pointwise_takes_blocks_that_fit_the_shape() -> None:
     assert pointwise_kernels.shape_class(2**16, 768, 128) == "large"
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 1, 5), (1, 2, 3, 1), (2, 17, 7, 9), (2, 70, 5, 8), (1, 1, 33, 64)], ids=str
+)
+def test_bilinear_upsample(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One pixel, row and column; ragged and several blocks of channels and of pixels."""
+    N, C, H, W = shape
+    assert_accurate(on_triton(bilinear_upsample), reference.bilinear_upsample, normal(*shape, dtype=dtype))
+    dy = normal(N, C, 2 * H, 2 * W, dtype=dtype)
+    assert_accurate(on_triton(bilinear_upsample_backward), reference.bilinear_upsample_backward, dy)
+
+
+def test_bilinear_upsample_reads_any_strides() -> None:
+    x, dy = normal(2, 5, 3, 4), normal(2, 5, 6, 8)
+    assert torch.equal(OPS.bilinear_upsample(x.contiguous()), OPS.bilinear_upsample(x))
+    assert torch.equal(OPS.bilinear_upsample_backward(dy.contiguous()), OPS.bilinear_upsample_backward(dy))
+
+
 IMAGES = [(1, 1, 1, 1), (2, 17, 7, 9), (2, 70, 5, 8)]
 
 
@@ -266,6 +286,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
     return {
         "depthwise_swish": (x, normal(3, 3, 5), normal(5), True),
         "pointwise": (x, weight, weight.T, normal(6), normal(2, 6, 3, 4), True),
+        "bilinear_upsample": (x,),
         "energy_epilogue": (x, normal(2, 5, 3, 4), 0.5),
         "energy_head": (x, normal(2, 5, 3, 4), 0.5, normal(5), normal(1)),
         "se_gate_residual": (x, normal(2, 5, 3, 4), *gate),
@@ -283,6 +304,8 @@ def backward_arguments(name: str, arguments: tuple[Any, ...], outputs: Any) -> t
     if name == "pointwise":
         x, _, weight_t, *_ = arguments
         return torch.ones_like(outputs), weight_t, x.shape[1], x
+    if name == "bilinear_upsample":
+        return (torch.ones_like(outputs),)
     if name == "energy_epilogue":
         return torch.ones_like(outputs), *arguments
     if name == "energy_head":

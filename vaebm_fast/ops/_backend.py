@@ -30,6 +30,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
         "pointwise": ("reference", "cpu", "triton"),
         "pointwise_backward": ("reference", "cpu", "triton"),
+        "bilinear_upsample": ("reference", "triton"),
+        "bilinear_upsample_backward": ("reference", "triton"),
         "inverted_residual": ("reference", "cuda"),
         "inverted_residual_backward": ("reference", "cuda"),
         "residual_tail": ("reference", "triton"),
@@ -136,8 +138,12 @@ def choose(op: str, device: torch.device, backend: str) -> str:
 
 
 def backend_for(op: str, backend: Backend) -> Backend:
-    """Who runs `op` where a whole network is asked for on `backend`: what has no kernel in CUDA C++ is Triton's."""
-    return "triton" if backend == "cuda" and "cuda" not in OP_BACKENDS[op] else backend
+    """Who runs `op` where a whole network is asked for on `backend`.
+
+    What has no kernel in CUDA C++ is Triton's; what has none in C++ is as fast in plain PyTorch.
+    """
+    others: Mapping[str, Backend] = {"cuda": "triton", "cpu": "reference"}
+    return backend if backend in OP_BACKENDS[op] else others.get(backend, backend)
 
 
 @dataclass(frozen=True)
