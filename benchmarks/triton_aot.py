@@ -196,10 +196,12 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     last, linear = new(16, 512, 4, 4), noise(512)
     yield "energy_head", partial(energy_head.energy_head, last, last, 0.9, linear, noise(1))
     yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), last, last, 0.9, linear)
-    w, b = new(16, 256), new(16)
-    yield "se_gate_residual", partial(se_gate_residual.se_gate_residual, y, y, w, b, w.T, new(256))
-    backward = partial(se_gate_residual.se_gate_residual_backward, y, y, new(16, 16), new(16, 256), w, w.T)
-    yield "se_gate_residual_backward", backward
+    for C, side in ((1024, 8), (256, 64), (32, 256)):  # the widest gate, one of most cells, the most chunks
+        s, w, hidden = new(16, C, side, side), new(max(C // 16, 4), C), new(16, max(C // 16, 4))
+        forward = partial(se_gate_residual.se_gate_residual, s, s, w, hidden[0], w.T, w[0])
+        yield f"se_gate_residual {C}", forward
+        backward = partial(se_gate_residual.se_gate_residual_backward, s, s, hidden, new(16, C), w, w.T)
+        yield f"se_gate_residual_backward {C}", backward
     eps, parameters, log_p = noise(16, 20, 32, 32), new(16, 40, 32, 32), noise(16)
     yield "gaussian_latent", partial(gaussian_latent.gaussian_latent, parameters, eps, 1.0, True)
     gradients = partial(gaussian_latent.gaussian_latent_backward, eps, log_p, parameters, eps, 1.0)

@@ -28,6 +28,7 @@ from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
 from vaebm_fast.ops.pointwise import pack_pointwise, pointwise, pointwise_backward
 from vaebm_fast.ops.se_gate_residual import se_gate_residual, se_gate_residual_backward
 from vaebm_fast.triton_kernels import pointwise as pointwise_kernels
+from vaebm_fast.triton_kernels import se_gate_residual as gate_kernels
 
 BAND = 4096  # elements on either side, more than a block reaches beyond a ragged edge
 POISON = -123456789  # the NaN of integers
@@ -245,6 +246,23 @@ def test_se_gate_residual(shape: tuple[int, ...], hidden: int, dtype: torch.dtyp
     squeezed, gate = normal(N, hidden, dtype=dtype).relu(), normal(N, C, dtype=dtype).sigmoid()
     arguments = dy, s, squeezed, gate, weights[0], weights[2]
     assert_accurate(on_triton(se_gate_residual_backward), reference.se_gate_residual_backward, *arguments)
+
+
+def test_se_gate_residual_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of 70 channels, weights read in three tiles, the sums of nine chunks in five."""
+    monkeypatch.setattr(gate_kernels, "BLOCK_OUT", 32)
+    monkeypatch.setattr(gate_kernels, "WEIGHT_TILE", 4 * 8 * 32)
+    monkeypatch.setattr(gate_kernels, "SUMS_TILE", 2 * 32)
+    test_se_gate_residual((2, 70, 23, 24), 5, torch.float32)
+    s, skip, weights = normal(2, 70, 23, 24), normal(2, 70, 23, 24), [normal(*size) for size in ((5, 70), (5,))]
+    _, hidden, _ = OPS.se_gate_residual(s, skip, *weights, normal(70, 5), normal(70))
+    expected = torch.relu(torch.nn.functional.linear(s.mean((2, 3)), *weights))
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_of_pixels_are_few_and_many_enough() -> None:
+    chunks = {side: side**2 / gate_kernels.chunk_of(side**2) for side in (8, 16, 32, 64, 128, 256)}
+    assert chunks == {8: 1, 16: 4, 32: 16, 64: 32, 128: 64, 256: 256}
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)

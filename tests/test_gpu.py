@@ -41,6 +41,7 @@ CASES = (
     *ops.energy_epilogue_cases(2, 17, 9),
     *ops.energy_head_cases(2, 17, 9),
     *ops.se_gate_residual_cases(2, 40, 9),
+    *ops.se_gate_residual_cases(1, 300, 20),  # several blocks of channels, several chunks of pixels
     *ops.residual_tail_cases(2, 35, 17, 9),
     *ops.residual_tail_cases(2, 70, 300, 6),  # wide enough to store swish(h2)
     *ops.residual_tail_cases(2, 33, 20, 5, K=3, upsample=True),
