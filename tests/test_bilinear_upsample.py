@@ -118,6 +118,16 @@ def test_the_gradient_on_a_gpu_neither_scatters_nor_adds_in_place() -> None:
     assert called.names <= elementwise | views | {"arange", "promote_types"}
 
 
+def test_a_tensor_on_a_gpu_has_that_gradient() -> None:
+    class OnAGpu(Tensor):
+        is_cuda = True
+
+    x = nhwc(1, 2, 3, 4).requires_grad_()
+    on_cpu, on_gpu = (bilinear_upsample(t, backend="reference").grad_fn for t in (x, x.as_subclass(OnAGpu)))
+    assert on_cpu is not None and on_cpu.name() == "UpsampleBilinear2DBackward0"
+    assert on_gpu is not None and on_gpu.name() == "_BilinearUpsampleBackward"
+
+
 def test_any_strides_are_read() -> None:
     x, dy = nhwc(2, 3, 4, 6), cotangent((2, 3, 4, 6))
     y, dx = bilinear_upsample(x), bilinear_upsample_backward(dy)

@@ -141,6 +141,22 @@ def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(
         assert off < 2 * error(gradient(model.freeze(dtype, "reference"), eps.to(DEVICE)), truth) + 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+def test_a_frozen_step_has_the_same_bits_every_time(
+    backend: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sampling job runs it: no sum whose order is left to chance."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(cells, "FUSED_SIDE", 8)
+    model = vf.VAEBM(vf.NVAE(PLAIN).eval(), EnergyNetwork(EnergyConfig(16, 3, 16, parse_blocks("1-1d 1-2d 2-2"))))
+    layout, fast = NoiseLayout(model.latent_shapes, model.image_shape), model.to(DEVICE).freeze(dtype, backend)
+    eps = torch.randn(32, layout.dim, device=DEVICE)
+    first, *others = [fast.energy_and_grad(*layout.split(eps), "official")[1] for _ in range(8)]
+    for gradients in others:
+        assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))
+
+
 def test_a_sampling_job_writes_the_bare_chains_images_whether_a_block_is_captured_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
