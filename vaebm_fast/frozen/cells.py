@@ -19,6 +19,7 @@ from vaebm_fast.frozen.units import (
     Depthwise,
     Pointwise,
     SqueezeExcite,
+    bilinear_upsample,
     depthwise_swish,
     depthwise_swish_phases,
     interleave,
@@ -35,8 +36,7 @@ from vaebm_fast.models.layers import (
     DownSkip,
     InvertedResidual,
 )
-from vaebm_fast.ops._backend import Backend, backend_for
-from vaebm_fast.ops.bilinear_upsample import bilinear_upsample
+from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.depthwise_swish import pack_depthwise
 from vaebm_fast.ops.inverted_residual import inverted_residual, is_taken
 
@@ -213,7 +213,7 @@ def _run_skip(x: Tensor, skip: Pointwise | Conv | None, backend: Backend) -> Ten
         return x
     if isinstance(skip, Conv):
         return F.conv2d(F.silu(x), skip.weight, skip.bias, stride=2)
-    return bilinear_upsample(skip(x, backend), backend=backend_for("bilinear_upsample", backend))
+    return bilinear_upsample(skip(x, backend), backend)
 
 
 def _fold_se(cell: Cell) -> SqueezeExcite | None:

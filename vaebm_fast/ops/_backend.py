@@ -138,12 +138,8 @@ def choose(op: str, device: torch.device, backend: str) -> str:
 
 
 def backend_for(op: str, backend: Backend) -> Backend:
-    """Who runs `op` where a whole network is asked for on `backend`.
-
-    What has no kernel in CUDA C++ is Triton's; what has none in C++ is as fast in plain PyTorch.
-    """
-    others: Mapping[str, Backend] = {"cuda": "triton", "cpu": "reference"}
-    return backend if backend in OP_BACKENDS[op] else others.get(backend, backend)
+    """Who runs `op` where a whole network is asked for on `backend`: what has no kernel in CUDA C++ is Triton's."""
+    return "triton" if backend == "cuda" and "cuda" not in OP_BACKENDS[op] else backend
 
 
 @dataclass(frozen=True)
