@@ -23,6 +23,7 @@ from benchmarks.captured import EAGER, captured, launched_by
 from benchmarks.measure import Sample, summary, take_turns
 from vaebm_fast.noise import Stream, draw_tensor, seed_tensor
 from vaebm_fast.ops import _backend
+from vaebm_fast.ops.bilinear_upsample import bilinear_upsample, bilinear_upsample_backward
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
 from vaebm_fast.ops.energy_head import energy_head, energy_head_backward
@@ -140,6 +141,24 @@ def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False)
     return [
         Case("pointwise", shape, x + y + weight, flops, forward, tests),
         Case("pointwise_backward", shape, (2 if swish else 1) * x + y + weight, flops, backward, tests),
+    ]
+
+
+def bilinear_upsample_cases(N: int, C: int, H: int) -> list[Case]:
+    """From H x H pixels to twice the side, and back."""
+
+    def forward(device: torch.device) -> Run:
+        x = _normal(device, N, C, H, H)
+        return lambda *, backend: bilinear_upsample(x, backend=backend)
+
+    def backward(device: torch.device) -> Run:
+        dy = _normal(device, N, C, 2 * H, 2 * H)
+        return lambda *, backend: bilinear_upsample_backward(dy, backend=backend)
+
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 5 * 4 * N * C * H * H, "tests/test_bilinear_upsample.py"
+    return [
+        Case("bilinear_upsample", shape, size, 0, forward, tests),
+        Case("bilinear_upsample_backward", shape, size, 0, backward, tests),
     ]
 
 
@@ -313,7 +332,8 @@ def _table(one: int, four: int) -> tuple[Case, ...]:
         *pointwise_cases(one, 6144, 1024, 8, swish=True),
         *pointwise_cases(four, 192, 1152, 16),  # celeba_64
         *pointwise_cases(four, 1152, 192, 16, swish=True),
-        *energy_epilogue_cases(one, 64, 256),  # celeba_256
+        *bilinear_upsample_cases(one, 64, 64),  # celeba_256
+        *energy_epilogue_cases(one, 64, 256),
         *energy_head_cases(one, 512, 4),
         *energy_head_cases(16, 256, 4),  # celeba_64, cifar10
         *se_gate_residual_cases(one, 64, 128),

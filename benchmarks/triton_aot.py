@@ -25,6 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from vaebm_fast.triton_kernels import (
+    bilinear_upsample,
     depthwise_swish,
     energy_epilogue,
     energy_head,
@@ -189,13 +190,18 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     y = new(16, 256, 64, 64)
     yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0)
     yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0)
+    low = new(16, 64, 64, 64)
+    yield "bilinear_upsample", partial(bilinear_upsample.bilinear_upsample, low)
+    yield "bilinear_upsample_backward", partial(bilinear_upsample.bilinear_upsample_backward, new(16, 64, 128, 128))
     last, linear = new(16, 512, 4, 4), noise(512)
     yield "energy_head", partial(energy_head.energy_head, last, last, 0.9, linear, noise(1))
     yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), last, last, 0.9, linear)
-    w, b = new(16, 256), new(16)
-    yield "se_gate_residual", partial(se_gate_residual.se_gate_residual, y, y, w, b, w.T, new(256))
-    backward = partial(se_gate_residual.se_gate_residual_backward, y, y, new(16, 16), new(16, 256), w, w.T)
-    yield "se_gate_residual_backward", backward
+    for C, side in ((1024, 8), (256, 64), (32, 256)):  # the widest gate, one of most cells, the most chunks
+        s, w, hidden = new(16, C, side, side), new(max(C // 16, 4), C), new(16, max(C // 16, 4))
+        forward = partial(se_gate_residual.se_gate_residual, s, s, w, hidden[0], w.T, w[0])
+        yield f"se_gate_residual {C}", forward
+        backward = partial(se_gate_residual.se_gate_residual_backward, s, s, hidden, new(16, C), w, w.T)
+        yield f"se_gate_residual_backward {C}", backward
     eps, parameters, log_p = noise(16, 20, 32, 32), new(16, 40, 32, 32), noise(16)
     yield "gaussian_latent", partial(gaussian_latent.gaussian_latent, parameters, eps, 1.0, True)
     gradients = partial(gaussian_latent.gaussian_latent_backward, eps, log_p, parameters, eps, 1.0)

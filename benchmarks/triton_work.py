@@ -119,6 +119,8 @@ COUNTS: dict[str, Callable[[Arguments], dict[str, float]]] = {
     "update_kernel": _update,
     "depthwise_kernel": _depthwise,
     "pointwise_kernel": _pointwise,
+    "bilinear_upsample_kernel": lambda a: {},
+    "bilinear_upsample_backward_kernel": lambda a: {},
     "epilogue_kernel": _per_element("y", 2),
     "head_kernel": _per_element("y", 2),
     "total_kernel": lambda a: {},

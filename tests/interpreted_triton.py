@@ -19,6 +19,7 @@ from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.models import EnergyNetwork
 from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops import _backend
+from vaebm_fast.ops.bilinear_upsample import bilinear_upsample, bilinear_upsample_backward
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
 from vaebm_fast.ops.energy_head import energy_head, energy_head_backward
@@ -27,6 +28,7 @@ from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
 from vaebm_fast.ops.pointwise import pack_pointwise, pointwise, pointwise_backward
 from vaebm_fast.ops.se_gate_residual import se_gate_residual, se_gate_residual_backward
 from vaebm_fast.triton_kernels import pointwise as pointwise_kernels
+from vaebm_fast.triton_kernels import se_gate_residual as gate_kernels
 
 BAND = 4096  # elements on either side, more than a block reaches beyond a ragged edge
 POISON = -123456789  # the NaN of integers
@@ -34,6 +36,7 @@ OPS = torch.ops.vaebm_triton
 OP_NAMES = (
     "depthwise_swish",
     "pointwise",
+    "bilinear_upsample",
     "energy_epilogue",
     "energy_head",
     "se_gate_residual",
@@ -188,6 +191,24 @@ def test_pointwise_takes_blocks_that_fit_the_shape() -> None:
     assert pointwise_kernels.shape_class(2**16, 768, 128) == "large"
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 1, 5), (1, 2, 3, 1), (2, 17, 7, 9), (2, 70, 5, 8), (1, 1, 33, 64)], ids=str
+)
+def test_bilinear_upsample(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One pixel, row and column; ragged and several blocks of channels and of pixels."""
+    N, C, H, W = shape
+    assert_accurate(on_triton(bilinear_upsample), reference.bilinear_upsample, normal(*shape, dtype=dtype))
+    dy = normal(N, C, 2 * H, 2 * W, dtype=dtype)
+    assert_accurate(on_triton(bilinear_upsample_backward), reference.bilinear_upsample_backward, dy)
+
+
+def test_bilinear_upsample_reads_any_strides() -> None:
+    x, dy = normal(2, 5, 3, 4), normal(2, 5, 6, 8)
+    assert torch.equal(OPS.bilinear_upsample(x.contiguous()), OPS.bilinear_upsample(x))
+    assert torch.equal(OPS.bilinear_upsample_backward(dy.contiguous()), OPS.bilinear_upsample_backward(dy))
+
+
 IMAGES = [(1, 1, 1, 1), (2, 17, 7, 9), (2, 70, 5, 8)]
 
 
@@ -225,6 +246,23 @@ def test_se_gate_residual(shape: tuple[int, ...], hidden: int, dtype: torch.dtyp
     squeezed, gate = normal(N, hidden, dtype=dtype).relu(), normal(N, C, dtype=dtype).sigmoid()
     arguments = dy, s, squeezed, gate, weights[0], weights[2]
     assert_accurate(on_triton(se_gate_residual_backward), reference.se_gate_residual_backward, *arguments)
+
+
+def test_se_gate_residual_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of 70 channels, weights read in three tiles, the sums of nine chunks in five."""
+    monkeypatch.setattr(gate_kernels, "BLOCK_OUT", 32)
+    monkeypatch.setattr(gate_kernels, "WEIGHT_TILE", 4 * 8 * 32)
+    monkeypatch.setattr(gate_kernels, "SUMS_TILE", 2 * 32)
+    test_se_gate_residual((2, 70, 23, 24), 5, torch.float32)
+    s, skip, weights = normal(2, 70, 23, 24), normal(2, 70, 23, 24), [normal(*size) for size in ((5, 70), (5,))]
+    _, hidden, _ = OPS.se_gate_residual(s, skip, *weights, normal(70, 5), normal(70))
+    expected = torch.relu(torch.nn.functional.linear(s.mean((2, 3)), *weights))
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_of_pixels_are_few_and_many_enough() -> None:
+    chunks = {side: side**2 / gate_kernels.chunk_of(side**2) for side in (8, 16, 32, 64, 128, 256)}
+    assert chunks == {8: 1, 16: 4, 32: 16, 64: 32, 128: 64, 256: 256}
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
@@ -266,6 +304,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
     return {
         "depthwise_swish": (x, normal(3, 3, 5), normal(5), True),
         "pointwise": (x, weight, weight.T, normal(6), normal(2, 6, 3, 4), True),
+        "bilinear_upsample": (x,),
         "energy_epilogue": (x, normal(2, 5, 3, 4), 0.5),
         "energy_head": (x, normal(2, 5, 3, 4), 0.5, normal(5), normal(1)),
         "se_gate_residual": (x, normal(2, 5, 3, 4), *gate),
@@ -283,6 +322,8 @@ def backward_arguments(name: str, arguments: tuple[Any, ...], outputs: Any) -> t
     if name == "pointwise":
         x, _, weight_t, *_ = arguments
         return torch.ones_like(outputs), weight_t, x.shape[1], x
+    if name == "bilinear_upsample":
+        return (torch.ones_like(outputs),)
     if name == "energy_epilogue":
         return torch.ones_like(outputs), *arguments
     if name == "energy_head":

@@ -91,6 +91,8 @@ def _residual_tail_backward(*given: Any) -> Tensor:
 
 
 TWINS: dict[str, Callable[..., Any]] = {
+    "bilinear_upsample": reference.bilinear_upsample,
+    "bilinear_upsample_backward": reference.bilinear_upsample_backward,
     "pointwise": _pointwise,
     "pointwise_backward": _pointwise_backward,
     "inverted_residual": inverted_residual,

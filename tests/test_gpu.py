@@ -37,9 +37,11 @@ CASES = (
     *ops.depthwise_cases(2, 33, 6, upsample=True),
     *ops.pointwise_cases(2, 20, 33, 7),
     *ops.pointwise_cases(1, 130, 70, 12, swish=True),
+    *ops.bilinear_upsample_cases(2, 35, 9),
     *ops.energy_epilogue_cases(2, 17, 9),
     *ops.energy_head_cases(2, 17, 9),
     *ops.se_gate_residual_cases(2, 40, 9),
+    *ops.se_gate_residual_cases(1, 300, 20),  # several blocks of channels, several chunks of pixels
     *ops.residual_tail_cases(2, 35, 17, 9),
     *ops.residual_tail_cases(2, 70, 300, 6),  # wide enough to store swish(h2)
     *ops.residual_tail_cases(2, 33, 20, 5, K=3, upsample=True),
@@ -137,6 +139,22 @@ def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(
         assert off < 1e-5
     else:
         assert off < 2 * error(gradient(model.freeze(dtype, "reference"), eps.to(DEVICE)), truth) + 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+def test_a_frozen_step_has_the_same_bits_every_time(
+    backend: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a sampling job runs it: no sum whose order is left to chance."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(cells, "FUSED_SIDE", 8)
+    model = vf.VAEBM(vf.NVAE(PLAIN).eval(), EnergyNetwork(EnergyConfig(16, 3, 16, parse_blocks("1-1d 1-2d 2-2"))))
+    layout, fast = NoiseLayout(model.latent_shapes, model.image_shape), model.to(DEVICE).freeze(dtype, backend)
+    eps = torch.randn(32, layout.dim, device=DEVICE)
+    first, *others = [fast.energy_and_grad(*layout.split(eps), "official")[1] for _ in range(8)]
+    for gradients in others:
+        assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))
 
 
 def test_a_sampling_job_writes_the_bare_chains_images_whether_a_block_is_captured_or_not(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,20 @@ def pointwise_backward(dy: Tensor, weight: Tensor, x: Tensor | None = None) -> T
         return dx
     sigmoid = torch.sigmoid(x)
     return dx * (sigmoid * (1 + x * (1 - sigmoid)))
+
+
+def bilinear_upsample(x: Tensor) -> Tensor:
+    """Twice the sides, corners aligned; see `vaebm_fast.ops.bilinear_upsample.bilinear_upsample`.
+
+    PyTorch's own, but for its gradient on CUDA, which adds with atomics.
+    """
+    y: Tensor = _BilinearUpsample.apply(x) if x.is_cuda else _interpolate(x)
+    return y
+
+
+def bilinear_upsample_backward(dy: Tensor) -> Tensor:
+    """Its gradient; see `vaebm_fast.ops.bilinear_upsample.bilinear_upsample_backward`."""
+    return _gather_bilinear(_gather_bilinear(dy, 2), 3).to(dy.dtype)
 
 
 def inverted_residual(
@@ -258,6 +273,42 @@ def pixel_head_backward(dx: Tensor, dlog_p: Tensor | None, logits: Tensor, eps_x
     dmu, dlog_sigma = dunclamped + pull, dsigma * torch.exp(log_sigma)
     slopes = _soft_clamp5_slope(raw_mu), _soft_clamp5_slope(raw_log_sigma)
     return torch.cat((dmu * slopes[0], dlog_sigma * slopes[1]), dim=1).to(logits.dtype), dunclamped * sigma
+
+
+def _interpolate(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class _BilinearUpsample(torch.autograd.Function):
+    """`_interpolate` whose gradient gathers."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _interpolate(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass  # the gradient needs no more than its own shape
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return bilinear_upsample_backward(dy)
+
+
+def _gather_bilinear(dy: Tensor, dim: int) -> Tensor:
+    """The sums of dy's rows 2h - 1 .. 2h + 2, or columns, in this order; in float32, or float64 for float64."""
+    size = dy.shape[dim] // 2
+    span, h = 2 * size - 1, torch.arange(size, device=dy.device)
+    taps = torch.arange(-1, 3, device=dy.device)[:, None] + 2 * h  # [4, size]
+    overlap = (span - (taps * (size - 1) - h * span).abs()).clamp(min=0)
+    weights = overlap.to(torch.promote_types(dy.dtype, torch.float32)) / span
+    first, *others = weights[:, :, None] if dim == 2 else weights
+    padded = F.pad(dy, (0, 0, 1, 1) if dim == 2 else (1, 1))
+    rows, *other_rows = padded.unfold(dim, 4, 2).unbind(-1)
+    dx = first * rows
+    for weight, rows in zip(others, other_rows, strict=True):
+        dx = torch.addcmul(dx, weight, rows)
+    return dx
 
 
 def _raw_parameters(parameters: Tensor | None, eps: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from vaebm_fast.frozen.units import (
     Depthwise,
     Pointwise,
     SqueezeExcite,
+    bilinear_upsample,
     depthwise_swish,
     depthwise_swish_phases,
     interleave,
@@ -212,7 +213,7 @@ def _run_skip(x: Tensor, skip: Pointwise | Conv | None, backend: Backend) -> Ten
         return x
     if isinstance(skip, Conv):
         return F.conv2d(F.silu(x), skip.weight, skip.bias, stride=2)
-    return F.interpolate(skip(x, backend), scale_factor=2, mode="bilinear", align_corners=True)
+    return bilinear_upsample(skip(x, backend), backend)
 
 
 def _fold_se(cell: Cell) -> SqueezeExcite | None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
+from vaebm_fast.ops import bilinear_upsample as bilinear_ops
 from vaebm_fast.ops import depthwise_swish as depthwise_ops
 from vaebm_fast.ops import residual_tail as tail_ops
 from vaebm_fast.ops import se_gate_residual as ops
@@ -74,6 +75,12 @@ def interleave(phases: list[Tensor]) -> Tensor:
     nhwc = [phase.permute(0, 2, 3, 1) for phase in phases]
     rows = [torch.stack(pair, dim=3).flatten(2, 3) for pair in (nhwc[:2], nhwc[2:])]  # [N, H, 2 W, C] each
     return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def bilinear_upsample(x: Tensor, backend: Backend) -> Tensor:
+    """Twice the sides, corners aligned; has no kernel in C++, because PyTorch's own is deterministic on a CPU."""
+    backend = "reference" if backend == "cpu" else backend_for("bilinear_upsample", backend)
+    return bilinear_ops.bilinear_upsample(x, backend=backend)
 
 
 def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:

@@ -30,6 +30,8 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
         "pointwise": ("reference", "cpu", "triton"),
         "pointwise_backward": ("reference", "cpu", "triton"),
+        "bilinear_upsample": ("reference", "triton"),
+        "bilinear_upsample_backward": ("reference", "triton"),
         "inverted_residual": ("reference", "cuda"),
         "inverted_residual_backward": ("reference", "cuda"),
         "residual_tail": ("reference", "triton"),

@@ -1,6 +1,7 @@
 """se_gate_residual and its backward: sums over pixels, the gate of each image, then all pixels again.
 
-The sums are taken in a fixed order, chunk by chunk, so results have the same bits on every run.
+The sums are taken in a fixed order, chunk by chunk, so results have the same bits on every run. What is small, the
+gate's hidden layer, each program that needs it computes again: that costs less than a launch for it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from vaebm_fast.triton_kernels.activation import nhwc
 
-CHUNK = 512  # pixels that one program sums
-BLOCK_P, BLOCK_C = 32, 64  # pixels and channels that a program holds at once
+TILE = 2048  # elements of an image that a program holds at once
+BLOCK_OUT = 128  # channels whose gate a program computes
+SUMS_TILE = 4096  # partial sums that it takes at once
+WEIGHT_TILE = 16 << 10  # bytes of a weight that it takes at once
 
 
 @triton.jit
@@ -26,7 +29,7 @@ def sum_kernel(
     chunk, n = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, CHUNK, BLOCK_P):
+    for start in tl.static_range(0, CHUNK, BLOCK_P):  # unrolled, for several loads to be under way
         pixel = chunk * CHUNK + start + tl.arange(0, BLOCK_P)[:, None]
         offset = (n.to(tl.int64) * pixels + pixel) * C + c
         inside = (pixel < pixels) & (c < C)
@@ -39,61 +42,66 @@ def sum_kernel(
 
 
 @triton.jit
-def _sum_chunks(sums, n, c, C, CHUNKS: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
+def _sum_chunks(sums, n, c, C, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_CHUNKS: tl.constexpr):
     """The sums over all chunks of image n for the channels c [1, BLOCK_C]."""
-    total = tl.zeros_like(c).to(tl.float32)
+    total = tl.zeros((BLOCK_CHUNKS, BLOCK_C), tl.float32)
     for start in range(0, CHUNKS, BLOCK_CHUNKS):
         chunk = start + tl.arange(0, BLOCK_CHUNKS)[:, None]
-        part = tl.load(sums + (n * CHUNKS + chunk) * C + c, mask=(chunk < CHUNKS) & (c < C), other=0.0)
-        total += tl.sum(part, axis=0, keep_dims=True)
-    return total
+        total += tl.load(sums + (n * CHUNKS + chunk) * C + c, mask=(chunk < CHUNKS) & (c < C), other=0.0)
+    return tl.sum(total, axis=0, keep_dims=True)
 
 
 @triton.jit
 def gate_kernel(
     sums, weight_in, bias_in, weight_out, bias_out, hidden, gate, pixels, C: tl.constexpr, HIDDEN: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: images. hidden = relu(W_in mean + b_in), gate = sigmoid(W_out hidden + b_out); reads each weight once."""
-    n = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_H)[:, None]
-    total = tl.load(bias_in + j, mask=j < HIDDEN, other=0.0).to(tl.float32)
+    """Grid: images, blocks of channels. hidden = relu(W_in mean + b_in), gate = sigmoid(W_out hidden + b_out).
+
+    Every program of an image computes its whole hidden layer; the first stores it. What does not wait for that layer is
+    loaded before it.
+    """
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j, out = tl.arange(0, BLOCK_H)[:, None], block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
+    b_in = tl.load(bias_in + j, mask=j < HIDDEN, other=0.0).to(tl.float32)
+    b_out = tl.load(bias_out + out, mask=out < C, other=0.0).to(tl.float32)
+    w_out = tl.load(weight_out + out * HIDDEN + j, mask=(j < HIDDEN) & (out < C), other=0.0)
+    products = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[None, :]
-        mean = _sum_chunks(sums, n, c, C, CHUNKS, BLOCK_CHUNKS) / pixels
-        w = tl.load(weight_in + j * C + c, mask=(j < HIDDEN) & (c < C), other=0.0).to(tl.float32)
-        total += tl.sum(w * mean, axis=1, keep_dims=True)
-    activated = tl.maximum(total, 0.0)
-    tl.store(hidden + n * HIDDEN + j, activated.to(hidden.dtype.element_ty), mask=j < HIDDEN)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)[None, :]
-        w = tl.load(weight_out + c * HIDDEN + j, mask=(j < HIDDEN) & (c < C), other=0.0).to(tl.float32)
-        before = tl.sum(w * activated, axis=0, keep_dims=True)
-        before += tl.load(bias_out + c, mask=c < C, other=0.0).to(tl.float32)
-        tl.store(gate + n * C + c, tl.sigmoid(before).to(gate.dtype.element_ty), mask=c < C)
+        w_in = tl.load(weight_in + j * C + c, mask=(j < HIDDEN) & (c < C), other=0.0)
+        products += w_in.to(tl.float32) * _sum_chunks(sums, n, c, C, CHUNKS, BLOCK_C, BLOCK_CHUNKS)
+    activated = tl.maximum(tl.sum(products, axis=1, keep_dims=True) / pixels + b_in, 0.0)
+    tl.store(hidden + n * HIDDEN + j, activated.to(hidden.dtype.element_ty), mask=(j < HIDDEN) & (block == 0))
+    before = tl.sum(w_out.to(tl.float32) * activated, axis=0, keep_dims=True) + b_out
+    tl.store(gate + n * C + out, tl.sigmoid(before).to(gate.dtype.element_ty), mask=out < C)
 
 
 @triton.jit
 def gate_backward_kernel(
     sums, hidden, gate, weight_in, weight_out, shift, pixels, C: tl.constexpr, HIDDEN: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: images. shift = W_in' [hidden > 0] W_out' (gate (1 - gate) sum_hw dy s) / pixels, float32 [N, C]."""
-    n = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK_H)[:, None]
-    total = tl.zeros((BLOCK_H, 1), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)[None, :]
-        g = tl.load(gate + n * C + c, mask=c < C, other=0.0).to(tl.float32)
-        dbefore = _sum_chunks(sums, n, c, C, CHUNKS, BLOCK_CHUNKS) * g * (1 - g)
-        w = tl.load(weight_out + c * HIDDEN + j, mask=(j < HIDDEN) & (c < C), other=0.0).to(tl.float32)
-        total += tl.sum(w * dbefore, axis=1, keep_dims=True)
+    """Grid: images, blocks of channels. shift = W_in' [hidden > 0] W_out' (gate (1 - gate) sum_hw dy s) / pixels.
+
+    float32 [N, C]. As forward every program computes the gradient of the whole hidden layer.
+    """
+    n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    j, out = tl.arange(0, BLOCK_H)[:, None], block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
     activated = tl.load(hidden + n * HIDDEN + j, mask=j < HIDDEN, other=0.0)
-    dhidden = tl.where(activated > 0, total, 0.0)
+    w_in = tl.load(weight_in + j * C + out, mask=(j < HIDDEN) & (out < C), other=0.0)
+    products = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[None, :]
-        w = tl.load(weight_in + j * C + c, mask=(j < HIDDEN) & (c < C), other=0.0).to(tl.float32)
-        tl.store(shift + n * C + c, tl.sum(w * dhidden, axis=0, keep_dims=True) / pixels, mask=c < C)
+        w_out = tl.load(weight_out + c * HIDDEN + j, mask=(j < HIDDEN) & (c < C), other=0.0)
+        g = tl.load(gate + n * C + c, mask=c < C, other=0.0).to(tl.float32)
+        dbefore = _sum_chunks(sums, n, c, C, CHUNKS, BLOCK_C, BLOCK_CHUNKS) * g * (1 - g)
+        products += w_out.to(tl.float32) * dbefore
+    dhidden = tl.where(activated > 0, tl.sum(products, axis=1, keep_dims=True), 0.0)
+    dmean = tl.sum(w_in.to(tl.float32) * dhidden, axis=0, keep_dims=True)
+    tl.store(shift + n * C + out, dmean / pixels, mask=out < C)
 
 
 @triton.jit
@@ -115,43 +123,61 @@ def apply_kernel(
     tl.store(y + offset, value.to(y.dtype.element_ty), mask=inside)
 
 
+def chunk_of(pixels: int) -> int:
+    """Pixels that a program sums: 64 to 256, for an image of 32 x 32 to have 16 chunks and of 256 x 256 256."""
+    return min(256, max(64, triton.next_power_of_2(pixels) // 32))
+
+
 def sums_of(s: Tensor, dy: Tensor | None) -> Tensor:
     """Sums of s over chunks of pixels, or of dy s; float32 [N, chunks, C]."""
     N, C, H, W = s.shape
-    sums = torch.empty((N, triton.cdiv(H * W, CHUNK), C), dtype=torch.float32, device=s.device)
-    grid = (sums.shape[1], triton.cdiv(C, BLOCK_C), N)
-    sum_kernel[grid](s, dy, sums, H * W, C, CHUNK=CHUNK, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4)
+    chunk, block_c = chunk_of(H * W), _block_of(C)
+    block_p = min(chunk, TILE // block_c)
+    sums = torch.empty((N, triton.cdiv(H * W, chunk), C), dtype=torch.float32, device=s.device)
+    grid = (sums.shape[1], triton.cdiv(C, block_c), N)
+    sum_kernel[grid](s, dy, sums, H * W, C, CHUNK=chunk, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4)
     return sums
+
+
+def _block_of(C: int) -> int:
+    """Channels of a tile of pixels."""
+    return min(64, triton.next_power_of_2(C))
 
 
 def gate_of(sums: Tensor, pixels: int, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """hidden [N, hidden] and gate [N, C] from any partial sums of s [N, chunks, C]."""
     N, _, C = sums.shape
     hidden, gate = (torch.empty((N, size), dtype=dtype, device=sums.device) for size in (weights[0].shape[0], C))
+    weights = [weight.contiguous() for weight in weights]
+    grid, constants = _gate_launch(sums, weights[0])
     if N > 0:
-        weights = [weight.contiguous() for weight in weights]
-        gate_kernel[(N,)](sums, *weights, hidden, gate, pixels, **_gate_constants(sums, hidden))
+        gate_kernel[grid](sums, *weights, hidden, gate, pixels, **constants)
     return hidden, gate
 
 
 def shift_of(sums: Tensor, pixels: int, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
     """What the gate adds to every pixel of ds, float32 [N, C], from any partial sums of dy s."""
     shift = torch.empty(gate.shape, dtype=torch.float32, device=sums.device)
+    grid, constants = _gate_launch(sums, weight_in)
     if shift.numel() > 0:
         given = (part.contiguous() for part in (hidden, gate, weight_in, weight_out))
-        gate_backward_kernel[(sums.shape[0],)](sums, *given, shift, pixels, **_gate_constants(sums, hidden))
+        gate_backward_kernel[grid](sums, *given, shift, pixels, **constants)
     return shift
 
 
-def _gate_constants(sums: Tensor, hidden: Tensor) -> dict[str, int]:
-    _, chunks, C = sums.shape
-    return {
+def _gate_launch(sums: Tensor, weight_in: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of the gate's kernels."""
+    (N, chunks, C), hidden = sums.shape, weight_in.shape[0]
+    all_c, block_h = triton.next_power_of_2(C), triton.next_power_of_2(max(hidden, 1))
+    block_out, block_c = min(BLOCK_OUT, all_c), min(all_c, max(WEIGHT_TILE // weight_in.element_size() // block_h, 1))
+    return (N, triton.cdiv(C, block_out)), {
         "C": C,
-        "HIDDEN": hidden.shape[1],
+        "HIDDEN": hidden,
         "CHUNKS": chunks,
-        "BLOCK_H": triton.next_power_of_2(max(hidden.shape[1], 1)),
-        "BLOCK_C": BLOCK_C,
-        "BLOCK_CHUNKS": min(triton.next_power_of_2(chunks), 32),
+        "BLOCK_H": block_h,
+        "BLOCK_C": block_c,
+        "BLOCK_OUT": block_out,
+        "BLOCK_CHUNKS": min(triton.next_power_of_2(chunks), max(SUMS_TILE // block_c, 1)),
         "num_warps": 8,
     }
 
@@ -161,8 +187,10 @@ def apply(x: Tensor, gate: Tensor, skip: Tensor | None, shift: Tensor | None) ->
     N, C, H, W = x.shape
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if y.numel() > 0:
-        grid = (triton.cdiv(H * W, BLOCK_P), triton.cdiv(C, BLOCK_C), N)
-        apply_kernel[grid](x, gate, skip, shift, y, H * W, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C, num_warps=4)
+        block_c = _block_of(C)
+        block_p = TILE // block_c
+        grid = (triton.cdiv(H * W, block_p), triton.cdiv(C, block_c), N)
+        apply_kernel[grid](x, gate, skip, shift, y, H * W, C, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4)
     return y
 
 

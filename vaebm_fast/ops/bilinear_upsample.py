@@ -1,0 +1,76 @@
+"""Bilinear upsampling of an image to twice its sides, corners aligned, and its gradient.
+
+Owned here because PyTorch's gradient adds with atomics on CUDA, in the tensor's own precision: its bits differ from run
+to run. This one gathers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaebm_fast import reference
+from vaebm_fast.ops import _triton
+from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._checks import check_image, choose_for
+
+
+def bilinear_upsample(x: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """y[i, j] = sum_hw t(i, h) t(j, w) x[h, w], t(i, h) = max(0, 1 - |i (H - 1) / (2H - 1) - h|), for w with W.
+
+    x: [N, C, H, W], best in channels_last (Triton copies others into it). Weights and sums are float32 (float64 for
+    float64), rounded once. Returns y [N, C, 2H, 2W] in x's layout, from Triton channels_last.
+    Moves each element of x and y once.
+    Differentiable once, with `reference` again and again; nothing is saved. The gradient sums in a fixed order.
+    Raises ValueError for an x that does not fit, RuntimeError for a backend that is missing.
+    """
+    check_image("x", x)
+    if choose_for("bilinear_upsample", backend, x) == "reference":
+        return reference.bilinear_upsample(x)
+    y: Tensor = torch.ops.vaebm_triton.bilinear_upsample(x)
+    return y
+
+
+def bilinear_upsample_backward(dy: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """dx[h, w] = sum_ij t(i, h) t(j, w) dy[i, j]: the gradient for x of `bilinear_upsample`.
+
+    dy: [N, C, 2H, 2W]; the rest as there. A pixel has four taps each way, i = 2h - 1 .. 2h + 2. Returns dx
+    [N, C, H, W].
+    Moves each element of dy and dx once.
+    """
+    check_image("dy", dy)
+    if dy.shape[2] % 2 or dy.shape[3] % 2:
+        raise ValueError(f"dy must be [N, C, 2H, 2W]; it is {list(dy.shape)}.")
+    if choose_for("bilinear_upsample_backward", backend, dy) == "reference":
+        return reference.bilinear_upsample_backward(dy)
+    dx: Tensor = torch.ops.vaebm_triton.bilinear_upsample_backward(dy)
+    return dx
+
+
+_triton.define("bilinear_upsample", "(Tensor x) -> Tensor", "(Tensor dy) -> Tensor")
+
+
+def _fake(x: Tensor) -> Tensor:
+    N, C, H, W = x.shape
+    return torch.empty((N, C, 2 * H, 2 * W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_backward(dy: Tensor) -> Tensor:
+    N, C, H, W = dy.shape
+    return torch.empty((N, C, H // 2, W // 2), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    pass  # the gradient needs no more than its own shape
+
+
+def _backward(ops: Any, ctx: Any, dy: Tensor) -> Tensor:
+    dx: Tensor = ops.bilinear_upsample_backward(dy)
+    return dx
+
+
+_triton.register(
+    "bilinear_upsample", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward, is_compiled=False
+)
