@@ -141,9 +141,9 @@ def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
         x, y, weight = new(16, Cin, side, side), new(16, Cout, side, side), new(Cout, Cin)
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             tf32 = " tf32" if precision == "high" else ""
-            forward = partial(pointwise.pointwise, x, weight, weight.T, new(Cout), y, True)
+            forward = partial(pointwise.pointwise, x, weight, weight.T, new(Cout), y, "swish")
             yield f"pointwise {Cin}->{Cout}{tf32}", partial(_with_precision, precision, forward)
-            backward = partial(pointwise.pointwise_backward, y, weight.T, Cin, x)
+            backward = partial(pointwise.pointwise_backward, y, weight.T, Cin, x, "swish")
             yield f"pointwise_backward {Cout}->{Cin}{tf32}", partial(_with_precision, precision, backward)
 
 
@@ -183,11 +183,12 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     """Noise, and what is made of it before a network sees it, is float32 beside networks in bfloat16 too."""
     new, noise = partial(_empty, dtype), partial(_empty, torch.float32)
     y = new(16, 256, 64, 64)
-    yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0)
-    yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0)
+    yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0, new(256))
+    yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0, new(256))
     last, linear = new(16, 512, 4, 4), noise(512)
-    yield "energy_head", partial(energy_head.energy_head, last, last, 0.9, linear, noise(1))
-    yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), last, last, 0.9, linear)
+    terms = last, last, 0.9, new(512)
+    yield "energy_head", partial(energy_head.energy_head, *terms, linear, noise(1))
+    yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), *terms, linear)
     w, b = new(16, 256), new(16)
     yield "se_gate_residual", partial(se_gate_residual.se_gate_residual, y, y, w, b, w.T, new(256))
     backward = partial(se_gate_residual.se_gate_residual_backward, y, y, new(16, 16), new(16, 256), w, w.T)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from vaebm_fast import reference
 from vaebm_fast.ops import _backend
+from vaebm_fast.reference import Activation
 
 NAMESPACES = ("vaebm_fast", "vaebm_triton")
 
@@ -59,13 +60,13 @@ def _rounded(result: Tensor, like: Tensor) -> Tensor:
 
 
 def _pointwise(
-    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
+    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
 ) -> Tensor:
-    return reference.pointwise(x, weight, bias, residual, swish=swish)
+    return reference.pointwise(x, weight, bias, residual, activation=activation)
 
 
-def _pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
-    return reference.pointwise_backward(dy, weight_t.T, x)
+def _pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None, activation: Activation) -> Tensor:
+    return reference.pointwise_backward(dy, weight_t.T, x, activation=activation)
 
 
 def inverted_residual(x: Tensor, *weights_and_with_h2: Any) -> tuple[Tensor, Tensor]:
