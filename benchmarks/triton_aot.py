@@ -135,8 +135,14 @@ def _depthwise(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
-    """Each configuration of the table once forward, as a projection, and once backward, as its gradient."""
+    """Each configuration of the table once forward, as a projection, and once backward, as its gradient.
+
+    And the head of a prior, which has an ELU in front.
+    """
     new = partial(_empty, dtype)
+    x, y, weight = new(16, 64, 128, 128), new(16, 40, 128, 128), new(40, 64)
+    yield "pointwise 64->40 elu", partial(pointwise.pointwise, x, weight, weight.T, new(40), None, "elu")
+    yield "pointwise_backward 40->64 elu", partial(pointwise.pointwise_backward, y, weight.T, 64, x, "elu")
     for Cin, Cout, side in ((1536, 20, 32), (384, 64, 128), (768, 128, 64)):
         x, y, weight = new(16, Cin, side, side), new(16, Cout, side, side), new(Cout, Cin)
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
