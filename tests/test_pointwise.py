@@ -118,7 +118,7 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
     assert torch.equal(backward(dy[1:2], packed, x[1:2]), dx[1:2])
 
 
-def test_elu_and_its_slope_err_by_few_ulp_and_keep_nan(compiled: None) -> None:
+def test_kernels_give_elu_and_its_slope_within_few_ulp_and_keep_nan(compiled: None) -> None:
     """One channel and a weight of 1: nothing but the activation. Near 0, too, where exp(x) - 1 would cancel."""
     one = pack_pointwise(torch.ones(1, 1), "cpu")
     small = torch.logspace(-30, 0, 20_001)
