@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 
 try:
@@ -24,6 +25,15 @@ except ImportError as error:
 # The same bits on every machine: no fma unless the source says so. No errno and no traps, so that loops vectorise.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp"]
 NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden"]
+
+
+def require_setuptools() -> None:
+    """Before 77, pyproject.toml's licence makes setuptools fail with a text about something else."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        raise SystemExit(
+            f"vaebm-fast is built by setuptools 77.0.3 or newer, and this is {setuptools.__version__}; "
+            "run `pip install --upgrade setuptools`."
+        )
 
 
 def require_cpp_compiler() -> None:
@@ -72,5 +82,6 @@ def extension(with_cuda: bool) -> Extension:
     )
 
 
+require_setuptools()
 require_cpp_compiler()
 setup(ext_modules=[extension(builds_cuda())], cmdclass={"build_ext": BuildExtension})

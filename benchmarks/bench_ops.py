@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure, ops
+from benchmarks import measure, ops, pair
 from benchmarks.conftest import REPLAY, replay
 from benchmarks.results_file import ResultsFile
 
@@ -24,7 +24,11 @@ def test_op(
     request: pytest.FixtureRequest,
 ) -> None:
     case, backend = op_case
-    device, rounds = measure.default_device(), request.config.getoption("--rounds")
+    device, option = measure.default_device(), request.config.getoption
     file = open_results("ops", "How fast is each op?")
-    row = measured_once(file, case.name, (case.tests,), lambda: ops.measure_case(case, device, rounds=rounds), backend)
+
+    def take(keep: pair.Keep) -> dict[str, pair.Row]:
+        return ops.measure_case(case, device, rounds=option("--rounds"), without=option("--without"))
+
+    row = measured_once(file, case.name, (case.tests,), take, backend)
     replay(benchmark, row, case.name)

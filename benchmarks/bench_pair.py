@@ -25,10 +25,12 @@ def test_chain_step(
 ) -> None:
     preset, batch, candidate = pair_case
     option, what = request.config.getoption, f"{preset}, N = {batch}"
-    names = candidates_of(f"{preset}:{batch}", option("--compile"))
+    names = candidates_of(f"{preset}:{batch}", option("--compile"), option("--candidate"), option("--without"))
     device, rounds = measure.default_device(), option("--rounds")
     file = open_results(option("--into"), "How long does a chain step take?")
-    row = measured_once(
-        file, what, pair.TESTS, lambda: pair.measure_pair(preset, batch, names, device, rounds=rounds), candidate
-    )
+
+    def take(keep: pair.Keep) -> dict[str, pair.Row]:
+        return pair.measure_pair(preset, batch, names, device, rounds=rounds, keep=keep)
+
+    row = measured_once(file, what, pair.TESTS, take, candidate)
     replay(benchmark, row, what)

@@ -22,6 +22,7 @@ from vaebm_fast import PRESETS
 DEFAULT_CASES = ("cifar10:1", "cifar10:4", "cifar10:8", "celeba_64:1", "celeba_64:4", "celeba_64:16", "celeba_256:1")
 
 Rows = dict[str, dict[str, Any]]
+Take = Callable[[pair.Keep], Rows]  # may hand rows over before it returns all of them
 
 
 class Replay:
@@ -51,6 +52,7 @@ def replay(benchmark: Any, row: dict[str, Any], group: str) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vaebm-fast benchmarks")
     group.addoption("--case", action="append", metavar="PRESET:N", help=f"whole pair; {' '.join(DEFAULT_CASES)}")
+    group.addoption("--candidate", action="append", metavar="NAME", help="of the whole pair; all that run here")
     group.addoption(
         "--compile",
         action="append",
@@ -58,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cases in which torch.compile takes part; compiling takes minutes",
     )
     group.addoption("--op", action="append", metavar="NAME", help="ops to measure; all of them")
+    group.addoption("--without", metavar="BACKEND", help="left out, as its tests are red")
     group.addoption("--rounds", type=int, help="rounds; by default as many as the length of a call allows")
     group.addoption("--tested", action="store_true", help="the tests of this build passed just now: skip them")
     group.addoption("--into", default="pair", metavar="NAME", help="the whole pair's result file; pair")
@@ -71,19 +74,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         strays = sorted(set(option("--compile") or ()) - set(texts))
         if strays:
             raise pytest.UsageError(f"--compile {', '.join(strays)}: not among the cases {', '.join(texts)}.")
-        pairs = [(*_parsed(text), name) for text in texts for name in candidates_of(text, option("--compile"))]
+        chosen = option("--compile"), option("--candidate"), option("--without")
+        pairs = [(*_parsed(text), name) for text in texts for name in candidates_of(text, *chosen)]
         metafunc.parametrize("pair_case", pairs, ids=[f"{preset}-{batch}-{name}" for preset, batch, name in pairs])
     if "op_case" in metafunc.fixturenames:
         device = measure.default_device()
-        kept = [case for case in ops.cases_of(option("--op")) if ops.has_kernel(case.op, device)]
-        cases = [(case, name) for case in kept for name in ops.backends_of(case.op, device)]
+        kept = [case for case in ops.cases_of(option("--op"), device) if ops.has_kernel(case.op, device)]
+        cases = [(case, name) for case in kept for name in ops.backends_of(case.op, device, option("--without"))]
         metafunc.parametrize("op_case", cases, ids=[f"{case.name}-{name}" for case, name in cases])
 
 
-def candidates_of(text: str, compiled: list[str] | None) -> list[str]:
-    """Those that run here; torch.compile only in the cases that it was asked for."""
+def candidates_of(
+    text: str, compiled: list[str] | None, chosen: list[str] | None = None, without: str | None = None
+) -> list[str]:
+    """Those that run here, in the order chosen, none on the backend `without`; torch.compile only where asked for."""
     device = measure.default_device()
-    usable = [name for name in pair.CANDIDATES if pair.why_not(name, device) is None]
+    usable = [name for name in chosen or pair.CANDIDATES if pair.why_not(name, device) is None]
+    usable = [name for name in usable if name not in pair.FROZEN or pair.FROZEN[name][0] != without]
     return [name for name in usable if name not in pair.TO_COMPILE or text in (compiled or ())]
 
 
@@ -116,39 +123,46 @@ def open_results(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str]
 def measured_once(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     """measured_once(file, what, tests, take, candidate): the candidate's row of a case, taken once for all of them.
 
-    Fails, and keeps the reason in the file, when one of `tests` is red. A candidate that has a reason in place of a
-    measurement is skipped.
+    `take` gets a function that puts a row into the file at once. Fails, and keeps the reason in the file, when one of
+    `tests` is red. A candidate that has a reason in place of a measurement is skipped, or fails where the row says so.
     """
     is_tested = request.config.getoption("--tested")
     measured: dict[str, Rows] = {}
     refused: dict[str, str] = {}
 
-    def measure_or_refuse(file: ResultsFile, what: str, tests: tuple[str, ...], take: Callable[[], Rows]) -> None:
+    def measure_or_refuse(file: ResultsFile, what: str, tests: tuple[str, ...], take: Take) -> None:
         red = None if is_tested else why_red(*tests)
         if red is not None:
             refused[what] = red
             file.refuse(what, red)
             return
-        try:
-            measured[what] = take()
-        except Exception as error:  # shown for the first candidate; the others of the case are not tried again
-            refused[what] = f"{type(error).__name__}: {error}"
-            file.refuse(what, refused[what])
-            raise
-        for name, entry in measured[what].items():
+        kept: set[str] = set()
+
+        def keep(name: str, entry: dict[str, Any]) -> None:
+            kept.add(name)
             if "refused" in entry:
                 file.refuse(f"{what}, {name}", entry["refused"])
             else:
                 file.add(entry)
 
-    def row(
-        file: ResultsFile, what: str, tests: tuple[str, ...], take: Callable[[], Rows], candidate: str
-    ) -> dict[str, Any]:
+        try:
+            measured[what] = take(keep)
+        except Exception as error:  # shown for the first candidate; the others of the case are not tried again
+            refused[what] = f"{type(error).__name__}: {error}"
+            file.refuse(what, refused[what])
+            raise
+        for name, entry in measured[what].items():
+            if name not in kept:
+                keep(name, entry)
+
+    def row(file: ResultsFile, what: str, tests: tuple[str, ...], take: Take, candidate: str) -> dict[str, Any]:
         if what not in measured and what not in refused:
             measure_or_refuse(file, what, tests, take)
         if what in refused:
             pytest.fail(f"No figure for {what}: {refused[what]}", pytrace=False)
         entry = measured[what][candidate]
+        if entry.get("failed"):
+            pytest.fail(f"No figure for {what}, {candidate}: {entry['refused']}", pytrace=False)
         if "refused" in entry:
             pytest.skip(entry["refused"])
         return entry

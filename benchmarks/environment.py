@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
-    """Device, threads, versions, commit and date, as JSON values."""
+    """Device, threads, versions, commit and date, as JSON values.
+
+    Where the files are no checkout of git's, the commit is what the variable VAEBM_COMMIT says.
+    """
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
@@ -22,6 +27,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        **({"cuda": torch.version.cuda, "triton": _version("triton")} if cuda else {}),
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
@@ -35,12 +41,24 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
 def _commit() -> str:
     """The commit, with a plus where tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except FileNotFoundError:
+            return ""
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+    known = git("rev-parse", "--short", "HEAD")
+    if not known:
+        return os.environ.get("VAEBM_COMMIT", "unknown")
+    return known + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -21,6 +21,7 @@ ROUNDS_OF_LONG_CALLS, FEWEST_ROUNDS, MOST_ROUNDS = 3, 5, 100
 MATRIX_SIDES = (1024, 2048, 3072)
 GPU_MATRIX_SIDES = (4096, 8192)
 COPY_ELEMENTS = 2**26  # float32: 256 MiB, far more than caches hold
+GPU_COPY_ELEMENTS = 2**29  # 2 GiB: milliseconds, beside which a launch is nothing
 
 
 class Sample(NamedTuple):
@@ -108,7 +109,7 @@ def ceilings(device: torch.device, *, sides: tuple[int, ...] | None = None) -> d
         rates["matrix_gflops_tf32"] = _matrix_gflops(device, sides)
         torch.set_float32_matmul_precision(precision)
         rates["matrix_gflops_bf16"] = _matrix_gflops(device, sides, torch.bfloat16)
-    source = torch.randn(COPY_ELEMENTS, device=device)
+    source = torch.randn(GPU_COPY_ELEMENTS if on_gpu else COPY_ELEMENTS, device=device)
     target = torch.empty_like(source)
     copied_gb = 2e-9 * source.numel() * source.element_size()  # read and written
     return rates | {"copy_gbps": copied_gb / _fastest_s(partial(target.copy_, source), device)}

@@ -2,10 +2,16 @@
 
 An op gets its rows by an entry in CASES: the shapes that the presets' models give it, what it moves and computes, and
 how its tensors are made. Bytes are those that its docstring promises: every tensor read or written once.
+
+On a GPU a call is shorter than its launch, and its tensors stay in the cache for the next. So many calls, on tensors of
+their own that are several times the cache in all, are captured there into a graph, and its replay is timed; batches are
+larger.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.measure import summary, take_turns
+from benchmarks.captured import EAGER, captured, launched_by
+from benchmarks.measure import Sample, summary, take_turns
 from vaebm_fast.noise import Stream, draw_tensor, seed_tensor
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
@@ -298,44 +305,52 @@ def power_iteration_cases(B: int, M: int, K: int, iterations: int = 4) -> list[C
     return [Case("power_iteration", f"{B}x{M}x{K}, {iterations} times", 4 * B * M * K, flops, make, tests)]
 
 
-CASES: tuple[Case, ...] = (
-    *pointwise_cases(1, 64, 384, 128),  # celeba_256: expand and project of its highest latents, of its lowest
-    *pointwise_cases(1, 384, 64, 128, activation="swish"),
-    *pointwise_cases(1, 1024, 6144, 8),
-    *pointwise_cases(1, 6144, 1024, 8, activation="swish"),
-    *pointwise_cases(4, 192, 1152, 16),  # celeba_64
-    *pointwise_cases(4, 1152, 192, 16, activation="swish"),
-    *energy_epilogue_cases(1, 64, 256),  # celeba_256
-    *energy_head_cases(1, 512, 4),
-    *energy_head_cases(16, 256, 4),  # celeba_64, cifar10
-    *se_gate_residual_cases(1, 64, 128),
-    *se_gate_residual_cases(1, 512, 16),
-    *residual_tail_cases(1, 3072, 512, 16),
-    *heads_cases(1, 20, 128),
-    *heads_cases(1, 3, 256, pixels=True),
-    *power_iteration_cases(48, 512, 512),
-    *power_iteration_cases(4, 1024, 9216),  # celeba_256, four of its largest: more than a GPU's cache
-    *depthwise_cases(1, 384, 128),  # celeba_256, highest resolution of its latents
-    *depthwise_cases(1, 768, 64),
-    *depthwise_cases(1, 3072, 16),
-    *depthwise_cases(1, 192, 128, upsample=True),  # celeba_256, post-processing
-    *depthwise_cases(1, 96, 256),
-    *depthwise_cases(4, 1152, 16),  # celeba_64
-    *depthwise_cases(4, 288, 32, upsample=True),
-    *depthwise_cases(4, 1536, 16),  # cifar10
-    *inverted_residual_cases(16, 32, 96, 256),  # celeba_256: what its pair fuses
-    *inverted_residual_cases(16, 64, 384, 128),
-    *inverted_residual_cases(16, 128, 768, 64),
-    *philox_normal_cases(1, 1_942_528),  # celeba_256
-    *philox_normal_cases(16, 146_688),  # celeba_64
-    *langevin_update_cases(1, 1_942_528),  # celeba_256
-    *langevin_update_cases(16, 146_688),  # celeba_64
-)
+def _table(one: int, four: int) -> tuple[Case, ...]:
+    """All cases, with so many images where a CPU takes one, and where it takes four."""
+    return (
+        *pointwise_cases(one, 64, 384, 128),  # celeba_256: expand and project of its highest latents, of its lowest
+        *pointwise_cases(one, 384, 64, 128, activation="swish"),
+        *pointwise_cases(one, 1024, 6144, 8),
+        *pointwise_cases(one, 6144, 1024, 8, activation="swish"),
+        *pointwise_cases(four, 192, 1152, 16),  # celeba_64
+        *pointwise_cases(four, 1152, 192, 16, activation="swish"),
+        *energy_epilogue_cases(one, 64, 256),  # celeba_256
+        *energy_head_cases(one, 512, 4),
+        *energy_head_cases(16, 256, 4),  # celeba_64, cifar10
+        *se_gate_residual_cases(one, 64, 128),
+        *se_gate_residual_cases(one, 512, 16),
+        *residual_tail_cases(one, 3072, 512, 16),
+        *heads_cases(one, 20, 128),
+        *heads_cases(one, 3, 256, pixels=True),
+        *power_iteration_cases(48, 512, 512),
+        *power_iteration_cases(4, 1024, 9216),  # celeba_256, four of its largest: more than a GPU's cache
+        *depthwise_cases(one, 384, 128),  # celeba_256, highest resolution of its latents
+        *depthwise_cases(one, 768, 64),
+        *depthwise_cases(one, 3072, 16),
+        *depthwise_cases(one, 192, 128, upsample=True),  # celeba_256, post-processing
+        *depthwise_cases(one, 96, 256),
+        *depthwise_cases(four, 1152, 16),  # celeba_64
+        *depthwise_cases(four, 288, 32, upsample=True),
+        *depthwise_cases(four, 1536, 16),  # cifar10
+        *inverted_residual_cases(16, 32, 96, 256),  # celeba_256: what its pair fuses
+        *inverted_residual_cases(16, 64, 384, 128),
+        *inverted_residual_cases(16, 128, 768, 64),
+        *philox_normal_cases(one, 1_942_528),  # celeba_256
+        *philox_normal_cases(16, 146_688),  # celeba_64
+        *langevin_update_cases(one, 1_942_528),  # celeba_256
+        *langevin_update_cases(16, 146_688),  # celeba_64
+    )
 
 
-def backends_of(op: str, device: torch.device) -> list[str]:
-    """Who can run the op on this device here, its twin among them."""
-    return [name for name in _backend.OP_BACKENDS[op] if _backend.why_not(op, device, name) is None]
+CASES, GPU_CASES = _table(1, 4), _table(16, 16)
+CACHES, MOST_BUFFERS = 4, 32  # tensors of a GPU's case: so many times the cache in all, but no more sets of them
+GRAPH_BYTES, MOST_CALLS = 10**9, 128  # what a replay moves at least, some 0.3 ms, and in how many calls at most
+
+
+def backends_of(op: str, device: torch.device, without: str | None = None) -> list[str]:
+    """Who can run the op on this device here, its twin among them; not `without`."""
+    known = [name for name in _backend.OP_BACKENDS[op] if name != without]
+    return [name for name in known if _backend.why_not(op, device, name) is None]
 
 
 def has_kernel(op: str, device: torch.device) -> bool:
@@ -344,29 +359,77 @@ def has_kernel(op: str, device: torch.device) -> bool:
     return not kinds.isdisjoint(_backend.OP_BACKENDS[op])
 
 
-def measure_case(case: Case, device: torch.device, *, rounds: int | None = None) -> dict[str, dict[str, Any]]:
-    """A row per backend that can run the case, measured in turns."""
-    backends = backends_of(case.op, device)
-    run = case.make(device)
-    samples = take_turns({name: _bound(run, name) for name in backends}, device, rounds=rounds, seconds=0.5)
-    facts = {
-        "op": case.op,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "bytes": case.bytes_moved,
-        "flops": case.flops,
-    }
-    return {name: {**facts, "candidate": name, "backend": name, **summary(samples[name])} for name in backends}
+@dataclass(frozen=True)
+class Timed:
+    """Something to time that makes `calls` calls, and how it is launched."""
+
+    call: Callable[[], object]
+    calls: int = 1
+    launched: str = EAGER
+
+
+def measure_case(
+    case: Case, device: torch.device, *, rounds: int | None = None, without: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """A row per backend that can run the case, measured in turns; {"refused": why} for one that failed on a GPU."""
+    facts = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "bytes": case.bytes_moved, "flops": case.flops}
+    backends, on_gpu = backends_of(case.op, device, without), device.type == "cuda"
+    rows: dict[str, dict[str, Any]] = {name: {**facts, "candidate": name, "backend": name} for name in backends}
+    runs = [case.make(device) for _ in range(buffers_of(case, cache_bytes(device)) if on_gpu else 1)]
+    timed: dict[str, Timed] = {}
+    for name in backends:
+        try:
+            timed[name] = _graph(case, runs, name, device) if on_gpu else Timed(_bound(runs[0], name))
+        except Exception as error:  # the others may do without it
+            rows[name] |= {"refused": f"{type(error).__name__}: {error}", "failed": True}
+    if not timed:
+        return rows
+    steps = {name: entry.call for name, entry in timed.items()}
+    samples = take_turns(steps, device, rounds=rounds, seconds=0.1 if on_gpu else 0.5)
+    for name, entry in timed.items():
+        each = [_shared(taken, entry.calls) for taken in samples[name]]
+        rows[name] |= {"launched": entry.launched, "calls": entry.calls, "buffers": len(runs), **summary(each)}
+    return rows
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The GPU's last cache."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def buffers_of(case: Case, cache: int) -> int:
+    """How many sets of tensors take turns on a GPU, so that none is in the cache when it is used again."""
+    return min(math.ceil(CACHES * cache / case.bytes_moved), MOST_BUFFERS)
+
+
+def _graph(case: Case, runs: Sequence[Run], backend: str, device: torch.device) -> Timed:
+    """Enough calls for a replay to be longer than its launch, captured, on one set of tensors after another."""
+    calls = max(len(runs), min(math.ceil(GRAPH_BYTES / case.bytes_moved), MOST_CALLS))
+
+    def together() -> None:
+        results: deque[object] = deque(maxlen=len(runs))  # held, for the next call's to be other memory
+        for index in range(calls):
+            results.append(runs[index % len(runs)](backend=backend))
+
+    call = captured(together, device)
+    call()
+    return Timed(call, calls, launched_by(call, device))
+
+
+def _shared(taken: Sample, calls: int) -> Sample:
+    """Of one of the calls."""
+    return Sample(taken.wall_s / calls, taken.user_s / calls, taken.system_s / calls, taken.page_faults // calls)
 
 
 def _bound(run: Run, backend: str) -> Callable[[], object]:
     return lambda: run(backend=backend)
 
 
-def cases_of(ops: Sequence[str] | None) -> list[Case]:
-    """The cases of these ops, by default all. Raises ValueError for an op that has none."""
-    known = {case.op for case in CASES}
+def cases_of(ops: Sequence[str] | None, device: torch.device | None = None) -> list[Case]:
+    """A device's cases of these ops, by default a CPU's of all. Raises ValueError for an op that has none."""
+    cases = GPU_CASES if device is not None and device.type == "cuda" else CASES
+    known = {case.op for case in cases}
     unknown = sorted(set(ops or ()) - known)
     if unknown:
         raise ValueError(f"{', '.join(unknown)} has no case; there are {', '.join(sorted(known))}.")
-    return [case for case in CASES if ops is None or case.op in ops]
+    return [case for case in cases if ops is None or case.op in ops]

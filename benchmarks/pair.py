@@ -4,25 +4,28 @@ One step: U and its gradient with respect to all noise (official potential), the
 Baselines: the plain modules as they are, the same in NHWC, on a GPU also under autocast to bfloat16, and these compiled
 by torch.compile as well as it can: one graph through `torch.func.grad`, weights frozen into it, NHWC kept, on a GPU in
 bfloat16 and replayed as a CUDA graph (`torch_compile`). The plain modules in float32 multiply as torch does unless told
-otherwise.
+otherwise. On a GPU the frozen pairs are captured and replayed as a CUDA graph, as the sampler runs them; each row says
+how it was launched, and one of them runs eagerly beside.
 
     python -m benchmarks.pair PRESET N CANDIDATE     # one step in this process: peak memory, as JSON
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.captured import EAGER, GRAPH, captured, launched_by
 from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
 from benchmarks.torch_compile import EnergyAndGrad, compiled
@@ -45,24 +48,33 @@ FROZEN: dict[str, tuple[Backend, torch.dtype]] = {
     "frozen, reference, bf16": ("reference", torch.bfloat16),
     "frozen, triton, bf16": ("triton", torch.bfloat16),
     "frozen, cuda, bf16": ("cuda", torch.bfloat16),
+    "frozen, cuda, bf16, eager": ("cuda", torch.bfloat16),
 }
 # What a candidate multiplies with: on a GPU float32 may mean TF32, everywhere or, as torch has it, in cuDNN alone.
 TORCHS_OWN = "tf32 in cuDNN"
 # Error of the gradient's norm above which a candidate is wrong and not to be timed; docs/performance.md on TF32.
 AGREEMENT = {"float32": 1e-4, TORCHS_OWN: 5e-2, "tf32": 5e-2, "bf16": 5e-2}
 CANDIDATES = (PLAIN, NHWC, NHWC_BF16, *FROZEN, *TO_COMPILE)
-TESTS = ("tests/test_frozen.py", "tests/test_golden.py")
+TESTS = ("tests/test_frozen.py", "tests/test_frozen_refresh.py", "tests/test_golden.py")
+GPU_SECONDS = 0.5  # of a candidate's rounds: nothing else runs on a GPU that measures
+
+Row = dict[str, Any]
+Keep = Callable[[str, Row], None]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A step and its gradient [N, D], ready to be called; what computes them, and what it cost to make."""
+    """A step and its gradient [N, D], ready to be called; what computes them, and what it cost to make.
 
-    step: Callable[[], None]
+    launched: how `step` launches its work, GRAPH or EAGER, or that with the reason why it was not captured.
+    """
+
+    step: Callable[[], object]
     gradient: Callable[[], Tensor]
     backend: str
     products: str
     compile_s: float | None = None
+    launched: str = EAGER
 
 
 def why_not(candidate: str, device: torch.device) -> str | None:
@@ -96,13 +108,32 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
             return layout.join(gradients[:-1], gradients[-1])
 
     eps, draw, nonfinite_at = start.clone(), draw_tensor(1, device), torch.full_like(seeds, -1)
-    step_size = PRESETS[preset].sampling.step_size
+    update = partial(langevin_update, stream=int(Stream.CHAIN), step_size=PRESETS[preset].sampling.step_size)
+    last: list[Tensor] = []  # the gradient of a captured step; held, so that nothing else is put into its memory
 
     def step() -> None:
         """With the gradient at the start each time, so that every call does the same work."""
-        langevin_update(eps, gradient(), seeds, draw, nonfinite_at, stream=int(Stream.CHAIN), step_size=step_size)
+        last.clear()
+        found = gradient()
+        update(eps, found, seeds, draw, nonfinite_at)
+        if is_captured(candidate, device):
+            last.append(found)
 
-    return Candidate(step, gradient, backend, products, compile_s)
+    if not is_captured(candidate, device):
+        launched = GRAPH if candidate in TO_COMPILE and device.type == "cuda" else EAGER
+        return Candidate(step, gradient, backend, products, compile_s, launched)
+    replayed = captured(step, device)
+
+    def gradient_of_replay() -> Tensor:
+        replayed()
+        return last[0].clone()
+
+    return Candidate(replayed, gradient_of_replay, backend, products, compile_s)
+
+
+def is_captured(candidate: str, device: torch.device) -> bool:
+    """Whether the candidate's step is to be captured here; torch.compile captures its own."""
+    return device.type == "cuda" and candidate in FROZEN and not candidate.endswith(EAGER)
 
 
 def energy_and_grad(
@@ -158,31 +189,67 @@ def plain_model(preset: str, device: torch.device, *, nhwc: bool) -> VAEBM:
 
 
 def measure_pair(
-    preset: str, batch: int, candidates: Sequence[str], device: torch.device, *, rounds: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """A row per candidate, all measured in turns in this process; {"refused": why} for one that memory does not hold.
+    preset: str,
+    batch: int,
+    candidates: Sequence[str],
+    device: torch.device,
+    *,
+    rounds: int | None = None,
+    keep: Keep = lambda name, row: None,
+) -> dict[str, Row]:
+    """A row per candidate, each given to `keep` as soon as it is there; {"refused": why} for one without a figure.
 
-    Peak memory on a CPU comes from processes of their own; on a GPU torch counts what a candidate allocates.
+    On a CPU all take turns; on a GPU, whose memory does not hold all of them, one is measured after the other. A row
+    also says "failed" where the reason is another than the memory. Peak memory on a CPU comes from processes of their
+    own; on a GPU torch counts what a candidate allocates.
     """
     layouts = {nhwc: plain_model(preset, device, nhwc=nhwc) for nhwc in {name != PLAIN for name in candidates}}
-    rows: dict[str, dict[str, Any]] = {}
-    built: dict[str, Candidate] = {}
-    for name in candidates:
-        rows[name] = {"preset": preset, "batch": batch, "candidate": name}
-        try:
-            built[name], memory = _built(name, preset, batch, device, layouts[name != PLAIN])
-            rows[name] |= memory
-        except torch.OutOfMemoryError as error:
-            rows[name]["refused"] = f"it does not fit into memory: {str(error).splitlines()[0]}"
-        release(device)
     truth = true_gradient(preset, batch, device, layouts[max(layouts)])
-    release(device)
-    _require_agreement(truth, built)
-    samples = take_turns({name: candidate.step for name, candidate in built.items()}, device, rounds=rounds)
+    on_gpu = device.type == "cuda"
+    rows: dict[str, Row] = {}
+    for group in [[name] for name in candidates] if on_gpu else [list(candidates)]:
+        found = _measure_group(preset, batch, group, device, layouts, truth, rounds)
+        release(device, compiled=not set(group).isdisjoint(TO_COMPILE))
+        for name, row in found.items():
+            if not on_gpu and "refused" not in row:
+                row |= peak_memory(preset, batch, name)
+            keep(name, row)
+        rows |= found
+    return rows
+
+
+def _measure_group(
+    preset: str,
+    batch: int,
+    group: Sequence[str],
+    device: torch.device,
+    layouts: dict[bool, VAEBM],
+    truth: Tensor,
+    rounds: int | None,
+) -> dict[str, Row]:
+    """The rows of candidates that are built together and take turns."""
+    rows: dict[str, Row] = {name: {"preset": preset, "batch": batch, "candidate": name} for name in group}
+    built: dict[str, Candidate] = {}
+    for name in group:
+        try:
+            candidate, memory = _built(name, preset, batch, device, layouts[name != PLAIN])
+            _require_agreement(truth, {name: candidate})
+            rows[name] |= memory
+            built[name] = candidate
+        except Exception as error:  # the others may do without it
+            rows[name] |= refusal(error)
+    if not built:
+        return rows
+    steps = {name: candidate.step for name, candidate in built.items()}
+    try:
+        samples = take_turns(steps, device, rounds=rounds, seconds=GPU_SECONDS if device.type == "cuda" else 2.0)
+    except Exception as error:
+        return rows | {name: rows[name] | refusal(error) for name in built}
     plain_flops, frozen_flops = flops_of(preset)
     for name, candidate in built.items():
         rows[name] |= {
             "backend": candidate.backend,
+            "launched": candidate.launched,
             "products": candidate.products,
             "dtype": "bfloat16" if candidate.products == "bf16" else "float32",
             "flops": batch * (frozen_flops if name in FROZEN else plain_flops),
@@ -190,27 +257,33 @@ def measure_pair(
             "compile_s": candidate.compile_s,
             **summary(samples[name]),
         }
-    measured = list(built)
-    del built, layouts
-    if device.type == "cpu":
-        for name in measured:
-            rows[name] |= peak_memory(preset, batch, name)
     return rows
+
+
+def refusal(error: Exception) -> Row:
+    """Why there is no figure. What memory does not hold is left out, anything else is a failure."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"refused": f"it does not fit into memory: {str(error).splitlines()[0]}"}
+    return {"refused": f"{type(error).__name__}: {error}", "failed": True}
 
 
 def _built(
     name: str, preset: str, batch: int, device: torch.device, model: VAEBM
 ) -> tuple[Candidate, dict[str, float | None]]:
-    """The candidate; on a GPU with its first step behind it, and what it takes [MiB], `model` included."""
+    """The candidate; on a GPU warm, captured where that is due, and with what it takes [MiB], `model` included."""
     if device.type == "cpu":
         return build(name, preset, batch, device, model), {}
     others = torch.cuda.memory_allocated(device) - _bytes_of(model)
     torch.cuda.reset_peak_memory_stats(device)
     candidate = build(name, preset, batch, device, model)
     before = torch.cuda.memory_allocated(device)
-    if candidate.compile_s is None:  # else the peak is that of its warm-up: a replay allocates nothing
+    if candidate.compile_s is None:  # else the peak is that of its warm-up, as a replay allocates nothing
+        candidate.step()
         torch.cuda.reset_peak_memory_stats(device)
-    candidate.step()
+    if is_captured(name, device):  # by this step, which allocates what all replays use
+        candidate = replace(candidate, launched=launched_by(candidate.step, device))
+    else:
+        candidate.step()
     peak = torch.cuda.max_memory_allocated(device)
     memory = {"peak_memory_mib": (peak - others) / 2**20, "memory_before_mib": (before - others) / 2**20}
     return candidate, dict(memory)
@@ -220,9 +293,12 @@ def _bytes_of(model: VAEBM) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in [*model.parameters(), *model.buffers()])
 
 
-def release(device: torch.device) -> None:
-    """Give freed memory back, for others to take."""
+def release(device: torch.device, *, compiled: bool) -> None:
+    """Give the memory of what is gone back, for others to take; after torch.compile that of its graphs too."""
     if device.type == "cuda":
+        if compiled:
+            torch.compiler.reset()
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -65,12 +65,23 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _per_image(row: Row, key: str) -> str:
-    return f"{row[key] / row['batch']:.3f}"
+    return _digits(row[key] / row["batch"])
+
+
+def _digits(value: float) -> str:
+    """Three behind the point, or of the number where it is so small that these would be none."""
+    return f"{value:.3f}" if value >= 0.05 else f"{value:.3g}"
+
+
+def _what_runs(row: Row) -> str:
+    """The candidate, and how it was launched where that is not the common way."""
+    launched = row.get("launched", "eager")
+    return str(row["candidate"]) if launched == "eager" else f"{row['candidate']} ({launched})"
 
 
 SHORT_PAIR: Columns = {
     "preset, N": lambda row: f"{row['preset']}, {row['batch']}",
-    "what runs": lambda row: str(row["candidate"]),
+    "what runs": _what_runs,
     "s/image/step": lambda row: _per_image(row, "median_s"),
     "p20 - p80": lambda row: f"{_per_image(row, 'p20_s')} - {_per_image(row, 'p80_s')}",
     "x plain": lambda row: _or_dash(row[f"over {PLAIN}"], ".2f"),
@@ -93,8 +104,8 @@ OPS: Columns = {
     "op": lambda row: str(row["op"]),
     "shape": lambda row: str(row["shape"]),
     "backend": lambda row: str(row["backend"]),
-    "ms": lambda row: f"{1e3 * row['median_s']:.3f}",
-    "p20 - p80": lambda row: f"{1e3 * row['p20_s']:.3f} - {1e3 * row['p80_s']:.3f}",
+    "ms": lambda row: _digits(1e3 * row["median_s"]),
+    "p20 - p80": lambda row: f"{_digits(1e3 * row['p20_s'])} - {_digits(1e3 * row['p80_s'])}",
     "x twin": lambda row: _or_dash(row[f"over {TWIN}"], ".2f"),
     "GB/s": lambda row: f"{row['gbps']:.1f}",
     "% of copy": lambda row: f"{100 * row['copy_share']:.0f}",
@@ -104,6 +115,16 @@ OPS: Columns = {
     "user ms": lambda row: f"{1e3 * row['user_s']:.2f}",
     "system ms": lambda row: f"{1e3 * row['system_s']:.2f}",
     "rounds": lambda row: str(row["rounds"]),
+}
+CHAIN: Columns = {
+    "preset": lambda row: str(row["preset"]),
+    "N x blocks": lambda row: f"{row['batch']} x {row['blocks']}",
+    "steps": lambda row: str(row["steps"]),
+    "candidate": _what_runs,
+    "s": lambda row: f"{row['median_s']:.2f} ({row['p20_s']:.2f} - {row['p80_s']:.2f})",
+    "images/s": lambda row: f"{row['images_per_second']:.3g}",
+    "ms/image/step": lambda row: _digits(1e3 / row["images_per_second"] / row["steps"]) if row["steps"] else "-",
+    "of the bare chain": lambda row: _or_dash(row["over_bare_chain"], ".1%"),
 }
 
 
@@ -117,10 +138,12 @@ def describe(content: dict[str, Any]) -> str:
     """One paragraph on what ran, where, and what it could reach at most; a line for each refusal."""
     facts = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
     ceilings = content["ceilings"]
-    lines = [
-        f"Ceilings of the same run: matrix product {_products(ceilings)}, "
-        f"copy {ceilings['copy_gbps']:.1f} GB/s. {facts}."
-    ]
+    reach = (
+        f"Ceilings of the same run: matrix product {_products(ceilings)}, copy {ceilings['copy_gbps']:.1f} GB/s. "
+        if ceilings
+        else ""
+    )
+    lines = [f"{reach}{facts}."]
     lines += [f"No figure for {entry['what']}: {entry['reason'].splitlines()[0]}" for entry in content["refused"]]
     return "\n\n".join(lines)
 
@@ -133,6 +156,8 @@ def _products(ceilings: dict[str, float]) -> str:
 
 def table(content: dict[str, Any]) -> str:
     """All columns of a result file, and what ran."""
+    if any("images_per_second" in row for row in content["results"]):
+        return f"{content['question']}\n\n{markdown(content['results'], CHAIN)}\n\n{describe(content)}\n"
     rows = derived(content)
     columns = PAIR if any("preset" in row for row in rows) else OPS
     return f"{content['question']}\n\n{markdown(rows, columns)}\n\n{describe(content)}\n"

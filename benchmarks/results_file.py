@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,4 +37,6 @@ class ResultsFile:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.content, indent=2) + "\n")
+        whole = self.path.with_suffix(".new")
+        whole.write_text(json.dumps(self.content, indent=2) + "\n")
+        os.replace(whole, self.path)  # at once: a run may be stopped at any moment

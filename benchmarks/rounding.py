@@ -2,8 +2,8 @@
 
 TF32 has float32's exponent and 10 bits behind the point, for the operands of a product; sums stay in float32. How an
 operand loses its last 13 bits is the kernel's choice: CUTLASS rounds to the nearest, halves away from zero, as PTX's
-cvt.rna does; a kernel that gives its float32 registers to the tensor cores as they are, as Triton's tl.dot does, has
-them cut off.
+cvt.rna does, and so do the Triton kernels here; a kernel that gives its float32 registers to the tensor cores as they
+are, as Triton's tl.dot does, has them cut off.
 """
 
 from __future__ import annotations

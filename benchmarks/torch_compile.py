@@ -61,8 +61,8 @@ def _require_folded(model: VAEBM, gives_the_same: Callable[[], bool]) -> None:
     variance = next(norm.running_var for norm in model.vae.post_process.modules() if isinstance(norm, nn.BatchNorm2d))
     assert variance is not None
     kept = variance.clone()
-    variance.mul_(2)
+    variance.data.mul_(2)  # through .data, which counts no change: a pair frozen from the same model stays fresh
     folded = gives_the_same()
-    variance.copy_(kept)
+    variance.data.copy_(kept)
     if not folded:
         raise RuntimeError("torch.compile did not fold batch normalisation into the graph; see how it is configured.")

@@ -77,17 +77,21 @@ def recorded_launches() -> Iterator[list[Launch]]:
         JITFunction.run = run
 
 
-def compile_launch(name: str, launch: Launch, architecture: int) -> Compiled:
-    """What Triton's own launcher would compile for these arguments on that architecture."""
-    target = GPUTarget("cuda", architecture, 32)
-    backend = make_backend(target)
-    kernel = launch.kernel
+def specialised(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton's own launcher makes of these arguments: the kernel for their types, constants and alignments."""
+    kernel, backend = launch.kernel, make_backend(target)
     kwargs = {**launch.kwargs, "debug": False}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, given = bind(*launch.args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, given)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), options.__dict__
+
+
+def compile_launch(name: str, launch: Launch, architecture: int) -> Compiled:
+    """What Triton's own launcher would compile for these arguments on that architecture."""
+    target = GPUTarget("cuda", architecture, 32)
+    source, options = specialised(launch, target)
+    compiled = triton.compile(source, target=target, options=options)
     registers, spills = _resources(compiled.asm["cubin"])
     metadata, ptx = compiled.metadata, compiled.asm["ptx"]
     return Compiled(name, architecture, registers, metadata.shared, spills, metadata.num_warps, ptx)
@@ -238,7 +242,9 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("matching", nargs="?", default="", help="part of a name")
-    for row in report(parser.parse_args().matching):
+    parser.add_argument("--without", action="append", default=[], help="part of names to leave out")
+    options = parser.parse_args()
+    for row in report(options.matching, tuple(options.without)):
         print(
             f"{row.name:<58} sm_{row.architecture} {row.num_warps:2} warps {row.registers:4} registers "
             f"{row.shared:7} B shared {row.spills:4} B spilled",

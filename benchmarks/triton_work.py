@@ -74,7 +74,10 @@ def _depthwise(a: Arguments) -> dict[str, float]:
 
 
 def _pointwise(a: Arguments) -> dict[str, float]:
-    """tf32 takes tensor cores twice as long as halves do, so its products count twice."""
+    """tf32 takes tensor cores twice as long as halves do, so its products count twice.
+
+    And each element of an operand that a block reads is rounded by an addition and a mask of integers.
+    """
     x, y = a["x"], a["y"]
     flop = 2.0 * y.numel() * a["INNER"]
     reads = x.numel() * triton.cdiv(y.shape[1], a["BLOCK_N"])  # each activates x again; a slope is taken once
@@ -82,7 +85,11 @@ def _pointwise(a: Arguments) -> dict[str, float]:
     special = {"none": 0.0, "swish": 2.0, "elu": 1.0}[a["ACTIVATION"]] * activations
     if x.element_size() == 4 and a["PRECISION"] == "ieee":
         return {"fp32_flop": flop, "special": special}
-    return {"tensor_flop": flop * (2 if x.element_size() == 4 else 1), "special": special}
+    if x.element_size() == 2:
+        return {"tensor_flop": flop, "special": special}
+    tiles = a["images"] * triton.cdiv(a["pixels"], a["BLOCK_M"])
+    read = x.numel() * triton.cdiv(y.shape[1], a["BLOCK_N"]) + a["weight"].numel() * tiles
+    return {"tensor_flop": 2 * flop, "special": special, "integer": 2.0 * read}
 
 
 def _noise(of: str, *, integer: int, fp32_flop: int, special: int) -> Callable[[Arguments], dict[str, float]]:

@@ -4,14 +4,16 @@ Every candidate runs at the shapes of celeba_256 that its entry of a table stand
 smallest sum of median times wins. The baseline is the configuration in the source, which only goes for one that is
 faster by more than MARGIN. `python -m benchmarks.tune_triton [pointwise ...]` tunes these tables, by default all, one
 after another, as later ones use what earlier ones found. It writes each between its marks, with what it was measured
-on; no other line changes, and the same winners give the same file.
+on, after every entry, so that a run that ends early leaves what it found; no other line changes, and the same winners
+give the same file. Half precision, in which chains run, comes first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,6 +31,7 @@ Calls = list[Callable[[], object]]
 Clock = Callable[[Calls], float]  # the time of all of them, in milliseconds
 
 BEGIN, END = "# tune_triton: begin", "# tune_triton: end"
+HALF = (2, "half")  # the last of a key: bytes of an element, or what products are in
 MARGIN = 0.02
 BATCH = 16
 # (hidden, C, H) of celeba_256's cells; of those that upsample, before they do
@@ -61,10 +64,17 @@ def time_ms(calls: Calls) -> float:
         return float("inf")
 
 
-def tune(tuner: Tuner, clock: Clock, device: torch.device) -> None:
-    """Leave the winners in the module's table, and print them with both times."""
+def tune(
+    tuner: Tuner, clock: Clock, device: torch.device, keep: Callable[[list[Any]], None] = lambda timed: None
+) -> None:
+    """Leave the winners in the module's table, and print them with both times.
+
+    After each `keep` is called with the keys that were timed so far.
+    """
+    timed: list[Any] = []
     table = getattr(tuner.module, tuner.table)
-    for key, in_source in list(table.items()):
+    for key in sorted(table, key=lambda key: key[-1] not in HALF):
+        in_source = table[key]
         calls = tuner.calls(key, device)
         if not calls:
             continue
@@ -74,13 +84,21 @@ def tune(tuner: Tuner, clock: Clock, device: torch.device) -> None:
             times[candidate] = clock(calls)
         best = min(times, key=lambda candidate: times[candidate])
         table[key] = best if times[best] < (1 - MARGIN) * times[in_source] else in_source
-        print(f"{_literal(key)}: {_literal(table[key])}  {times[table[key]]:.3f} ms, {times[in_source]:.3f} before")
+        timed.append(key)
+        keep(timed)
+        print(
+            f"{_literal(key)}: {_literal(table[key])}  {times[table[key]]:.3f} ms, {times[in_source]:.3f} before",
+            flush=True,
+        )
 
 
-def write_table(tuner: Tuner, measured_on: str, source: Path | None = None) -> None:
+def write_table(
+    tuner: Tuner, measured_on: str, source: Path | None = None, timed: Collection[Any] | None = None
+) -> None:
     """Write the module's table between its marks in `source`, by default the module's own file.
 
-    Raises ValueError where the marks are not there, once each and in order.
+    timed: the keys that were; all others are marked. By default all were. Raises ValueError where the marks are not
+    there, once each and in order.
     """
     source = source or Path(str(tuner.module.__file__))
     text = source.read_text(encoding="utf-8")
@@ -88,10 +106,15 @@ def write_table(tuner: Tuner, measured_on: str, source: Path | None = None) -> N
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise ValueError(f"{source} must hold '{begin.strip()}' and behind it '{end.strip()}', once each.")
     entries = getattr(tuner.module, tuner.table).items()
-    lines = [f"# {measured_on}", *(f"{_literal(key)}: {_literal(value)}," for key, value in entries)]
+    lines = [f"# {measured_on}"]
+    for key, value in entries:
+        mark = "" if timed is None or key in timed else "  # not timed"
+        lines.append(f"{_literal(key)}: {_literal(value)},{mark}")
     start = text.index(begin) + len(begin)
     between = "".join(f"    {line}\n" for line in lines)
-    source.write_text(text[:start] + between + text[text.index(end) :], encoding="utf-8")
+    whole = source.with_suffix(".new")
+    whole.write_text(text[:start] + between + text[text.index(end) :], encoding="utf-8")
+    os.replace(whole, source)  # at once: whoever stops this process must not leave half a file
 
 
 def _literal(value: Any) -> str:
@@ -195,8 +218,8 @@ def main() -> None:
         parser.error("kernels are timed on a CUDA device, and there is none")
     measured_on = f"Timed on an {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}."
     for name in (name for name in TUNERS if name in names):
-        tune(TUNERS[name], time_ms, torch.device("cuda"))
-        write_table(TUNERS[name], measured_on)
+        keep = partial(write_table, TUNERS[name], measured_on, None)
+        tune(TUNERS[name], time_ms, torch.device("cuda"), keep)
 
 
 if __name__ == "__main__":

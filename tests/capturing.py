@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ CONFIG = NVAEConfig(
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # operators whose host needs the values
 
 
-def small_model() -> vf.VAEBM:
+def small_model(channels: int = 8) -> vf.VAEBM:
     """A pair with everything that a real one has, 8x8 pixels, and an energy whose gradient is not lost."""
-    model = vf.VAEBM(vf.NVAE(CONFIG).eval(), vf.EnergyNetwork(EnergyConfig(8, 3, 4, parse_blocks("1-1d 1-2 2-2"))))
+    config = replace(CONFIG, num_channels_dec=channels)
+    model = vf.VAEBM(vf.NVAE(config).eval(), vf.EnergyNetwork(EnergyConfig(8, 3, 4, parse_blocks("1-1d 1-2 2-2"))))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -74,12 +75,12 @@ class Tape(TorchDispatchMode):
 
 
 @torch.inference_mode(False)
-def record(function: Function, inputs: Sequence[Tensor]) -> Recording:
-    """`graphs._record`, on a tape."""
+def record(function: Function, inputs: Sequence[Tensor], pool: Any = None) -> Recording:
+    """`graphs._record`, on a tape; what a pool would hold is kept by the tape."""
     kept = tuple(given.detach().clone() for given in inputs)
     with Tape() as tape:
         outputs = function(*kept)
-    return Recording(kept, outputs, tape.replay)
+    return Recording(kept, outputs, tape.replay, pool or object())
 
 
 def launches(entries: Sequence[Entry]) -> list[Any]:

@@ -69,7 +69,8 @@ def emulate_sanitised(driver: str, sanitiser: str, build_folder: Path) -> Path:
         done = subprocess.run(command, input="int main() {}", capture_output=True, text=True, check=False)
         if done.returncode != 0:
             pytest.skip(f"the {sanitiser} sanitiser does not work here: {done.stderr.strip()}")
-    return _compile(driver, build_folder / f"{driver}_{sanitiser}", f"-fsanitize={sanitiser}")
+    flags = f"-fsanitize={sanitiser}", f"-DVF_{sanitiser.upper()}_SANITIZER"
+    return _compile(driver, build_folder / f"{driver}_{sanitiser}", *flags)
 
 
 def run_sanitised(program: Path, *arguments: str, drop_barrier: str = "") -> subprocess.CompletedProcess[str]:

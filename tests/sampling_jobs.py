@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from builders import TINY_ENERGY, TINY_NVAE
+from PIL import Image
 from torch import nn
 
 from vaebm_fast import _command
 from vaebm_fast.checkpoint import save_energy, save_nvae
+from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
-from vaebm_fast.sampling import SampleOptions, run_job
+from vaebm_fast.sampling import SampleOptions, blocks, run_job
+from vaebm_fast.sampling.blocks import BlockSampler
 from vaebm_fast.sampling.job import run_rank
 from vaebm_fast.sampling.ranks import Ranks
+
+FORMATS = ("png", "zip", "tar", "npz", "npy")
 
 
 def tiny_model(seed: int = 3) -> VAEBM:
@@ -96,3 +104,42 @@ def images_in(out: Path) -> dict[str, bytes]:
     """What a job leaves to its user, by name: everything but its bookkeeping and its summary, which has times in it."""
     files = [path for path in out.rglob("*") if path.is_file() and ".job" not in path.relative_to(out).parts]
     return {str(path.relative_to(out)): path.read_bytes() for path in files if path.name != "summary.json"}
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_networks(tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture
+def options(networks: tuple[Path, Path], tmp_path: Path) -> SampleOptions:
+    return options_for(networks, tmp_path / "out")
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks that were computed."""
+    seen: list[int] = []
+    run = BlockSampler.run
+
+    def counted(self: BlockSampler, index: int, seeds: Sequence[int]) -> blocks.Block:
+        seen.append(index)
+        return run(self, index, seeds)
+
+    monkeypatch.setattr(BlockSampler, "run", counted)
+    return seen
+
+
+def expected_images(options: SampleOptions, batch_size: int = 4) -> np.ndarray:
+    """What a bare sampler makes of the seeds 0-9 in such batches."""
+    sampler = LangevinSampler(tiny_model(), steps=options.steps or 0, step_size=options.step_size or 1.0)
+    batches = [range(at, min(at + batch_size, 10)) for at in range(0, 10, batch_size)]
+    return torch.cat([to_uint8(sampler.run(batch).images) for batch in batches]).numpy()
+
+
+def pictures(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in images_in(out).items() if name.endswith(".png")}
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))

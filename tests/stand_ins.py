@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
@@ -27,20 +28,18 @@ def pretend_a_gpu(patch: pytest.MonkeyPatch) -> None:
 class StandIns(TorchDispatchMode):
     """Counts the ops that are called; on CPU tensors computes the compiled ones by their twins, rounding the results.
 
-    `kernels` replace a twin by something else, called as the op is; ops of other `namespaces` run as they are. The
-    twins are the C++ ops where these are called alike.
+    `kernels` replace a twin by something else, called as the op is. The twins are the C++ ops where these are called
+    alike.
     """
 
-    def __init__(
-        self, kernels: Mapping[str, Callable[..., Any]] | None = None, namespaces: Sequence[str] = NAMESPACES
-    ) -> None:
+    def __init__(self, kernels: Mapping[str, Callable[..., Any]] | None = None) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
-        self._kernels, self._namespaces = kernels or {}, namespaces
+        self._kernels = kernels or {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls[func._schema.name] += 1
-        if func.namespace not in self._namespaces or func._schema.name.endswith("_memory"):
+        if func.namespace not in NAMESPACES or func._schema.name.endswith("_memory"):
             return func(*args, **(kwargs or {}))
         likes = func(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args))
         if any(isinstance(arg, Tensor) and arg.is_meta for arg in args):
@@ -76,9 +75,27 @@ def inverted_residual(x: Tensor, *weights_and_with_h2: Any) -> tuple[Tensor, Ten
     return s, x.new_empty(0) if h2 is None else h2
 
 
+def _residual_tail(
+    h: Tensor, skip: Tensor, depthwise: Tensor, depthwise_bias: Tensor, project: Tensor, project_bias: Tensor,
+    weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor, upsample: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    h2 = reference.depthwise_swish(h, depthwise, depthwise_bias, upsample=upsample)
+    s = reference.pointwise(h2, project, project_bias, activation="swish")
+    hidden = F.relu(F.linear(s.mean((2, 3)), weight_in, bias_in))
+    gate = torch.sigmoid(F.linear(hidden, weight_out, bias_out))
+    return skip + gate[:, :, None, None] * s, h2, s, hidden, gate
+
+
+def _residual_tail_backward(*given: Any) -> Tensor:
+    *tensors, upsample = given
+    return reference.residual_tail_backward(*tensors, upsample=upsample)
+
+
 TWINS: dict[str, Callable[..., Any]] = {
     "pointwise": _pointwise,
     "pointwise_backward": _pointwise_backward,
     "inverted_residual": inverted_residual,
     "inverted_residual_backward": reference.inverted_residual_backward,
+    "residual_tail": _residual_tail,
+    "residual_tail_backward": _residual_tail_backward,
 }

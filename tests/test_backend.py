@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from vaebm_fast import _extension, reference
@@ -136,4 +137,10 @@ def test_setup_says_in_a_sentence_why_it_cannot_build(
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv(variable, value)
     with pytest.raises(SystemExit, match=sentence):
+        runpy.run_path(str(REPOSITORY / "setup.py"))
+
+
+def test_setup_says_that_setuptools_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"by setuptools 77.0.3 or newer, and this is 65.5.0; run `pip install"):
         runpy.run_path(str(REPOSITORY / "setup.py"))

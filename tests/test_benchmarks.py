@@ -7,47 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from benchmark_rows import CEILINGS, CPU, content, op_row, pair_row, run_python
 
-from benchmarks import gate, gpu, measure, ops, pair, replay, report, sampling
+from benchmarks import gate, gpu, measure, ops, replay, report, sampling
 from benchmarks.conftest import Replay
-from benchmarks.environment import environment
-from benchmarks.pair import COMPILED, NHWC, PLAIN, measure_pair
+from benchmarks.pair import COMPILED, NHWC, PLAIN
 from benchmarks.results_file import ResultsFile
 from vaebm_fast.config import ReplayBuffer, Sampling
 from vaebm_fast.noise import NoiseLayout
 from vaebm_fast.ops._backend import OP_BACKENDS
-
-CPU = torch.device("cpu")
-CEILINGS = {"matrix_gflops": 100.0, "copy_gbps": 10.0}
-
-
-def run_python(program: str) -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own: pytest inside a test must not share this one's plugins."""
-    environment = {**os.environ, "PYTHONPATH": str(gate.REPOSITORY)}
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=gate.REPOSITORY, env=environment, capture_output=True, text=True)
-
-
-def pair_row(candidate: str, median_s: float, **others: Any) -> dict[str, Any]:
-    """A row of N = 2 that computes 8 GFLOP."""
-    timing = dict(rounds=5, median_s=median_s, p20_s=0.9 * median_s, p80_s=1.1 * median_s, user_s=1.0, system_s=0.5)
-    memory = dict(page_faults=7, peak_memory_mib=900.0, memory_before_mib=300.0, compile_s=None)
-    facts = dict(preset="digits", batch=2, candidate=candidate, backend="plain modules", dtype="float32", flops=8e9)
-    return {**facts, **timing, **memory, **others}
-
-
-def op_row(backend: str, median_s: float) -> dict[str, Any]:
-    """A row of an op that moves 1 MB and computes nothing."""
-    row = pair_row(backend, median_s, op="blur", shape="1x2", backend=backend, bytes=10**6, flops=0)
-    return {key: value for key, value in row.items() if key not in ("preset", "batch")}
-
-
-def content(*rows: dict[str, Any]) -> dict[str, Any]:
-    return {"question": "How long?", "environment": environment(), "ceilings": CEILINGS, "results": rows, "refused": []}
 
 
 def test_rates_ratios_and_shares() -> None:
@@ -155,9 +126,14 @@ def test_a_red_test_is_seen(body: str, tmp_path: Path) -> None:
     red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
     red.write_text(f"def test_it():\n    {body}\n")
     green.write_text("def test_it():\n    pass\n")
-    assert gate.why_red(str(green)) is None
     reason = gate.why_red(str(green), str(red))
     assert reason is not None and "exit code 1" in reason and "test_it" in reason
+
+
+def test_green_tests_are_not_red_and_missing_ones_are(tmp_path: Path) -> None:
+    green = tmp_path / "test_green.py"
+    green.write_text("def test_it():\n    pass\n")
+    assert gate.why_red(str(green)) is None
     assert "exit code" in (gate.why_red(str(tmp_path / "test_missing.py")) or "")
 
 
@@ -165,7 +141,8 @@ def test_an_op_with_red_tests_gets_no_figure_and_the_run_fails(tmp_path: Path) -
     (tmp_path / "test_red.py").write_text("def test_it():\n    assert False\n")
     program = (
         "import dataclasses, sys, pytest\n"
-        "from benchmarks import ops\n"
+        "from benchmarks import measure, ops\n"
+        f"measure.ceilings = lambda device: {CEILINGS}\n"
         "case = next(case for case in ops.CASES if case.op == 'philox_normal')\n"
         f"ops.CASES = (dataclasses.replace(case, tests={str(tmp_path / 'test_red.py')!r}),)\n"
         f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}]\n"
@@ -178,44 +155,12 @@ def test_an_op_with_red_tests_gets_no_figure_and_the_run_fails(tmp_path: Path) -
     assert kept["results"] == [] and "test_red.py" in kept["refused"][0]["reason"]
 
 
-def test_what_fails_while_it_is_measured_is_refused_and_not_tried_again(tmp_path: Path) -> None:
-    (tmp_path / "test_green.py").write_text("def test_it():\n    pass\n")
-    program = (
-        "import sys, pytest\n"
-        "from benchmarks import pair\n"
-        f"pair.TESTS = ({str(tmp_path / 'test_green.py')!r},)\n"
-        "def measure_pair(*_, **__):\n"
-        "    print('tried')\n"
-        "    raise ValueError('the gradients differ')\n"
-        "pair.measure_pair = measure_pair\n"
-        f"arguments = ['-q', '-s', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}, '--case', 'digits:1']\n"
-        "sys.exit(pytest.main([*arguments, 'benchmarks/bench_pair.py']))"
-    )
-    done = run_python(program)
-    assert done.returncode == 1 and done.stdout.count("tried") == 1, done.stdout + done.stderr
-    (path,) = tmp_path.glob("pair_*.json")
-    (refused,) = json.loads(path.read_text())["refused"]
-    assert refused == {"what": "digits, N = 1", "reason": "ValueError: the gradients differ"}
-
-
 def test_every_case_names_an_op_and_a_file_of_tests_that_exist() -> None:
     for case in ops.CASES:
         assert case.op in OP_BACKENDS and (gate.REPOSITORY / case.tests).is_file()
     assert len({case.name for case in ops.CASES}) == len(ops.CASES)
     with pytest.raises(ValueError, match="blur has no case; there are depthwise_swish"):
         ops.cases_of(["blur"])
-
-
-def test_the_pair_is_measured_with_all_that_a_row_promises() -> None:
-    ballast = torch.ones(2**27)  # 512 MiB that are no part of another process's memory
-    rows = measure_pair("digits", 2, [PLAIN, "frozen, reference"], CPU, rounds=1)
-    plain, frozen = rows[PLAIN], rows["frozen, reference"]
-    assert plain["backend"] == "plain modules" and frozen["backend"] == "reference"
-    assert plain["flops"] > frozen["flops"] > 0 and plain["rounds"] == 1
-    assert plain["memory_before_mib"] < plain["peak_memory_mib"] < measure.peak_memory_mib(CPU)
-    del ballast
-    assert plain["products"] == "float32" and plain["bytes"] == frozen["bytes"] > 0
-    assert len(report.derived(content(plain, frozen))) == 2
 
 
 def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pytest.CaptureFixture[str]) -> None:
@@ -228,85 +173,6 @@ def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pyt
     assert capfd.readouterr().out.count("Made 6 images") == 3, "one round warms up"
     with pytest.raises(ValueError, match="digits has another potential"):
         sampling.measure("digits", chain, batch=2, blocks=1, rounds=1, plain=True, compile=False)
-
-
-def test_plain_modules_under_autocast_compute_in_bfloat16_and_agree() -> None:
-    model = pair.plain_model("digits", CPU, nhwc=True)
-    truth = pair.true_gradient("digits", 2, CPU, model)
-    candidate = pair.build(pair.NHWC_BF16, "digits", 2, CPU, model)
-    assert (candidate.products, candidate.backend) == ("bf16", "plain modules, autocast")
-    error = float((candidate.gradient() - truth).norm() / truth.norm())
-    assert 1e-4 < error < pair.AGREEMENT["bf16"]
-    plain = pair.build(NHWC, "digits", 2, CPU, model)
-    assert torch.allclose(plain.gradient(), truth, rtol=1e-4, atol=1e-5)
-
-
-def test_what_multiplies_with_what_and_that_settings_come_back() -> None:
-    gpu_device = torch.device("cuda")
-    said = {name: pair.products_of(name, gpu_device) for name in pair.CANDIDATES}
-    assert said[PLAIN] == said[NHWC] == pair.TORCHS_OWN and said["frozen, triton"] == "float32"
-    assert said["frozen, triton, tf32"] == "tf32" and said["frozen, triton, bf16"] == said[pair.NHWC_BF16] == "bf16"
-    assert pair.products_of(PLAIN, CPU) == "float32" and set(said.values()) == set(pair.AGREEMENT)
-
-    def settings() -> tuple[bool, str]:
-        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-
-    before, inside = settings(), {}
-    for products in pair.AGREEMENT:
-        with pytest.raises(KeyError), pair.multiplying(products):
-            inside[products] = settings()
-            raise KeyError
-        assert settings() == before
-    assert inside == {
-        "float32": (False, "highest"),
-        pair.TORCHS_OWN: (True, "highest"),
-        "tf32": (True, "high"),
-        "bf16": (True, "highest"),
-    }
-    assert before == (True, "highest")  # what torch's own setting is taken to be
-
-
-def test_a_wrong_gradient_is_not_timed() -> None:
-    truth = torch.ones(2, 3)
-    right = pair.Candidate(lambda: None, lambda: truth + 1e-6, "reference", "float32")
-    pair._require_agreement(truth, {"right": right})
-    wrong = pair.Candidate(lambda: None, lambda: truth + 1e-3, "reference", "float32")
-    with pytest.raises(ValueError, match="The gradients of wrong and of the plain modules differ by 1.0e-03"):
-        pair._require_agreement(truth, {"right": right, "wrong": wrong})
-
-
-def test_what_memory_does_not_hold_is_left_out_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = pair.build
-
-    def without_nhwc(candidate: str, *arguments: Any) -> pair.Candidate:
-        if candidate == NHWC:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.\nMore words.")
-        return build(candidate, *arguments)
-
-    monkeypatch.setattr(pair, "build", without_nhwc)
-    monkeypatch.setattr(pair, "peak_memory", lambda *_: {"peak_memory_mib": 1.0, "memory_before_mib": 1.0})
-    rows = measure_pair("digits", 2, [PLAIN, NHWC], CPU, rounds=1)
-    reason = "it does not fit into memory: CUDA out of memory. Tried to allocate 80 GiB."
-    assert rows[NHWC] == {"preset": "digits", "batch": 2, "candidate": NHWC, "refused": reason}
-    assert rows[PLAIN]["rounds"] == 1
-
-
-def test_what_was_left_out_is_in_the_file_and_the_table(tmp_path: Path) -> None:
-    program = (
-        "import sys, pytest\n"
-        "from benchmarks import measure, pair\n"
-        f"measure.ceilings = lambda device: {CEILINGS}\n"
-        "refused = {'preset': 'digits', 'batch': 1, 'refused': 'it does not fit into memory: 80 GiB'}\n"
-        "pair.measure_pair = lambda *_, **__: {name: refused for name in pair.CANDIDATES}\n"
-        f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}, '--case', 'digits:1']\n"
-        "sys.exit(pytest.main([*arguments, '--tested', '--into', 'pair_small', 'benchmarks/bench_pair.py']))"
-    )
-    done = run_python(program)
-    assert done.returncode == 0 and "skipped" in done.stdout, done.stdout + done.stderr
-    (path,) = tmp_path.glob("pair_small_*.json")
-    assert "No figure for digits, N = 1, plain: it does not fit into memory: 80 GiB" in report.table(
-        json.loads(path.read_text())
-    )
 
 
 def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:

@@ -14,14 +14,16 @@ import torch
 from golden import case_path
 from sampling_jobs import save_networks
 
+import vaebm_fast as vf
 from vaebm_fast import __version__, _command, cli, demo
-from vaebm_fast.checkpoint import describe, load_energy, save_nvae
+from vaebm_fast.checkpoint import describe, load_energy, save_nvae, save_training
 from vaebm_fast.config import PRESETS
 from vaebm_fast.models import NVAE
 from vaebm_fast.ops import _backend
 from vaebm_fast.sampling import SampleOptions
 
 CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def lines_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
@@ -68,6 +70,21 @@ def test_info_names_every_part_and_the_backend_of_every_op(capsys: pytest.Captur
     assert {op: shown[f"{op} on cpu"] for op in _backend.OP_BACKENDS} == {
         report.op: report.backend for report in _backend.report(CPU)
     }
+    assert shown["frozen pair on cpu"] == vf.VAEBM.from_preset("digits").freeze().backend
+
+
+def test_python_dash_m_is_the_command() -> None:
+    command = [sys.executable, "-m", "vaebm_fast", "--version"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"vaebm-fast {__version__}\n")
+
+
+def test_a_training_in_place_of_a_network_is_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_training({"step": 1}, tmp_path / "training.safetensors")
+    error = error_of(capsys, "convert", str(tmp_path / "training.safetensors"), str(tmp_path / "out"))
+    assert "the state of a training, not a network; those are nvae.safetensors" in error
 
 
 @pytest.mark.parametrize("name", cli.PACKAGES)

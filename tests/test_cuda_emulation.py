@@ -112,6 +112,11 @@ def test_address_sanitizer_finds_a_step_beside_the_memory(faults: dict[str, Path
     assert done.returncode == 66 and "heap-buffer-overflow" in done.stderr
 
 
+def test_address_sanitizer_finds_a_step_beside_an_array_on_a_threads_stack(faults: dict[str, Path]) -> None:
+    done = run_sanitised(faults["address"], "writes beyond an array of its own")
+    assert done.returncode == 66 and "stack-buffer-overflow" in done.stderr
+
+
 def test_thread_sanitizer_finds_a_missing_barrier(faults: dict[str, Path]) -> None:
     (barrier,) = barriers(EMULATION / "faults.cpp")
     done = run_sanitised(faults["thread"], "none", drop_barrier=barrier)
@@ -128,6 +133,7 @@ def test_shared_memory_is_nan_when_a_block_begins(faults: dict[str, Path]) -> No
     [
         ("lane returned", "a warp function is called after a lane returned"),
         ("half mask", "a warp function's mask is not 0xffffffff"),
+        ("half a warp waits twice", "threads wait for each other for ever"),
         ("small warp", "a warp function is called by a warp of less than 32 threads"),
         ("shared memory", "a block has more shared memory than a GPU"),
         ("threads", "a block has more than 1024 threads, or none"),

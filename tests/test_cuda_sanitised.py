@@ -18,7 +18,7 @@ BARRIERS = [(source.stem, barrier) for source in KERNELS for barrier in barriers
 def race_checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The drivers of kernels that share memory, built with ThreadSanitizer."""
     folder = tmp_path_factory.mktemp("emulation")
-    return {driver: emulate_sanitised(driver, "thread", folder) for driver, _ in BARRIERS}
+    return {driver: emulate_sanitised(driver, "thread", folder) for driver in dict(BARRIERS)}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

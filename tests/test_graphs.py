@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -171,8 +172,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[graphs.Recording]:
     """Graphs on CPU tensors, by tapes; the recordings that were made."""
     made: list[graphs.Recording] = []
 
-    def recording(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
-        made.append(record(function, inputs))
+    def recording(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
+        made.append(record(function, inputs, pool))
         return made[-1]
 
     monkeypatch.setattr(graphs, "_is_capturable", lambda tensor: True)
@@ -270,6 +271,21 @@ def test_each_size_and_setting_has_a_graph_of_its_own_and_the_oldest_goes(emulat
     assert len(emulated) == 6
 
 
+def test_a_graph_is_not_replayed_where_float32_is_multiplied_otherwise(emulated: list[graphs.Recording]) -> None:
+    """What was captured would go on with the kernels of before."""
+    call, cudnn = graphs.Graphs(), torch.backends.cudnn.allow_tf32
+    try:
+        for made, precision, allow_tf32 in ((1, "highest", True), (2, "high", True), (3, "highest", False)):
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = allow_tf32
+            for _ in range(3):
+                call(lambda x: (x + 1,), (torch.ones(2),), "key")
+            assert len(emulated) == made
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
 def test_a_chain_that_is_watched_or_must_not_be_captured_runs_eagerly(emulated: list[graphs.Recording]) -> None:
     steps: list[int] = []
     sampler = sampler_of()
@@ -320,7 +336,7 @@ def test_a_chain_that_cannot_be_captured_runs_eagerly_after_one_warning_that_say
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        others = [captured.run(range(2)), captured.run(range(2)), captured.run(range(3)), captured.run(range(3))]
+        others = [captured.run(range(2)), captured.run(range(2)), captured.run(range(3))]
     for chains in (first, second, *others):
         assert_same(chains, eager.run(range(len(chains.eps))))
 
@@ -328,7 +344,7 @@ def test_a_chain_that_cannot_be_captured_runs_eagerly_after_one_warning_that_say
 def test_the_reason_of_a_failed_capture_is_what_was_raised_first(
     emulated: list[graphs.Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_as_torch_does(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
+    def fail_as_torch_does(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
         try:
             raise RuntimeError("the reason")
         finally:
@@ -339,6 +355,40 @@ def test_the_reason_of_a_failed_capture_is_what_was_raised_first(
     expected = sampler.run(range(2))
     with pytest.warns(UserWarning, match="runs eagerly: the reason$"):
         assert_same(sampler.run(range(2)), expected)
+
+
+def test_a_capture_for_which_memory_ran_out_leaves_nothing_behind_and_smaller_batches_are_captured(
+    emulated: list[graphs.Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The eager chain that follows may need all the memory that there is, and a job then goes on with half a batch."""
+    sampler = sampler_of(steps=1)
+    run, made, alive = sampler._chains, [], []
+
+    def chains(keys: Tensor, *args: Any, **options: Any) -> Any:
+        alive.append([kept() is not None for kept in made])
+        activations = torch.empty(1)
+        made.append(weakref.ref(activations))
+        outcome = run(keys, *args, **options)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it.")
+        return outcome
+
+    monkeypatch.setattr(sampler, "_chains", chains)
+    expected = sampler.run(range(4))
+    with pytest.warns(UserWarning, match="runs eagerly: CUDA out of memory.$"):
+        assert_same(sampler.run(range(4)), expected)
+    assert alive == [[], [False], [False, False]] and not emulated
+    for _ in range(2):
+        sampler.run(range(2))
+    assert len(emulated) == 1
+
+
+def test_all_graphs_share_one_pool(emulated: list[graphs.Recording]) -> None:
+    sampler = sampler_of(steps=1)
+    for size in (2, 3):
+        for _ in range(2):
+            sampler.run(range(size))
+    assert emulated[0].pool is emulated[1].pool is not None
 
 
 def test_on_a_cpu_nothing_is_captured_and_nothing_fails() -> None:

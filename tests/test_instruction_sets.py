@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ahead import Ran
 
 TESTS = Path(__file__).parent
 OPS = (
@@ -24,22 +23,19 @@ OPS = (
 FILES = [str(TESTS / f"test_{op}.py") for op in OPS]
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_narrower_instruction_sets_pass_the_tests_of_the_kernels(capability: str, compiled: None) -> None:
-    if platform.machine() != "x86_64":
-        pytest.skip("only x86-64 has several")
+def tests_on(capability: str) -> Any:
+    """A case: the tests of the kernels, where torch and the compiled part see no more than this."""
     program = (
         "import sys, pytest, torch\n"
         f"assert torch.backends.cpu.get_cpu_capability() == {capability.upper()!r}\n"
         f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *{FILES!r}, '-k', 'test_kernel']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=TESTS.parent,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    return pytest.param(marks=pytest.mark.ahead("-c", program, ATEN_CPU_CAPABILITY=capability), id=capability)
+
+
+@pytest.mark.parametrize((), [tests_on("avx2"), tests_on("default")])
+def test_narrower_instruction_sets_pass_the_tests_of_the_kernels(compiled: None, ahead: Ran) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("only x86-64 has several")
+    assert ahead.returncode == 0, ahead.output
+    assert "passed" in ahead.output and "skipped" not in ahead.output

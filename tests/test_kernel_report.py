@@ -97,6 +97,17 @@ def test_work_of_a_triton_product_is_that_of_its_matrices() -> None:
     assert work.memory_bytes == 2 * (pixels * (1536 + 20 + 20) + 1536 * 20 + 20)  # x, residual, y; weight; bias
 
 
+def test_work_of_a_tf32_product_is_twice_as_much_and_rounding() -> None:
+    """768 -> 128 channels in blocks of 128 pixels and 128 channels: x is read once, the weight by 512 blocks."""
+    pytest.importorskip("triton")
+    from benchmarks import triton_work
+
+    work = next(row.kernel.work for row in triton_work.rows() if row.kernel.label == "pointwise 768->128 tf32 fp32")
+    pixels = 16 * 64 * 64
+    assert work.tensor_flop == 2 * 2 * pixels * 768 * 128
+    assert work.integer == 2 * (pixels * 768 + 512 * 768 * 128)
+
+
 def test_tables_replace_what_stands_between_the_marks() -> None:
     begin, end = "<!-- kernel_report cuda: begin -->", "<!-- kernel_report cuda: end -->"
     assert with_tables(f"a\n{begin}\nold\n{end}\nb", "cuda", "new") == f"a\n{begin}\nnew\n{end}\nb"

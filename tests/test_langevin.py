@@ -1,49 +1,21 @@
-"""Laws of the chain, and of the three potentials it descends."""
+"""Laws of the chain: the update, chains that leave the numbers, schedules, and the sampler."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from builders import TINY_ENERGY, TINY_NVAE
-from torch import Tensor, nn
-from torch.autograd import gradcheck
+from builders import tiny_grey_model
+from torch import Tensor
 
 from vaebm_fast.config import POTENTIALS, Potential
 from vaebm_fast.langevin import LangevinSampler, NonFiniteChainError, langevin_chain, to_uint8
-from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
-from vaebm_fast.models.layers import DecoderCombiner
 from vaebm_fast.noise import Stream, normal, seed_tensor
 from vaebm_fast.ops.langevin_update import langevin_update
-
-GREY_NVAE, GREY_ENERGY = replace(TINY_NVAE, image_channels=1), replace(TINY_ENERGY, image_channels=1)
-
-
-def tiny_model() -> VAEBM:
-    """26 noise elements per image; pixels on both sides of the clamp and log sigmas on both sides of the floor."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = VAEBM(NVAE(GREY_NVAE), EnergyNetwork(GREY_ENERGY)).eval()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, -1.5, 1.5)
-                nn.init.normal_(module.bias)
-                nn.init.normal_(module.running_mean)
-                nn.init.uniform_(module.running_var, 0.5, 2)
-        model.energy.initialize_from_data(torch.rand(8, 1, 4, 4))
-    for cell in model.vae.dec_tower:
-        if isinstance(cell, DecoderCombiner):
-            cell.conv.log_weight_norm.data += 1
-    head = model.vae.image_conditional[1]
-    head.log_weight_norm.data += 2.5
-    head.bias.data = torch.tensor([0.5, -2.5])
-    model.energy.linear.weight.data *= 50
-    return model
 
 
 class Bowl:
@@ -60,16 +32,6 @@ class Bowl:
 
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor:
         return eps_z[0].flatten(1).mean(1).sigmoid().reshape(-1, 1, 1, 1).expand(-1, *self.image_shape)
-
-
-def noise_of(model: VAEBM, count: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:
-    """Float64 noise of `count` images."""
-    generator = torch.Generator().manual_seed(seed)
-    *eps_z, eps_x = (
-        torch.randn(count, *shape, dtype=torch.float64, generator=generator)
-        for shape in (*model.latent_shapes, model.image_shape)
-    )
-    return eps_z, eps_x
 
 
 # The update.
@@ -254,7 +216,7 @@ def test_start_temperature_scales_the_chains_own_start_and_no_given_one() -> Non
 def test_a_trace_holds_energies_gradient_norms_and_images_before_every_kth_step(
     potential: Potential, every: int
 ) -> None:
-    model = tiny_model()
+    model = tiny_grey_model()
     sampler = LangevinSampler(model, steps=5, step_size=1e-2, potential=potential, temperature=0.7)
     states = [sampler.start([4, 5])]
     chains = sampler.run([4, 5], trace_every=every, on_step=lambda k, eps: states.append(eps.clone()))
@@ -279,7 +241,7 @@ def test_no_trace_where_none_is_asked_for_and_an_empty_one_of_no_steps() -> None
 
 # The sampler.
 def test_images_do_not_depend_on_the_batch() -> None:
-    sampler = LangevinSampler(tiny_model(), steps=4, step_size=1e-2)
+    sampler = LangevinSampler(tiny_grey_model(), steps=4, step_size=1e-2)
     seeds = list(range(10, 17))
     together = sampler.run(seeds).images
     assert together.shape == (7, 1, 4, 4)
@@ -292,7 +254,7 @@ def test_images_do_not_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_samples_are_the_mean_images_as_uint8_in_the_order_of_their_seeds(batch_size: int) -> None:
-    sampler = LangevinSampler(tiny_model(), steps=2, step_size=1e-2)
+    sampler = LangevinSampler(tiny_grey_model(), steps=2, step_size=1e-2)
     images = sampler.sample((seed for seed in range(7)), batch_size)
     assert images.dtype == torch.uint8 and images.shape == (7, 4, 4, 1)
     expected = 255 * sampler.run(range(7)).images.permute(0, 2, 3, 1)
@@ -300,14 +262,14 @@ def test_samples_are_the_mean_images_as_uint8_in_the_order_of_their_seeds(batch_
 
 
 def test_no_seeds_give_no_images() -> None:
-    sampler = LangevinSampler(tiny_model(), steps=2, step_size=1e-2)
+    sampler = LangevinSampler(tiny_grey_model(), steps=2, step_size=1e-2)
     images = sampler.sample([])
     assert images.dtype == torch.uint8 and images.shape == (0, 4, 4, 1)
     assert sampler.run([]).potentials.shape == (2, 0)
 
 
 def test_zero_steps_give_the_means_of_the_nvae_itself() -> None:
-    model = tiny_model()
+    model = tiny_grey_model()
     sampler = LangevinSampler(model, steps=0, step_size=1.0)
     chains = sampler.run([1, 2, 3])
     assert torch.equal(chains.eps, normal(seed_tensor([1, 2, 3]), 0, Stream.CHAIN, 26))
@@ -320,7 +282,7 @@ def test_zero_steps_give_the_means_of_the_nvae_itself() -> None:
 
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_the_sampler_descends_its_potential_at_its_temperature(potential: Potential) -> None:
-    model = tiny_model()
+    model = tiny_grey_model()
     sampler = LangevinSampler(model, steps=1, step_size=1e-2, potential=potential, temperature=0.7)
     chains = sampler.run([4, 5])
     start = sampler.start([4, 5])
@@ -359,7 +321,7 @@ def test_settings_that_make_no_chain_are_refused(arguments: dict[str, object], s
 
 
 def test_arguments_of_a_run_that_do_not_fit_are_refused() -> None:
-    sampler = LangevinSampler(tiny_model(), steps=1, step_size=0.1)
+    sampler = LangevinSampler(tiny_grey_model(), steps=1, step_size=0.1)
     for shape in ((1, 26), (2, 25)):
         with pytest.raises(ValueError, match=r"start has shape .*; 2 seeds of this model need \(2, 26\)\."):
             sampler.run([1, 2], start=torch.zeros(shape))
@@ -370,110 +332,3 @@ def test_arguments_of_a_run_that_do_not_fit_are_refused() -> None:
     for batch_size in (0, -1):
         with pytest.raises(ValueError, match="batch_size is .*; it must be at least 1"):
             sampler.sample([1, 2], batch_size)
-
-
-# The potentials.
-@pytest.mark.parametrize("potential", POTENTIALS)
-def test_potentials_pass_gradcheck_in_noise_space(potential: Potential) -> None:
-    model = tiny_model().double()
-    eps_z, eps_x = noise_of(model, 2)
-    pixels = model.vae.pixels(model.vae.decode(eps_z).logits)
-    unclamped = (pixels.mean + pixels.sigma * eps_x).abs()
-    from_floor = pixels.sigma - (math.exp(-2) + 0.01)
-    for values in (unclamped - 1, from_floor):
-        assert bool((values > 1e-4).any() and (values < -1e-4).any()), "the point is on both sides of the kink"
-        assert float(values.detach().abs().min()) > 1e-4, "and not on it"
-    leaves = [eps.requires_grad_() for eps in (*eps_z, eps_x)]
-    assert gradcheck(lambda *eps: model.potential(eps[:-1], eps[-1], potential), leaves)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("potential", POTENTIALS)
-def test_energy_and_grad_gives_the_potential_and_its_gradients(potential: Potential, temperature: float) -> None:
-    model = tiny_model().double()
-    eps_z, eps_x = noise_of(model, 3, seed=1)
-    u, gradients = model.energy_and_grad(eps_z, eps_x, potential, temperature)
-    leaves = [eps.requires_grad_() for eps in (*eps_z, eps_x)]
-    expected = model.potential(leaves[:-1], leaves[-1], potential, temperature)
-    torch.testing.assert_close(u, expected.detach())
-    torch.testing.assert_close(gradients, list(torch.autograd.grad(expected.sum(), leaves)))
-
-
-def test_paper_is_energy_plus_half_the_squared_noise() -> None:
-    model = tiny_model().double()
-    eps_z, eps_x = noise_of(model, 3)
-    u, gradients = model.energy_and_grad(eps_z, eps_x, "energy")
-    u_paper, gradients_paper = model.energy_and_grad(eps_z, eps_x, "paper")
-    noise = [*eps_z, eps_x]
-    torch.testing.assert_close(u_paper, u + sum(eps.square().flatten(1).sum(1) / 2 for eps in noise))
-    torch.testing.assert_close(gradients_paper, [g + eps for g, eps in zip(gradients, noise, strict=True)])
-
-
-def test_official_is_energy_minus_the_log_densities_of_latents_and_pixels() -> None:
-    model = tiny_model().double()
-    eps_z, eps_x = noise_of(model, 3)
-    with torch.no_grad():
-        difference = model.potential(eps_z, eps_x, "official") - model.potential(eps_z, eps_x, "energy")
-        decoded = model.vae.decode(eps_z)
-        # The second prior's sigma, from the law z = mu + sigma eps: two values of eps differ by it.
-        raised = model.vae.decode([eps_z[0], eps_z[1] + 1])
-        sigma = [torch.full_like(eps_z[0], 1.01), raised.z[1] - decoded.z[1]]
-        log_p_z = [
-            torch.distributions.Normal(0.0, 1.0).log_prob(e) - s.log() for e, s in zip(eps_z, sigma, strict=True)
-        ]
-        x = model.image(eps_z, eps_x)
-        log_p_x = model.vae.pixels(decoded.logits).log_prob(x, log_sigma_floor=-2.0)
-    expected = -sum(log_p.flatten(1).sum(1) for log_p in log_p_z) - log_p_x
-    torch.testing.assert_close(difference, expected)
-
-
-def test_temperature_scales_the_latents_noise_and_its_gradient_but_not_the_pixels() -> None:
-    model = tiny_model().double()
-    eps_z, eps_x = noise_of(model, 2)
-    scaled = [0.6 * eps for eps in eps_z]
-    u, gradients = model.energy_and_grad(eps_z, eps_x, "energy", temperature=0.6)
-    u_scaled, gradients_scaled = model.energy_and_grad(scaled, eps_x, "energy")
-    torch.testing.assert_close(u, u_scaled)
-    torch.testing.assert_close(gradients, [*(0.6 * g for g in gradients_scaled[:-1]), gradients_scaled[-1]])
-
-
-def test_u_and_gradient_of_an_image_do_not_depend_on_the_others() -> None:
-    model = tiny_model().double()
-    eps_z, eps_x = noise_of(model, 4)
-    u, gradients = model.energy_and_grad(eps_z, eps_x, "official")
-    for i in range(4):
-        alone, gradients_alone = model.energy_and_grad([eps[i : i + 1] for eps in eps_z], eps_x[i : i + 1], "official")
-        torch.testing.assert_close(alone, u[i : i + 1])
-        torch.testing.assert_close(gradients_alone, [g[i : i + 1] for g in gradients])
-
-
-def test_energy_and_grad_leaves_no_trace() -> None:
-    model = tiny_model().double()
-    eps_z, eps_x = noise_of(model, 2)
-    noise = [eps.requires_grad_() for eps in (*eps_z, eps_x)]
-    before = [eps.detach().clone() for eps in noise]
-    u, gradients = model.energy_and_grad(noise[:-1], noise[-1], "official")
-    assert not u.requires_grad and not any(g.requires_grad for g in gradients)
-    assert all(tensor.grad is None for tensor in (*noise, *model.parameters()))
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert all(torch.equal(eps, old) for eps, old in zip(noise, before, strict=True))
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_chains_run_where_autograd_is_off(mode: type[torch.no_grad]) -> None:
-    sampler = LangevinSampler(tiny_model(), steps=2, step_size=1e-2)
-    expected = sampler.sample(range(3))
-    with mode():
-        assert torch.equal(sampler.sample(range(3)), expected)
-
-
-def test_noise_that_does_not_fit_is_refused_by_name() -> None:
-    model = tiny_model().double()
-    eps_z, eps_x = noise_of(model, 2)
-    with pytest.raises(ValueError, match=r"'exact' is not known; it is one of energy, paper, official\."):
-        model.energy_and_grad(eps_z, eps_x, "exact")
-    for wrong in (eps_x[:1], eps_x[:, :, :3], eps_x[0]):
-        with pytest.raises(ValueError, match=r"eps_x has shape .*; this model needs \(2, 1, 4, 4\) \[N, C, H, W\]\."):
-            model.energy_and_grad(eps_z, wrong)
-    with pytest.raises(ValueError, match=r"eps_z has 0 tensors; this NVAE has 2 latent groups\."):
-        model.energy_and_grad([], eps_x)

@@ -19,6 +19,7 @@ PACKAGE = REPOSITORY / "vaebm_fast"
 
 # A unit is a module or a subpackage of vaebm_fast, or train.py; it imports only from rows below it and from itself.
 ROWS: tuple[tuple[str, ...], ...] = (
+    ("__main__",),
     ("cli", "train.py"),
     ("demo",),  # a command of cli
     ("sampling", "training", "evaluation", "cost"),
@@ -37,6 +38,7 @@ USES_FACE = ("cli", "train.py", "demo")
 OPTIONAL = ("triton", "nvidia.dali", "tyro", "tensorboard", "sklearn", "matplotlib", "pynvml", "vaebm_fast._C")
 # What these modules are for is such a package; the test below shows that no other module loads them when imported.
 NEEDS_OPTIONAL = (
+    "vaebm_fast.__main__",
     "vaebm_fast._C",
     "vaebm_fast.cli",
     "vaebm_fast.demo",

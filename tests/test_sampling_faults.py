@@ -318,6 +318,7 @@ MAIN = "import sys\nfrom vaebm_fast.cli import main\nif __name__ == '__main__':\
 def test_the_command_begins_processes_stops_them_and_torchrun_completes_what_they_began(
     networks: Networks, undisturbed: Callable[..., dict[str, bytes]], tmp_path: Path
 ) -> None:
+    pytest.importorskip("tyro")
     out, settings = tmp_path / "out", {"seeds": "0-199", "steps": 10}
     arguments = ["sample", "--nvae", str(networks[0]), "--energy", str(networks[1]), "--out", str(out)]
     arguments += ["--seeds", "0-199", "--steps", "10", "--step-size", "0.05", "--batch-size", "4", "--device", "cpu"]

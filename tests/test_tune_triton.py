@@ -94,6 +94,21 @@ def test_the_table_is_written_between_its_marks_alone(name: str, tmp_path: Path)
     assert read[tuner.table] == table_of(tuner) and len(first.splitlines()) == len(lines)
 
 
+@pytest.mark.parametrize("name", TUNERS)
+def test_entries_that_a_run_did_not_come_to_are_marked(name: str, tmp_path: Path) -> None:
+    tuner, copy = TUNERS[name], tmp_path / f"{name}.py"
+    shutil.copy(Path(tuner.module.__file__), copy)
+    first = next(iter(table_of(tuner)))
+    write_table(tuner, "Timed on a clock.", copy, [first])
+    text = copy.read_text(encoding="utf-8")
+    assert text.count("),  # not timed\n") + text.count("e,  # not timed\n") == len(table_of(tuner)) - 1
+    assert "# not timed" not in next(
+        line for line in text.splitlines() if line.startswith(f"    {first!r}".replace("'", '"'))
+    )
+    write_table(tuner, "Timed on a clock.", copy)
+    assert "# not timed" not in copy.read_text(encoding="utf-8") and not list(tmp_path.glob("*.new"))
+
+
 def test_a_file_without_marks_is_left_alone(tmp_path: Path) -> None:
     tuner, copy = TUNERS["pointwise"], tmp_path / "pointwise.py"
     text = Path(tuner.module.__file__).read_text(encoding="utf-8")
@@ -148,7 +163,17 @@ def test_the_command_tunes_and_writes_every_table(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     monkeypatch.setattr(torch, "device", lambda kind: META)
     monkeypatch.setattr(tune_triton, "time_ms", lambda calls: 1.0)
-    monkeypatch.setattr(tune_triton, "write_table", lambda tuner, on: written.update({tuner.module.__name__: on}))
+    timed: dict[str, list[Any]] = {}
+
+    def write(tuner: Tuner, on: str, source: None, keys: list[Any]) -> None:
+        written[tuner.module.__name__] = on
+        timed.setdefault(tuner.table + tuner.module.__name__, []).append(list(keys))
+
+    monkeypatch.setattr(tune_triton, "write_table", write)
     tune_triton.main()
     assert [name.rpartition(".")[2] for name in written] == list(TUNERS)
     assert all(on.startswith("Timed on an H200, torch ") for on in written.values())
+    for so_far in timed.values():  # after every entry, and those in which chains run first
+        assert [len(keys) for keys in so_far] == list(range(1, len(so_far) + 1))
+        is_half = [key[-1] in tune_triton.HALF for key in so_far[-1]]
+        assert is_half == sorted(is_half, reverse=True) and any(is_half)

@@ -22,6 +22,7 @@ from vaebm_fast import __version__, _command, checkpoint
 from vaebm_fast import cost as counting
 from vaebm_fast.data import open_source
 from vaebm_fast.evaluation.likelihood import evaluate_likelihood
+from vaebm_fast.frozen import choose_backend
 from vaebm_fast.ops import _backend
 from vaebm_fast.sampling import SampleOptions, run_job
 from vaebm_fast.training.readjust import load_readjusted_nvae, readjusted_path
@@ -41,7 +42,6 @@ ImageSize = Annotated[
 
 # name: (module, package, who needs it) of what a part of the project uses
 PACKAGES = {
-    "DALI": ("nvidia.dali", "nvidia-dali-cuda130", "reading images on a GPU"),
     "TensorBoard": ("tensorboard", "tensorboard", "the logs of training"),
     "scikit-learn": ("sklearn", "scikit-learn", "the built-in digits"),
     "Matplotlib": ("matplotlib", "matplotlib", "the figures of the demo"),
@@ -172,7 +172,10 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "parts": {name: {"present": reason is None, "needs": reason} for name, reason in missing.items()},
         "auto": {
-            device: {report.op: report.backend for report in _backend.report(torch.device(device))}
+            device: {
+                "frozen pair": choose_backend("auto", torch.device(device), torch.float32),
+                **{report.op: report.backend for report in _backend.report(torch.device(device))},
+            }
             for device in ("cpu", "cuda")[: 1 + bool(gpus)]
         },
     }

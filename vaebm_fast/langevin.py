@@ -211,7 +211,7 @@ class LangevinSampler:
             raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
         if not (start_temperature >= 0 and math.isfinite(start_temperature)):
             raise ValueError(f"start_temperature is {start_temperature}; it must be a number from 0 up.")
-        self.step_sizes = _schedule(steps, step_size)
+        self.step_sizes = schedule(steps, step_size)
         self._followed: FrozenModel | None = None
         if isinstance(model, LiveModel):
             model = self._followed = model.freeze()
@@ -341,7 +341,7 @@ class LangevinSampler:
         return torch.cat(images) if images else torch.empty(0, height, width, channels, dtype=torch.uint8)
 
 
-def _schedule(steps: int, step_size: float | Sequence[float] | Tensor) -> tuple[float, ...]:
+def schedule(steps: int, step_size: float | Sequence[float] | Tensor) -> tuple[float, ...]:
     """The sizes h_k of all steps. Raises ValueError for what makes no chain."""
     if steps < 0:
         raise ValueError(f"steps is {steps}; a chain has 0 steps or more.")

@@ -101,9 +101,9 @@ def pointwise_backward(
 ) -> Tensor:
     """Its gradient for the input; see `vaebm_fast.ops.pointwise.pointwise_backward`."""
     dx = F.conv2d(dy, weight.T[:, :, None, None])
-    if x is None:
+    if x is None or activation == "none":
         return dx
-    return dx * (x.clamp(max=0).exp() if activation == "elu" else _swish_slope(x))
+    return dx * (_swish_slope(x) if activation == "swish" else x.clamp(max=0).exp())
 
 
 def inverted_residual(

@@ -7,6 +7,7 @@ namespace vf::pointwise {
 
 constexpr int kPanel = 16;           // output channels that lie side by side in a packed weight
 constexpr int64_t kTileRows = 64;    // pixels whose packed channels stay in the L2 cache: 64 x 384 take 96 KB
+constexpr int64_t kScratchRows = 66;  // a tile's rows in whole groups of 2, 6 or 8: the last group reads beyond the tile
 constexpr int64_t kTileDepth = 384;  // input channels at a time; longer sums are less accurate than oneDNN's
 
 enum class Activation { none, swish, elu };
@@ -33,7 +34,7 @@ struct Tile {
 // rows that lie a power of two apart evict each other from the L1 cache.
 inline int64_t scratch_stride(int64_t depth) { return (depth + kPanel - 1) / kPanel * kPanel + kPanel; }
 inline int64_t scratch_floats(int64_t K) {
-  return kTileRows * scratch_stride(K < kTileDepth ? K : kTileDepth);
+  return kScratchRows * scratch_stride(K < kTileDepth ? K : kTileDepth);
 }
 
 }  // namespace vf::pointwise

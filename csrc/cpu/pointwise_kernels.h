@@ -6,7 +6,9 @@
 
 using pointwise::Activation;
 using pointwise::kPanel;
+using pointwise::kScratchRows;
 using pointwise::kTileDepth;
+using pointwise::kTileRows;
 using pointwise::Product;
 using pointwise::scratch_stride;
 using pointwise::Tile;
@@ -15,6 +17,7 @@ constexpr int kPanelVectors = kPanel / kLanes;
 // Sums in registers: 8 x 3 vectors of 32 registers for AVX-512, 6 x 2 of 16 for AVX2, 2 x 4 of 16 for the portable one.
 constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 2;
 constexpr int kMostPanels = kLanes == 16 ? 3 : 1;
+static_assert((kTileRows + kRows - 1) / kRows * kRows <= kScratchRows, "a group of rows reads beyond the scratch memory");
 
 VF_INLINE int lanes_at(int64_t n, int64_t N) { return static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(kLanes, N - n))); }
 

@@ -1,18 +1,16 @@
 // Blocks whose threads wait for each other and share memory: the second half of cuda_emulation.h.
 #pragma once
 
+#include "fibers.h"
+
 #include <array>
 #include <atomic>
-#include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -25,59 +23,78 @@ namespace emulation {
 constexpr int kWarpSize = 32;
 constexpr size_t kMaxExchangeBytes = 64;
 
-// As std::barrier, but that one's waiting threads meet in a table that all barriers share: to ThreadSanitizer this
-// orders what no barrier of ours does, and it misses races. `complete` runs when all have come, before any goes on.
+struct Warp;
+
+// A CUDA thread. Its place is in threadIdx, lane and warp while it runs.
+struct Thread {
+  dim3 index;
+  Warp* warp = nullptr;
+  int lane = 0;
+  Fiber fiber;
+
+  explicit Thread(std::function<void()> body) : fiber(std::move(body)) {}
+};
+
+inline Thread* running;
+inline std::deque<Thread*> ready;  // in the order of their turns
+
+// `complete` runs when all have come, before any goes on.
 class Barrier {
  public:
   explicit Barrier(int threads, std::function<void()> complete = [] {})
       : expected_(threads), missing_(threads), complete_(std::move(complete)) {}
 
   void arrive_and_wait() {
-    std::unique_lock lock(mutex_);
-    const int64_t phase = phase_;
+    const Unwatched unwatched;
+    Order& order = orders_[phase_];
+    waiting_.push_back(running);
     arrive();
-    all_here_.wait(lock, [&] { return phase_ != phase; });
+    running->fiber.pause();
+    order.acquire();
   }
 
   void arrive_and_drop() {
-    const std::lock_guard lock(mutex_);
+    const Unwatched unwatched;
     --expected_;
     arrive();
   }
 
  private:
   void arrive() {
+    orders_[phase_].release();
     if (--missing_ > 0) return;
     complete_();
     missing_ = expected_;
-    ++phase_;
-    all_here_.notify_all();
+    phase_ = 1 - phase_;
+    ready.insert(ready.end(), waiting_.begin(), waiting_.end());
+    waiting_.clear();
   }
 
-  std::mutex mutex_;
-  std::condition_variable all_here_;
   int expected_, missing_;
-  int64_t phase_ = 0;
+  int phase_ = 0;
+  Order orders_[2];  // in turns: who goes on late must not come after what others did since
+  std::vector<Thread*> waiting_;
   std::function<void()> complete_;
 };
 
 // A thread that returns counts as arriving at every later barrier, as on a GPU; but warp functions are for all lanes.
 struct Warp {
   int lanes;
-  std::atomic<int> waiting{0};
+  int waiting = 0;
   Barrier barrier;
   alignas(16) std::byte words[kWarpSize][kMaxExchangeBytes];
 
   explicit Warp(int lanes_) : lanes(lanes_), barrier(lanes_, [this] { check(); }) {}
 
   void check() {
-    const int all = waiting.exchange(0, std::memory_order_relaxed);
-    require(all == 0 || all == kWarpSize, "a warp function is called after a lane returned");
+    require(waiting == 0 || waiting == kWarpSize, "a warp function is called after a lane returned");
+    waiting = 0;
   }
 
   void wait() {
     require(lanes == kWarpSize, "a warp function is called by a warp of less than 32 threads");
-    waiting.fetch_add(1, std::memory_order_relaxed);
+    const Unwatched unwatched;
+    ++waiting;
     barrier.arrive_and_wait();
   }
 };
@@ -93,9 +110,9 @@ struct Block {
   }
 };
 
-inline thread_local Block* block;
-inline thread_local Warp* warp;
-inline thread_local int lane;
+inline Block* block;
+inline Warp* warp;
+inline int lane;
 
 // Every VF_SHARED that a kernel has met. The memory itself is on the heap too; all ones is NaN in every floating type.
 class SharedMemory {
@@ -107,7 +124,6 @@ class SharedMemory {
   };
 
   Object& add(void* memory, size_t bytes) {
-    const std::lock_guard guard(mutex_);
     std::memset(memory, 0xff, bytes);
     return objects_.emplace_back(memory, bytes);
   }
@@ -130,7 +146,6 @@ class SharedMemory {
   }
 
  private:
-  std::mutex mutex_;
   std::deque<Object> objects_;
   size_t dynamic_bytes_ = 0;
 };
@@ -169,34 +184,69 @@ std::array<T, kWarpSize> exchange(const T& mine) {
 
 inline void require_full(unsigned mask) { require(mask == ~0u, "a warp function's mask is not 0xffffffff"); }
 
+// The threads of a block, in turns from barrier to barrier.
+class Team {
+ public:
+  void run(const dim3& size, const std::function<void()>& kernel) {
+    const Unwatched unwatched;
+    kernel_ = &kernel;
+    unfinished_ = 0;
+    dim3 index;
+    for_each(size, index, [&] { enlist(index); });
+    before_.release();
+    while (!ready.empty()) {
+      running = ready.front();
+      ready.pop_front();
+      threadIdx = running->index;
+      warp = running->warp;
+      lane = running->lane;
+      running->fiber.resume();
+    }
+    require(unfinished_ == 0, "threads wait for each other for ever");
+    after_.acquire();
+  }
+
+ private:
+  void enlist(const dim3& index) {
+    const size_t number = unfinished_++;
+    if (number == threads_.size()) threads_.emplace_back([this] { run_one(); });
+    Thread& thread = threads_[number];
+    thread.index = index;
+    thread.warp = &block->warps[number / kWarpSize];
+    thread.lane = static_cast<int>(number % kWarpSize);
+    ready.push_back(&thread);
+  }
+
+  void run_one() {
+    before_.acquire();
+    (*kernel_)();
+    block->barrier.arrive_and_drop();
+    warp->barrier.arrive_and_drop();
+    after_.release();
+    const Unwatched unwatched;
+    --unfinished_;
+  }
+
+  std::deque<Thread> threads_;  // those of earlier blocks too: making a stack takes longer than most kernels
+  const std::function<void()>* kernel_ = nullptr;
+  size_t unfinished_ = 0;
+  Order before_, after_;
+};
+
+inline Team team;
+
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, dim3 grid, dim3 block_size, size_t shared_bytes, Arguments... arguments) {
   check_launch(grid, block_size);
-  const int threads = static_cast<int>(block_size.x * block_size.y * block_size.z);
   shared_memory.begin_launch(shared_bytes);
-  std::optional<Block> current(std::in_place, threads, shared_bytes);
-  Barrier end_of_block(threads, [&] {
+  gridDim = grid;
+  blockDim = block_size;
+  for_each(grid, blockIdx, [&] {
+    Block current(static_cast<int>(block_size.x * block_size.y * block_size.z), shared_bytes);
+    block = &current;
+    team.run(block_size, [&] { kernel(arguments...); });
     shared_memory.check_and_poison();
-    current.emplace(threads, shared_bytes);
   });
-
-  const auto run = [&](dim3 index, int thread) {
-    gridDim = grid;
-    blockDim = block_size;
-    threadIdx = index;
-    lane = thread % kWarpSize;
-    for_each(grid, blockIdx, [&] {
-      block = &*current;
-      warp = &block->warps[thread / kWarpSize];
-      kernel(arguments...);
-      block->barrier.arrive_and_drop();
-      warp->barrier.arrive_and_drop();
-      end_of_block.arrive_and_wait();
-    });
-  };
-  std::vector<std::jthread> team;
-  dim3 index;
-  for_each(block_size, index, [&] { team.emplace_back(run, index, static_cast<int>(team.size())); });
 }
 
 // Whether the barrier on this line is the one to leave out.

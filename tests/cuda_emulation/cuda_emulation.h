@@ -1,14 +1,14 @@
 // Runs the kernel part of a .cu file on the CPU: the words of CUDA that our kernels use, as C++20. Included before it.
 //
-// Blocks run one after another, the CUDA threads of a block as threads of the CPU that truly wait for each other, so
-// that ThreadSanitizer sees a missing barrier. What a block shares is memory of its own, of the exact size, so that
+// Blocks run one after another, the CUDA threads of a block in turns (fibers.h) from barrier to barrier; to
+// ThreadSanitizer they are threads that only barriers order, so that it sees a missing one. What a block shares is memory of its own, of the exact size, so that
 // AddressSanitizer sees a step beside it, and NaN when the block begins, so that results show what was never written.
 // What a GPU would refuse, or answer by chance, ends the program with a sentence.
 //
 // Stricter than a GPU: warp functions take whole warps only. More lenient: they order memory as __syncwarp() does, and
 // threads that wait at different __syncthreads() meet.
 //
-// VF_THREADS_NEVER_WAIT, defined beforehand: the threads of a block run one after another too, which is far faster;
+// VF_THREADS_NEVER_WAIT, defined beforehand: the threads of a block run one after another too, which is faster;
 // nothing that waits or is shared exists, so a kernel that needs it does not compile.
 // VF_DROP_BARRIER in the environment, as "depthwise_swish.cu:12": the barrier on that line is ignored, to show that it
 // is missed. VF_MAX_SHARED_KB, defined beforehand: for kernels that are not for every GPU.
@@ -34,7 +34,7 @@ struct dim3 {
 // Undefined behaviour aborts, which Python's faulthandler reports; a plain exit would end the tests without a word.
 extern "C" const char* __ubsan_default_options() { return "abort_on_error=1"; }
 
-inline thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 using std::max;
 using std::min;

@@ -12,8 +12,8 @@ namespace {
 constexpr int kThreads = 64, kBlocks = 3;
 
 struct Fault {
-  int read_beyond = 0, shared_beyond = 0, dynamic_beyond = 0;  // elements
-  bool writes_half = false, lane_returns = false, half_mask = false;
+  int read_beyond = 0, shared_beyond = 0, dynamic_beyond = 0, own_beyond = 0;  // elements
+  bool writes_half = false, lane_returns = false, half_mask = false, half_waits_twice = false;
 };
 
 // out[i] = in[kThreads - 1 - i] of each block, once through either kind of shared memory.
@@ -24,11 +24,14 @@ __global__ void reverse_kernel(const float* in, float* out, Fault fault) {
   const int t = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads;
   float* shared = values;  // or the compiler itself would see the step beyond
   if (fault.lane_returns && t == 7) return;
+  if (fault.half_waits_twice && t < 16) __syncwarp();
   if (!fault.writes_half || blockIdx.x == 0 || t < kThreads / 2) {
     shared[t + fault.shared_beyond] = in[first + t + fault.read_beyond];
   }
   __syncthreads();
-  more_values[t + fault.dynamic_beyond] = shared[kThreads - 1 - t];
+  float own[1];
+  own[fault.own_beyond] = shared[kThreads - 1 - t];
+  more_values[t + fault.dynamic_beyond] = own[fault.own_beyond];
   __syncwarp(fault.half_mask ? 0xffffu : 0xffffffffu);
   out[first + t] = more_values[t];
 }
@@ -55,10 +58,12 @@ int main(int, char** arguments) {
   if (is("reads beyond")) fault.read_beyond = 1;
   if (is("writes beyond shared memory")) fault.shared_beyond = 1;
   if (is("writes beyond dynamic shared memory")) fault.dynamic_beyond = 1;
+  if (is("writes beyond an array of its own")) fault.own_beyond = 1;
   if (is("writes before shared memory")) fault.shared_beyond = -1;
   if (is("leaves shared memory unwritten")) fault.writes_half = true;
   if (is("lane returned")) fault.lane_returns = true;
   if (is("half mask")) fault.half_mask = true;
+  if (is("half a warp waits twice")) fault.half_waits_twice = true;
   if (is("small warp")) return run(fault, kBlocks, 48, bytes);
   if (is("shared memory")) return run(fault, kBlocks, kThreads, 163 << 10);
   if (is("threads")) return run(fault, kBlocks, 1025, bytes);

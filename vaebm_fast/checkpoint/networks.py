@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,11 @@ def _from_ours(
     image_size: int | None,
 ) -> NetworkFile:
     with store.naming(path):
+        if meta["kind"] == "training":
+            raise CheckpointError(
+                "this file holds the state of a training, not a network; those are nvae.safetensors and "
+                "energy.safetensors, which the training writes beside it."
+            )
         _require_kind(meta["kind"], kind)
         config: NVAEConfig | EnergyConfig
         if meta["kind"] == "nvae":
@@ -250,7 +256,7 @@ def _skeleton(config: NVAEConfig | EnergyConfig) -> NVAE | EnergyNetwork:
 
 def _check(config: NVAEConfig | EnergyConfig, state: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless `state` has the keys and shapes of the network, and finite values."""
-    expected = _skeleton(config).state_dict()
+    expected = _forms(config)
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
@@ -259,13 +265,17 @@ def _check(config: NVAEConfig | EnergyConfig, state: Mapping[str, Tensor]) -> No
         )
         raise CheckpointError(f"its weights are not those of the network it describes: {'; '.join(parts)}.")
     misfits = [
-        f"{key} (is {_form(state[key])}, must be {_form(value)})"
-        for key, value in expected.items()
-        if _form(state[key]) != _form(value)
+        f"{key} (is {_form(state[key])}, must be {form})" for key, form in expected.items() if _form(state[key]) != form
     ]
     if misfits:
         raise CheckpointError(f"its weights do not fit the network it describes: {_few(misfits)}.")
     _require_finite(state)
+
+
+@cache
+def _forms(config: NVAEConfig | EnergyConfig) -> dict[str, str]:
+    """What each of the network's tensors must be; kept, because making a skeleton takes longer than reading a file."""
+    return {key: _form(value) for key, value in _skeleton(config).state_dict().items()}
 
 
 def _form(tensor: Tensor) -> str:

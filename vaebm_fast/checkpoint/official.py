@@ -181,12 +181,14 @@ def energy_blocks(arch: str) -> tuple[EnergyBlock, ...]:
     """The blocks of a name in ENERGY_ARCHS, or of a list such as '1-1d 1-2'."""
     if arch in ENERGY_ARCHS:
         return ENERGY_ARCHS[arch].blocks
+    sentence = f"{arch!r} is no energy network; there are {', '.join(ENERGY_ARCHS)}, or blocks such as '1-1d 1-2'."
     try:
-        return parse_blocks(arch)
+        blocks = parse_blocks(arch)
     except ValueError as error:
-        raise CheckpointError(
-            f"{arch!r} is no energy network; there are {', '.join(ENERGY_ARCHS)}, or blocks such as '1-1d 1-2'."
-        ) from error
+        raise CheckpointError(sentence) from error
+    if not blocks:
+        raise CheckpointError(sentence)
+    return blocks
 
 
 _Signature = tuple[

@@ -1,6 +1,6 @@
 """The frozen pair: decoder and energy network compiled by algebra for input gradients alone."""
 
-from vaebm_fast.frozen.pair import FrozenVAEBM, freeze
+from vaebm_fast.frozen.pair import FrozenNVAE, FrozenVAEBM, choose_backend, freeze
 from vaebm_fast.frozen.part import StaleWeightsError
 
-__all__ = ["FrozenVAEBM", "StaleWeightsError", "freeze"]
+__all__ = ["FrozenNVAE", "FrozenVAEBM", "StaleWeightsError", "choose_backend", "freeze"]

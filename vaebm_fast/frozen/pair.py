@@ -1,4 +1,4 @@
-"""FrozenVAEBM: the joint model compiled for chains, and `freeze`, which makes one.
+"""FrozenVAEBM: the joint model compiled for chains, `freeze`, which makes one, and FrozenNVAE, its decoder alone.
 
 Owns what a user can get wrong (modes, precisions, devices, shapes, stale weights) and the three potentials. The decoder
 and the energy network are in `decoder` and `energy`, their algebra in `fold`.
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaebm_fast.config import POTENTIALS, Potential
 from vaebm_fast.frozen.decoder import FrozenDecoder
 from vaebm_fast.frozen.energy import FrozenEnergy
 from vaebm_fast.frozen.memory import reused_memory
 from vaebm_fast.frozen.part import Part, StaleWeightsError, require_finite
-from vaebm_fast.models.distributions import GaussianPixels
+from vaebm_fast.models.nvae import NVAE
 from vaebm_fast.models.vaebm import VAEBM
 from vaebm_fast.ops._backend import Backend, backend_for, choose, dtypes, require_dtype, why_not
 from vaebm_fast.ops.pixel_head import pixel_head
@@ -30,45 +30,45 @@ def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = 
 
     dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U stay in float32 (float64
     for float64). backend: who computes; "auto" is "cpu" for float32 on a CPU with the compiled part, else "reference".
-    "triton" and "cuda" have not run on a GPU yet and are there for who asks. "cuda" runs what has a kernel in CUDA C++
-    on that, all else on Triton, and needs both: depthwise convolutions, and in bfloat16 wide inverted residuals as a
-    whole (`frozen.cells.InvertedResidualCell`).
+    "triton" and "cuda" have not run on a GPU yet and are there for who asks. "cuda" is "triton" but for
+    inverted residuals of large images in bfloat16, each of which is one kernel in CUDA C++
+    (`frozen.cells.InvertedResidualCell`), and needs both.
     Later changes of `model` need `refresh()`. Raises ValueError for a VAE in training mode, weights that are not finite
     or on several devices, a precision or a name that is not known; RuntimeError for a backend that is missing.
     """
     return FrozenVAEBM(model, dtype, backend)
 
 
-class FrozenVAEBM:
-    """A VAEBM whose decoder and energy network are folded for input gradients alone; made by `freeze`.
+class FrozenNVAE:
+    """An NVAE whose decoder is folded: it gives the mean images of noise, which a chain of no steps comes to.
 
     It holds its own weights, at fixed addresses, and remembers the live ones: after these changed, every call raises
-    StaleWeightsError until `refresh()`. Weights get no gradients. `energy_and_grad` never waits for the device.
+    StaleWeightsError until `refresh()`. dtype and backend, and what is raised, are as in `freeze`.
+    within: the VAEBM that it is part of, all of which is then checked.
     """
 
-    def __init__(self, model: VAEBM, dtype: torch.dtype, backend: Backend) -> None:
+    def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend, within: VAEBM | None = None) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
-        self._model = model
-        self.device = _require_foldable(model)
-        self.backend = _choose(backend, self.device, dtype)
+        self._vae, self._model = vae, within or vae
+        self.device = _require_foldable(self._vae, self._model)
+        self.backend = choose_backend(backend, self.device, dtype)
         self.dtype = dtype
         self.noise_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         with reused_memory(self, self.device):
-            self._decoder = FrozenDecoder(model.vae, dtype, self.backend)
-            self._energy = FrozenEnergy(model.energy, dtype, self.backend)
-        self._parts: list[Part[Any]] = [*self._decoder.parts, *self._energy.parts]
+            self._decoder = FrozenDecoder(vae, dtype, self.backend)
+        self._parts: list[Part[Any]] = self._decoder.parts
         require_finite(self._parts)
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """[(L, H, W), ...] per group, top first."""
-        return self._model.latent_shapes
+        return self._vae.latent_shapes
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        return self._model.image_shape
+        return self._vae.image_shape
 
     @property
     def is_stale(self) -> bool:
@@ -91,7 +91,7 @@ class FrozenVAEBM:
         """
         stale = [part for part in self._parts if part.is_stale]
         if stale:
-            _require_foldable(self._model)
+            _require_foldable(self._vae, self._model)
             for part in stale:
                 part.refold()
             require_finite(stale)
@@ -101,7 +101,46 @@ class FrozenVAEBM:
         self._check(eps_z)
         with reused_memory(self, self.device):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
-            return GaussianPixels(logits.to(self.noise_dtype)).mean_image()
+            return self._vae.pixels(logits.to(self.noise_dtype)).mean_image()
+
+    def energy_and_grad(
+        self,
+        eps_z: Sequence[Tensor],
+        eps_x: Tensor,
+        potential: Potential = "energy",
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Raises ValueError: there is no energy here."""
+        raise ValueError("A chain's steps need an energy network, and this is an NVAE alone; use no steps, or a VAEBM.")
+
+    def _check(self, eps_z: Sequence[Tensor], eps_x: Tensor | None = None) -> None:
+        """Raise unless the weights are fresh and the noise has this pair's shapes, precision and device."""
+        self.require_fresh()
+        batch = self._vae.check_noise(eps_z)
+        if eps_x is not None and tuple(eps_x.shape) != (batch, *self.image_shape):
+            raise ValueError(
+                f"eps_x has shape {tuple(eps_x.shape)}; this model needs {(batch, *self.image_shape)} [N, C, H, W]."
+            )
+        for eps in eps_z if eps_x is None else (*eps_z, eps_x):
+            if eps.dtype != self.noise_dtype or eps.device != self.device:
+                raise ValueError(
+                    f"Noise of shape {tuple(eps.shape)} is {eps.dtype} on {eps.device}; "
+                    f"this pair takes noise in {self.noise_dtype} on {self.device}."
+                )
+
+
+class FrozenVAEBM(FrozenNVAE):
+    """A VAEBM whose decoder and energy network are folded for input gradients alone; made by `freeze`.
+
+    As `FrozenNVAE`, with the energy. Weights get no gradients. `energy_and_grad` never waits for the device.
+    """
+
+    def __init__(self, model: VAEBM, dtype: torch.dtype, backend: Backend) -> None:
+        super().__init__(model.vae, dtype, backend, within=model)
+        with reused_memory(self, self.device):
+            self._energy = FrozenEnergy(model.energy, dtype, self.backend)
+        self._parts += self._energy.parts
+        require_finite(self._energy.parts)
 
     def image(self, eps_z: Sequence[Tensor], eps_x: Tensor, temperature: float = 1.0) -> Tensor:
         """x(eps) = clamp(mu + sigma eps_x, -1, 1) / 2 + 1/2, [N, C, H, W]."""
@@ -145,29 +184,17 @@ class FrozenVAEBM:
         u = self._energy(x)
         return u if log_p_z is None or log_p_x is None else u - log_p_z - log_p_x
 
-    def _check(self, eps_z: Sequence[Tensor], eps_x: Tensor | None = None) -> None:
-        """Raise unless the weights are fresh and the noise has this pair's shapes, precision and device."""
-        self.require_fresh()
-        batch = self._model.vae.check_noise(eps_z)
-        if eps_x is not None and tuple(eps_x.shape) != (batch, *self.image_shape):
-            raise ValueError(
-                f"eps_x has shape {tuple(eps_x.shape)}; this model needs {(batch, *self.image_shape)} [N, C, H, W]."
-            )
-        for eps in eps_z if eps_x is None else (*eps_z, eps_x):
-            if eps.dtype != self.noise_dtype or eps.device != self.device:
-                raise ValueError(
-                    f"Noise of shape {tuple(eps.shape)} is {eps.dtype} on {eps.device}; "
-                    f"this pair takes noise in {self.noise_dtype} on {self.device}."
-                )
-
 
 def _nhwc(noise: Sequence[Tensor]) -> list[Tensor]:
     """The noise with channels innermost in memory, copied only where they are not."""
     return [eps if eps.stride(1) == 1 else eps.contiguous(memory_format=torch.channels_last) for eps in noise]
 
 
-def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The pair's backend; "auto" is the compiled one where it is there and takes the precision."""
+def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+    """What a pair asked for with `backend` runs on: "auto" is the C++ one where it is there and takes the precision.
+
+    Raises ValueError and RuntimeError as `freeze` does.
+    """
     if backend == "auto":
         is_compiled = dtype in dtypes("cpu") and why_not("pointwise", device, "cpu") is None
         return "cpu" if is_compiled else "reference"
@@ -177,9 +204,9 @@ def _choose(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backe
     return backend
 
 
-def _require_foldable(model: VAEBM) -> torch.device:
-    """Raise ValueError unless the live weights can be folded; returns their one device."""
-    training = [name for name, module in model.vae.named_modules() if module.training]
+def _require_foldable(vae: NVAE, model: nn.Module) -> torch.device:
+    """Raise ValueError unless the live weights of `model`, of which `vae` is, can be folded; their one device."""
+    training = [name for name, module in vae.named_modules() if module.training]
     if training:
         raise ValueError(
             f"The NVAE is in training mode (its {training[-1] or 'outermost module'} at least), where batch statistics "

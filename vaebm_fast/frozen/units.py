@@ -97,6 +97,7 @@ def residual_tail(
     upsample: bool,
 ) -> Tensor:
     """skip + gate(s) * s, s = W2 swish(Wd * swish(h) + bd) + b2: one op where the backend has it, else its parts."""
+    backend = backend_for("residual_tail", backend)
     if se is not None and backend in OP_BACKENDS["residual_tail"]:
         project_weight, project_bias = project.weight.forward, project.bias
         assert project_bias is not None

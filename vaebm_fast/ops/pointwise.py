@@ -83,7 +83,8 @@ def pointwise(
     that the backend stores; it computes in float32. Returns [N, Cout, H, W], channels_last.
     2 Cin Cout FLOP per pixel; moves each element of x, residual, y and the weight once.
     Differentiable once (the reference as often as one likes), in x and the residual: x is saved where it is activated.
-    Triton multiplies float32 as TF32 where `torch.set_float32_matmul_precision` allows that.
+    Triton multiplies float32 as TF32, rounded to the nearest, where `torch.set_float32_matmul_precision` or
+    `torch.backends.cuda.matmul.fp32_precision` allows that.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
     _check(x, weight, bias, residual)

@@ -31,13 +31,14 @@ def needs_part(block: int, batch_size: int, products: Sequence[Product], intact:
     return not into or any(product.name not in intact for product in into)
 
 
-def assemble(folder: Folder, output: Output, seeds: Seeds, batch_size: int, records: Mapping[int, Record]) -> None:
-    """Make the products that are missing, one after the other; then the parts go.
+def assemble(
+    folder: Folder, output: Output, seeds: Seeds, batch_size: int, intact: set[str], records: Mapping[int, Record]
+) -> None:
+    """Make the products that are not `intact`, one after the other; then the parts go.
 
     A kill at any point loses nothing: a product is noted once it is whole on the disk, and parts stay until all are.
     """
     products = output.products(len(seeds))
-    intact = intact_products(folder, output, len(seeds))
     for product in products:
         if product.name in intact:
             continue

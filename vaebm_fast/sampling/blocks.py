@@ -15,6 +15,9 @@ from vaebm_fast.sampling.folder import AGAIN, SamplingError
 
 MOST_IMAGES, MOST_PIXELS = 512, {"cuda": 64 * 256 * 256, "cpu": 4 * 64 * 64}  # of an automatic batch
 LEAST_BLOCKS = 64  # of a job, where that leaves blocks of 16: so that no process is left without
+TOO_SMALL = (
+    "The memory does not take even one image: free what else uses it, or use --dtype bfloat16; then " + AGAIN + "."
+)
 USED_SHARE = 0.45  # of the free memory: a captured chain keeps what it took, and a shorter batch takes its own
 
 
@@ -70,18 +73,22 @@ class BlockSampler:
         """The chains of these seeds; None where memory ran out, and then nothing holds what they had taken."""
         try:
             return self._sampler.run(seeds, nonfinite="redo")
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
 
     def _halve(self, images: int) -> None:
         if images == 1:
-            raise SamplingError(
-                "The memory does not take even one image: free what else uses it, or use --dtype bfloat16; "
-                f"then {AGAIN}."
-            )
+            raise SamplingError(TOO_SMALL)
         self.at_once = math.ceil(images / 2)
         if self._sampler.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch had no memory for a tensor: a GPU's has an error of its own, the host's a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _to_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -108,7 +115,7 @@ def automatic_batch_size(sampler: LangevinSampler, total: int) -> int:
 
 
 def _that_fit(sampler: LangevinSampler) -> int:
-    """How many images the free memory takes, from what one step needs for one and for four."""
+    """How many images the free memory takes, from what one step needs for one and for four; 0 where it does not."""
     first, potential = sampler.step_sizes[:1], sampler.potential
     probe = LangevinSampler(
         sampler.model, steps=len(first), step_size=first, potential=potential, device=sampler.device, capture=False
@@ -117,7 +124,10 @@ def _that_fit(sampler: LangevinSampler) -> int:
     for images in (1, 4):
         torch.cuda.reset_peak_memory_stats(sampler.device)
         before = torch.cuda.memory_allocated(sampler.device)
-        probe.run(range(images), nonfinite="redo")
+        try:
+            probe.run(range(images), nonfinite="redo")
+        except torch.OutOfMemoryError:
+            return 0
         peaks.append(torch.cuda.max_memory_allocated(sampler.device) - before)
     per_image = max(1, (peaks[1] - peaks[0]) // 3)
     fixed = max(0, peaks[0] - per_image)

@@ -43,7 +43,7 @@ class Folder:
 
         Raises SamplingError where another job is at work, and where the folder holds what no job wrote.
         """
-        with self._naming(self.out):
+        with self.naming(self.out):
             foreign = [entry.name for entry in self.out.iterdir() if entry.name != STATE] if self.out.exists() else []
             if foreign and not (self.out / "manifest.json").exists():
                 raise SamplingError(
@@ -51,9 +51,9 @@ class Folder:
                 )
             self.state.mkdir(parents=True, exist_ok=True)
         self._take_lock(fcntl.LOCK_EX)
-        with self._naming(self._temporaries):
+        with self.naming(self._temporaries):
             shutil.rmtree(self._temporaries, ignore_errors=True)
-            self._temporaries.mkdir()
+            self._temporaries.mkdir(exist_ok=True)  # NFS keeps a removed file while someone has it open
 
     def share(self) -> None:
         """Hold the lock together with the other processes of this job: as long as one lives, no other job begins."""
@@ -67,7 +67,7 @@ class Folder:
 
     def _take_lock(self, kind: int) -> None:
         path = self.state / "lock"
-        with self._naming(path):
+        with self.naming(path):
             if self._lock is None:
                 self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -87,7 +87,7 @@ class Folder:
         durable: after a power cut too. Pictures and parts are not: one that is gone is missed by its hash.
         """
         path, temporary = self.out / name, self._temporaries / uuid4().hex
-        with self._naming(path):
+        with self.naming(path):
             try:
                 yield temporary
                 if durable:
@@ -123,7 +123,8 @@ class Folder:
         return shutil.disk_usage(self.state).free
 
     @contextlib.contextmanager
-    def _naming(self, path: Path) -> Iterator[None]:
+    def naming(self, path: Path) -> Iterator[None]:
+        """Inside, an OSError becomes a SamplingError that names `path`."""
         try:
             yield
         except OSError as error:

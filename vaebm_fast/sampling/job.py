@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from vaebm_fast import _command
 from vaebm_fast.checkpoint import content_sha256, load_energy, load_nvae
-from vaebm_fast.config import PRESETS
-from vaebm_fast.frozen import freeze
+from vaebm_fast.config import ENERGY_ARCHS, PRESETS
+from vaebm_fast.frozen import FrozenNVAE, freeze
 from vaebm_fast.langevin import LangevinSampler
-from vaebm_fast.models import VAEBM
+from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
+from vaebm_fast.ops._backend import Backend
 from vaebm_fast.sampling import journal
 from vaebm_fast.sampling.assembly import assemble
-from vaebm_fast.sampling.blocks import BlockSampler
+from vaebm_fast.sampling.blocks import TOO_SMALL, BlockSampler, is_out_of_memory
 from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
 from vaebm_fast.sampling.journal import Journal, Watcher
 from vaebm_fast.sampling.options import SampleOptions, Seeds
@@ -93,8 +94,8 @@ def _work(options: SampleOptions, ranks: Ranks) -> int:
             ranks.wait(look)
         reports = ranks.exchange(report)
         if ranks.rank == 0:
-            records = {record.block: record for record in journal.read(folder)}
-            assemble(folder, output, seeds, plan.batch_size, records)
+            records = journal.read_all(folder, seeds.total_blocks(plan.batch_size))
+            assemble(folder, output, seeds, plan.batch_size, plan.intact, records)
             print(conclude(folder, seeds, plan, records.values(), reports, time.perf_counter() - began))
     finally:
         folder.release()
@@ -113,17 +114,15 @@ def _ready_together(
     try:
         if ranks.rank == 0:
             folder.prepare()
-        model = _load(options, ranks)
-        device = model.vae.prior_ftr0.device
-        pair = freeze(model, getattr(torch, options.dtype), options.backend)
-        sampler = LangevinSampler(pair, **asdict(options.chain()), device=device)
+        vae, energy = _load(options, ranks)
+        sampler = _sampler(options, vae, energy)
         if ranks.rank == 0:
-            hashes = {"nvae": content_sha256(model.vae), "energy": content_sha256(model.energy)}
+            hashes = {"nvae": content_sha256(vae)} | ({"energy": content_sha256(energy)} if energy else {})
             threads = max(1, torch.get_num_threads() // ranks.local_world)
             plan = make_plan(options, folder, seeds, sampler, hashes, threads)
             folder.share()
     except (ValueError, OSError, RuntimeError) as error:
-        failure = error
+        failure = SamplingError(TOO_SMALL) if is_out_of_memory(error) else error
     outcomes = ranks.exchange((plan, _command.sentence(failure) if failure else None))
     sentences = [sentence for _, sentence in outcomes if sentence]
     if sentences:
@@ -139,8 +138,8 @@ def _ready_together(
     return sampler, plan
 
 
-def _load(options: SampleOptions, ranks: Ranks) -> VAEBM:
-    """Both networks on this process's device. Raises ValueErrors for files that do not fit together."""
+def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | None]:
+    """The networks on this process's device, no energy for a chain of no steps. Raises ValueErrors for unfit files."""
     device = torch.device("cpu")
     if _device_type(options) == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
@@ -156,8 +155,18 @@ def _load(options: SampleOptions, ranks: Ranks) -> VAEBM:
             f"{options.nvae} makes images of shape {vae.image_shape} (C, H, W), and preset {options.preset} is for "
             f"{PRESETS[options.preset].nvae.image_shape}; name another preset, or give the chain by its own options."
         )
-    energy = load_energy(options.energy, arch=options.energy_arch, device=device)
-    return VAEBM(vae, energy).requires_grad_(False)
+    if options.energy is None or options.chain().steps == 0:
+        return vae.requires_grad_(False), None
+    side = vae.image_shape[1] if options.energy_arch not in (None, *ENERGY_ARCHS) else None  # blocks do not tell it
+    energy = load_energy(options.energy, arch=options.energy_arch, image_size=side, device=device)
+    return vae.requires_grad_(False), energy.requires_grad_(False)
+
+
+def _sampler(options: SampleOptions, vae: NVAE, energy: EnergyNetwork | None) -> LangevinSampler:
+    """The chains of the frozen networks."""
+    form: tuple[torch.dtype, Backend] = getattr(torch, options.dtype), options.backend
+    model = freeze(VAEBM(vae, energy), *form) if energy else FrozenNVAE(vae, *form)
+    return LangevinSampler(model, **asdict(options.chain()), device=model.device)
 
 
 def _device_type(options: SampleOptions) -> str:

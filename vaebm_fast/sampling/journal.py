@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vaebm_fast.sampling.folder import Folder
+from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
 
 MERGED = "journal.jsonl"
 
@@ -38,12 +38,12 @@ class Journal:
     """The journal of one process; its writing threads share it."""
 
     def __init__(self, folder: Folder, rank: int) -> None:
-        self._path = folder.state / f"journal.{rank}.jsonl"
+        self._folder, self._path = folder, folder.state / f"journal.{rank}.jsonl"
         self._lock = threading.Lock()
 
     def add(self, record: Record) -> None:
         """Append a record, and wait until it is on the disk."""
-        with self._lock, self._path.open("ab") as file:
+        with self._lock, self._folder.naming(self._path), self._path.open("ab") as file:
             file.write(json.dumps(asdict(record)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -52,6 +52,19 @@ class Journal:
 def read(folder: Folder) -> list[Record]:
     """The records of all journals."""
     return [record for path in _journals(folder) for record in _records(path.read_bytes())]
+
+
+def read_all(folder: Folder, total_blocks: int) -> dict[int, Record]:
+    """The records of a job that all processes have done their share of, by block. Raises SamplingError where not all
+    are to be seen: a network file system may show another machine's new file a minute later.
+    """
+    records = {record.block: record for record in read(folder)}
+    if len(records) < total_blocks:
+        raise SamplingError(
+            f"{folder.state} shows the records of {len(records)} of {total_blocks} blocks that have been made; wait a "
+            f"minute if other machines wrote them, then {AGAIN}."
+        )
+    return records
 
 
 def merge(folder: Folder, records: Iterable[Record]) -> None:

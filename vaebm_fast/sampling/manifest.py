@@ -1,6 +1,7 @@
 """What a job's images follow from; a folder holds images of one such configuration.
 
-Not in it: the number of processes, which changes nothing, and the model of the GPU.
+Not in it: the number of processes, which changes nothing. What it was begun with (torch, the GPU's model) is only told:
+another may round the last bit of a feature otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from vaebm_fast.sampling.folder import Folder, SamplingError
 
 NAME = "manifest.json"
 IMAGES_VERSION = 1  # raised when a new release makes other images from the same settings
+OLDER = {"start_temperature": 1.0}  # what manifests do not say that were written before it was a setting
 
 
 def settle(folder: Folder, asked: Mapping[str, Any], choose: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -20,12 +22,13 @@ def settle(folder: Folder, asked: Mapping[str, Any], choose: Callable[[], Mappin
 
     Raises SamplingError naming each setting that is asked for and differs.
     """
-    asked = {"images_version": IMAGES_VERSION, **asked}
+    asked = json.loads(json.dumps({"images_version": IMAGES_VERSION, **asked}))  # a schedule as a list, as it is saved
     saved = read_json(folder, NAME)
     if saved is None:
         settings = {**choose(), **asked}
         folder.write_json(NAME, settings)
         return settings
+    saved = {**OLDER, **saved}
     differing = [
         f"{name} was {saved.get(name)} and is {value}" for name, value in asked.items() if saved.get(name) != value
     ]

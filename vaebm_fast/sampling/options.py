@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
@@ -10,9 +11,23 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from vaebm_fast.config import PRESETS, Potential, Sampling
+from vaebm_fast.config import PRESETS, Potential
+from vaebm_fast.langevin import schedule
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.sampling.outputs import Format
+
+MOST_SEEDS = 100_000_000  # of a job, which keeps a list of its blocks
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The chain of a job, by the names of `LangevinSampler`; step_size: h of all steps, or of each."""
+
+    steps: int
+    step_size: float | tuple[float, ...]
+    potential: Potential
+    temperature: float
+    start_temperature: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +40,24 @@ class SampleOptions:
 
     nvae: Path
     """The NVAE, published or ours; below temperature 1 the readjusted one that `vaebm-fast readjust` writes."""
-    energy: Path
-    """The energy network, published or ours."""
     seeds: str
     """Such as 0-49999, or 0-99,200-299,1000: one image each."""
     out: Path
     """The folder to write to; it holds one job."""
+    energy: Path | None = None
+    """The energy network, published or ours; not needed, nor read, with --steps 0."""
     preset: str | None = None
     """Whose steps, step size, potential and temperature are used where they are not given."""
     steps: int | None = None
     """Steps of a chain; 0 gives the NVAE's own samples."""
-    step_size: float | None = None
-    """Step size h."""
+    step_size: float | tuple[float, ...] | None = None
+    """Step size h; or one for each step, such as --steps 3 --step-size 4e-6 3e-6 2e-6."""
     potential: Potential | None = None
     """What the chain descends; published checkpoints use official."""
     temperature: float | None = None
     """Of the prior's standard deviations."""
+    start_temperature: float = 1.0
+    """Standard deviation of the noise that chains start from."""
     format: Format = "png"
     """Folders of 1000 PNG files, a zip of PNG files, webdataset tars of 1000, or all images as one uint8 array."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -54,7 +71,7 @@ class SampleOptions:
     processes: int | None = None
     """Processes to start; by default one per GPU, or one on a CPU."""
     energy_arch: str | None = None
-    """The energy network of a published file, such as celeba64; by default recognised from the weights."""
+    """The energy network of a published file, such as celeba64 or '1-1d 1-2'; by default recognised."""
     progress: bool = True
     """Show a progress bar, where the output is a terminal."""
 
@@ -63,21 +80,34 @@ class SampleOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        for name in ("temperature", "start_temperature"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; it must be a number from 0 up.")
 
-    def chain(self) -> Sampling:
-        """The preset's chain with what is given in its place. Raises ValueError where neither says enough."""
+    def chain(self) -> Chain:
+        """The preset's chain with what is given in its place.
+
+        Raises ValueError where neither says enough, for steps that make no chain, and for some without an energy.
+        """
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"Preset {self.preset!r} is not known; there are {', '.join(PRESETS)}.")
         published = PRESETS[self.preset].sampling if self.preset else None
         steps = published.steps if self.steps is None and published else self.steps
         step_size = published.step_size if self.step_size is None and published else self.step_size
+        if steps == 0 and step_size is None:
+            step_size = ()
         if steps is None or step_size is None:
             raise ValueError("The chain is not known: name a preset, or give both the steps and the step size.")
-        return Sampling(
+        schedule(steps, step_size)
+        if steps > 0 and self.energy is None:
+            raise ValueError("A chain's steps need an energy network: give --energy, or --steps 0 for the NVAE's own.")
+        return Chain(
             steps,
             step_size,
             self.potential or (published.potential if published else "official"),
             self.temperature if self.temperature is not None else (published.temperature if published else 1.0),
+            self.start_temperature,
         )
 
 
@@ -90,7 +120,7 @@ class Seeds:
 
     @classmethod
     def parse(cls, text: str) -> Seeds:
-        """From such as `0-99,200-299,1000`. Raises ValueError for anything else, and for a seed that comes twice."""
+        """From such as `0-99,200-299,1000`. Raises ValueError for anything else, for twins and for too many."""
         ranges = []
         for word in text.split(","):
             match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word, re.ASCII)
@@ -102,7 +132,10 @@ class Seeds:
             if last - first >= 2**40:
                 raise ValueError(f"Seeds {word.strip()!r} are more images than any disk holds; give fewer.")
             ranges.append(range(first, last + 1))
-        return cls(_joined(sorted(ranges, key=lambda seeds: seeds.start)))
+        seeds = cls(_joined(sorted(ranges, key=lambda seeds: seeds.start)))
+        if len(seeds) > MOST_SEEDS:
+            raise ValueError(f"{len(seeds):,} seeds are too many for one folder; give at most {MOST_SEEDS:,} to each.")
+        return seeds
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

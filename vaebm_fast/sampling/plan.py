@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.sampling import journal, manifest
 from vaebm_fast.sampling.assembly import intact_products, needs_part
@@ -18,12 +20,16 @@ from vaebm_fast.sampling.outputs import Output
 
 @dataclass(frozen=True)
 class Plan:
-    """What the first process decides for all. threads: of every process on a CPU, whose sums depend on them."""
+    """What the first process decides for all.
+
+    threads: of every process on a CPU, whose sums depend on them. intact: the products that need not be made.
+    """
 
     batch_size: int
     threads: int | None
     todo: list[int]
     images_done: int
+    intact: set[str]
 
 
 def make_plan(
@@ -38,12 +44,14 @@ def make_plan(
 
     `threads` is how many a process on a CPU has, unless the folder says otherwise.
     """
+    made_with = _made_with(sampler.device)
     settings = manifest.settle(
         folder,
         _asked(options, seeds, sampler, hashes),
         lambda: {
             "batch_size": options.batch_size or automatic_batch_size(sampler, len(seeds)),
             "threads": threads if sampler.device.type == "cpu" else None,
+            "made_with": made_with,
         },
     )
     batch_size = settings["batch_size"]
@@ -59,21 +67,41 @@ def make_plan(
     if todo:
         missing = sum(len(seeds.block(block, batch_size)) for block in todo)
         _require_space(folder, output, missing + (len(seeds) if products else 0))
-    return Plan(batch_size, settings["threads"], todo, sum(record.images for record in done.values()))
+        _warn_of_another_machine(folder, settings.get("made_with", made_with), made_with)
+    return Plan(batch_size, settings["threads"], todo, sum(record.images for record in done.values()), whole)
 
 
 def _asked(options: SampleOptions, seeds: Seeds, sampler: LangevinSampler, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """The settings that this command gives."""
+    """The settings that this command gives, those that its images follow from."""
+    chain = asdict(options.chain())
+    if chain["steps"] == 0:
+        del chain["step_size"], chain["potential"]
     asked = {
         **hashes,
         "seeds": str(seeds),
-        **asdict(options.chain()),
+        **chain,
         "dtype": options.dtype,
         "device": sampler.device.type,
         "backend": getattr(sampler.model, "backend", options.backend),
         "format": options.format,
     }
     return {**asked, "batch_size": options.batch_size} if options.batch_size else asked
+
+
+def _made_with(device: torch.device) -> str:
+    """What else the last bits of an image may depend on."""
+    if device.type == "cuda":
+        return f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(device)}"
+    return f"torch {torch.__version__}, CPU with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _warn_of_another_machine(folder: Folder, before: str, now: str) -> None:
+    if before != now:
+        warnings.warn(
+            f"{folder.out} was begun with {before} and goes on with {now}; new images may differ by a grey level from "
+            "what the first would have made.",
+            stacklevel=2,
+        )
 
 
 def _require_space(folder: Folder, output: Output, images: int) -> None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -105,14 +105,16 @@ def of_torchrun() -> Ranks | None:
 def start(run: Callable[[Ranks, Path], int], processes: int) -> int:
     """run(ranks, store) in this many processes of this machine; the exit code of the first that did not end with 0.
 
-    When one ends so, the others are given `GRACE_S` to end too, then told to. An interruption is passed on to all.
+    When one ends so, the others are given `GRACE_S` to end too, then told to. An interruption is passed on to all:
+    they begin without ears for the Ctrl-C that a terminal tells them too, which would break into their ending.
     """
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # telling them is no news to the user
     interrupted = False
     with tempfile.TemporaryDirectory() as folder:
-        context = start_processes(
-            _child, (run, processes, Path(folder, "store")), nprocs=processes, join=False, start_method="spawn"
-        )
+        with _handled((signal.SIGINT,), signal.SIG_IGN):
+            context = start_processes(
+                _child, (run, processes, Path(folder, "store")), nprocs=processes, join=False, start_method="spawn"
+            )
         assert context is not None
         while True:
             try:
@@ -128,7 +130,7 @@ def start(run: Callable[[Ranks, Path], int], processes: int) -> int:
                 interrupted = True
                 for process in context.processes:
                     with suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGINT)
+                        os.kill(process.pid, signal.SIGTERM)
 
 
 def _child(rank: int, run: Callable[[Ranks, Path], int], world: int, store: Path) -> None:
@@ -138,19 +140,28 @@ def _child(rank: int, run: Callable[[Ranks, Path], int], world: int, store: Path
 @contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM interrupts as Ctrl-C does, and once only: what follows is short, and should not be cut off in turn."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    signals = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in signals:
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, lambda *_: None)  # SIG_IGN would print a traceback for one that is already on its way
         raise KeyboardInterrupt
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, interrupt) for number in signals}
+    with _handled(signals, interrupt):
+        yield
+
+
+@contextmanager
+def _handled(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None] | signal.Handlers
+) -> Iterator[None]:
+    """Inside, `handler` takes these signals; in a thread, which gets none, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

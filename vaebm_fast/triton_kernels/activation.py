@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+NEGLIGIBLE = tl.constexpr(2.0**-100)  # times x, beside x: less than half a unit in its last place
+
 
 @triton.jit
 def swish(x):
@@ -66,6 +68,18 @@ def soft_clamp5(x):
     p = p * x2 - 1.33333327e-2
     near, far = x + x * x2 * p, 5.0 - 10.0 * e * inverse
     return tl.where(tl.abs(x) < 3.0, near, tl.where(x < 0, -far, far)), 4.0 * e * inverse * inverse
+
+
+@triton.jit
+def round_to_tf32(x):
+    """float32 x to the nearest number with 10 bits behind the point, halves away from zero, as PTX's cvt.rna.tf32.
+
+    For the operands of tl.dot, which gives them to the tensor cores as they are, and these cut the last 13 bits off.
+    Infinities stay, and what rounds beyond the largest number becomes one. The integers alone would carry a GPU's NaN,
+    0x7fffffff, over to -0: the last term keeps every NaN and changes no number.
+    """
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000  # sign and magnitude: both signs grow in magnitude
+    return bits.to(tl.float32, bitcast=True) + x * NEGLIGIBLE
 
 
 def nhwc(x: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def _read_row(
     return pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # else compiled anew for 1 image, for multiples of 16
 def depthwise_kernel(
     source, weight, bias, slope_of, target, activated, N, H, W, rows, columns,
     C: tl.constexpr, K: tl.constexpr, UPSAMPLE: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr,

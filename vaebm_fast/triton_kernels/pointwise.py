@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vaebm_fast.triton_kernels.activation import activated, activation_slope, nhwc
+from vaebm_fast.triton_kernels.activation import activated, activation_slope, nhwc, round_to_tf32
 
 
 class Config(NamedTuple):
@@ -40,7 +40,7 @@ CONFIGS: dict[tuple[str, str], Config] = {
 GROUP = 8  # blocks of pixels whose programs run side by side, so that they share the weight in the L2 cache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "pixels"])  # else compiled anew for 1 image, for multiples of 16
 def pointwise_kernel(
     x, weight, bias, residual, slope_of, gate, shift, y, sums, images, pixels, outer, stride_outer, stride_inner,
     INNER: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,6 +78,8 @@ def pointwise_kernel(
             scale = tl.load(gate + image * INNER + a_inner, mask=a_inner < INNER, other=0.0).to(tl.float32)
             added = tl.load(shift + image * INNER + a_inner, mask=a_inner < INNER, other=0.0)
             a = (a.to(tl.float32) * scale + added).to(a.dtype)
+        if PRECISION == "tf32":
+            a, b = round_to_tf32(a), round_to_tf32(b)
         total = tl.dot(a, b, total, input_precision=PRECISION)
 
     inside = (pixel < pixels) & (n < outer)
@@ -103,10 +105,10 @@ def shape_class(M: int, inner: int, outer: int) -> str:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """float32 is multiplied as it is or as TF32: `torch.set_float32_matmul_precision` says."""
+    """float32 is multiplied as it is or as TF32: what torch's own products on CUDA do, however that was set."""
     if dtype != torch.float32:
         return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def config_of(x: Tensor, outer: int) -> Config:

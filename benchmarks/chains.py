@@ -1,0 +1,178 @@
+"""The chains that `sampling` times, each as a function that gives the seconds of some blocks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.captured import EAGER, GRAPH, launched_by
+from benchmarks.measure import synchronize
+from benchmarks.torch_compile import compiled
+from vaebm_fast import VAEBM
+from vaebm_fast.config import Potential, Sampling
+from vaebm_fast.frozen import FrozenVAEBM
+from vaebm_fast.langevin import LangevinSampler, to_uint8
+from vaebm_fast.models.layers import channels_last
+from vaebm_fast.sampling import SampleOptions, run_job
+
+BARE, COLD, JOB = "bare chain, frozen", "bare chain, frozen, capture included", "sampling job"
+
+
+@dataclass(frozen=True)
+class OtherPair:
+    """A chain model whose energy and gradient another computes; official potential, temperature 1."""
+
+    model: VAEBM | FrozenVAEBM
+    call: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """Of the model."""
+        return self.model.latent_shapes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of the model."""
+        return self.model.image_shape
+
+    def energy_and_grad(
+        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """By `call`; a chain keeps U of all steps, over which torch.compile's next replay would write."""
+        u, gradients = self.call(eps_z, eps_x)
+        return u.clone(), list(gradients)
+
+    def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor:
+        """By the model."""
+        return self.model.mean_image(eps_z, temperature)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of `blocks` blocks at a call, by what, in which precision, and how it is launched."""
+
+    call: Callable[[], float]
+    blocks: int
+    backend: str
+    dtype: str
+    launched: str
+
+
+@dataclass
+class Bench:
+    """What all candidates of a run share.
+
+    launched: how the frozen pair's chains are, once `bare` has tried it. whole_job_s: of each job so far.
+    """
+
+    device: torch.device
+    model: VAEBM
+    frozen: FrozenVAEBM
+    chain: Sampling
+    batch: int
+    blocks: int
+    options: SampleOptions
+    launched: str = EAGER
+    whole_job_s: list[float] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether chains are captured, and candidates are measured one after the other."""
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> str:
+        """The frozen pair's."""
+        return str(self.frozen.dtype).removeprefix("torch.")
+
+    def sampler(self) -> LangevinSampler:
+        """As a job has it."""
+        return LangevinSampler(self.frozen, **asdict(self.chain), device=self.device)
+
+    def bare(self) -> Timed:
+        """On a GPU with the capture behind it."""
+        sampler = self.sampler()
+        if self.on_gpu:
+            sampler.run(range(self.batch))
+            self.launched = launched_by(lambda: sampler.run(range(self.batch)), self.device)
+        return self._frozen(partial(time_of_chain, sampler, self.batch, self.blocks))
+
+    def cold(self) -> Timed:
+        """A sampler of its own each time, whose first block runs eagerly and whose second is captured."""
+        return self._frozen(lambda: time_of_chain(self.sampler(), self.batch, self.blocks))
+
+    def job(self) -> Timed:
+        """Each in a fresh folder."""
+
+        def call() -> float:
+            seconds, whole_s = time_of_job(self.options)
+            self.whole_job_s.append(whole_s)
+            return seconds
+
+        return self._frozen(call)
+
+    def _frozen(self, call: Callable[[], float]) -> Timed:
+        return Timed(call, self.blocks, self.frozen.backend, self.dtype, self.launched)
+
+    def plain(self, *, nhwc: bool) -> Timed:
+        """The plain modules, eagerly in float32."""
+        modules = channels_last(copy.deepcopy(self.model)) if nhwc else self.model
+        pair = OtherPair(modules, partial(official, modules))
+        return Timed(self._other(pair), self._other_blocks, "plain modules", "float32", EAGER)
+
+    def compiled(self) -> Timed:
+        """torch.compile, which brings CUDA graphs of its own."""
+        modules, noise = channels_last(copy.deepcopy(self.model)), self.sampler().start(range(self.batch))
+        call, compile_s = compiled(modules, *self.sampler().layout.split(noise), is_bf16=self.dtype == "bfloat16")
+        print(f"compiled in {compile_s:.0f} s", file=sys.stderr, flush=True)
+        pair = OtherPair(self.frozen if self.on_gpu else modules, call)
+        launched = GRAPH if self.on_gpu else EAGER
+        return Timed(self._other(pair), self._other_blocks, "torch.compile", self.dtype, launched)
+
+    @property
+    def _other_blocks(self) -> int:
+        return 1 if self.on_gpu else self.blocks
+
+    def _other(self, pair: OtherPair) -> Callable[[], float]:
+        """A chain of that pair, on a GPU after a step that warms up."""
+        settings = {**asdict(self.chain), "device": self.device, "capture": False}
+        if self.on_gpu:
+            LangevinSampler(pair, **{**settings, "steps": min(self.chain.steps, 1)}).run(range(self.batch))
+        return partial(time_of_chain, LangevinSampler(pair, **settings), self.batch, self._other_blocks)
+
+
+def official(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """U and its gradient by the plain modules."""
+    return model.energy_and_grad(eps_z, eps_x, "official")
+
+
+def time_of_chain(sampler: LangevinSampler, batch: int, blocks: int) -> float:
+    """Seconds of `blocks` blocks, their images as uint8 on the host."""
+    began = time.perf_counter()
+    for block in range(blocks):
+        to_uint8(sampler.run(range(block * batch, (block + 1) * batch)).images).cpu()
+    synchronize(sampler.device)
+    return time.perf_counter() - began
+
+
+def time_of_job(options: SampleOptions) -> tuple[float, float]:
+    """Seconds of the blocks of a job in a fresh folder until all is written, and of the whole job."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "samples")
+        began = time.perf_counter()
+        code = run_job(replace(options, out=out))
+        whole_s = time.perf_counter() - began
+        if code != 0:
+            raise KeyboardInterrupt
+        run = json.loads((out / "summary.json").read_text())["this_run"]
+    return float(run["seconds"]), whole_s

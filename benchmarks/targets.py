@@ -1,0 +1,173 @@
+"""Do the design's targets for a GPU hold? Computed from what `make gpu` measured, and from nothing else.
+
+    python -m benchmarks.targets [--results FOLDER]
+
+A table per GPU. A step is a row of `pair*_cuda.json`, a chain or the sampling job one of `chain_*_cuda.json`. What is
+asked of a batch of 16 or more is taken from the smallest such batch that was measured; of several frozen pairs the
+fastest counts. A ratio is of rows of one file, that is of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chains import BARE, COLD, JOB
+from benchmarks.environment import RESULTS
+from benchmarks.pair import COMPILED_BF16, PLAIN
+from benchmarks.report import Row
+
+Contents = Sequence[dict[str, Any]]  # of the result files of one GPU
+Find = Callable[[Contents], "Found | None"]
+
+SMALLEST_BATCH = 16
+# Milliseconds per image and step of celeba_256 in bfloat16. The design names an A100 and an H200; an H100, which has an
+# H200's cores and slower memory, is held to the same.
+STEP_MS = {"A100": 1.8, "H100": 0.6, "H200": 0.6}
+OVER_PLAIN, OVER_COMPILED, JOB_SHARE = 10.0, 2.0, 0.95
+
+
+@dataclass(frozen=True)
+class Found:
+    """A figure and the row that it is of."""
+
+    value: float
+    row: Row
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that is to be at most, or else at least, `bound`; `find` gives None where it was not measured."""
+
+    name: str
+    find: Find
+    bound: float
+    is_upper: bool = False
+    unit: str = ""
+
+    def line(self, contents: Contents) -> str:
+        """Of the table."""
+        asked, found = f"{'<=' if self.is_upper else '>='} {self.bound:g}{self.unit}", self.find(contents)
+        if found is None:
+            return f"| {self.name} | {asked} | not measured | not measured |"
+        holds = found.value <= self.bound if self.is_upper else found.value >= self.bound
+        ran = f"{found.row['candidate']}, {found.row['backend']}, N = {found.row['batch']}"
+        if str(found.row["launched"]).startswith("eager:"):
+            ran += ", not captured"
+        return f"| {self.name} | {asked} | {found.value:.3g}{self.unit} ({ran}) | {'yes' if holds else 'no'} |"
+
+
+def targets(gpu: str) -> list[Target]:
+    """All of them; for a GPU that STEP_MS does not name, none in milliseconds."""
+    step_ms = next((ms for name, ms in STEP_MS.items() if name in gpu), None)
+    asked: list[Target] = []
+    if step_ms is not None:
+        asked = [
+            Target("celeba_256, step, per image", _ms(_is_frozen_step), step_ms, is_upper=True, unit=" ms"),
+            Target("celeba_256, chain, per image and step", _ms(_is_bare), step_ms, is_upper=True, unit=" ms"),
+        ]
+    for preset in ("celeba_256", "celeba_64"):
+        for what, is_fast in (("step", _is_frozen_step), ("chain", _is_bare)):
+            over_plain, over_compiled = (_ratio(preset, is_fast, slow) for slow in (PLAIN, COMPILED_BF16))
+            asked += [
+                Target(f"{preset}, {what}, over the plain modules", over_plain, OVER_PLAIN, unit="x"),
+                Target(f"{preset}, {what}, over torch.compile", over_compiled, OVER_COMPILED, unit="x"),
+            ]
+        asked.append(Target(f"{preset}, sampling job over bare chain", _job_share(preset), JOB_SHARE, unit="x"))
+    return asked
+
+
+def _is_frozen_step(row: Row) -> bool:
+    """In bfloat16; eager ones beside captured ones too, whichever is faster."""
+    return str(row["candidate"]).startswith("frozen") and row.get("dtype") == "bfloat16"
+
+
+def _is_bare(row: Row) -> bool:
+    return row["candidate"] == BARE and row.get("dtype") == "bfloat16"
+
+
+def _seconds(row: Row) -> float:
+    """Per image and step, of a step's row or a chain's."""
+    if "images_per_second" in row:
+        return 1 / (row["images_per_second"] * row["steps"])
+    return float(row["median_s"] / row["batch"])
+
+
+def _rows(content: dict[str, Any], preset: str) -> list[Row]:
+    return [row for row in content["results"] if row.get("preset") == preset and row["batch"] >= SMALLEST_BATCH]
+
+
+def _best(rows: Iterable[Row]) -> Row | None:
+    """The fastest of the smallest batch."""
+    return min(rows, key=lambda row: (row["batch"], _seconds(row)), default=None)
+
+
+def _ms(is_fast: Callable[[Row], bool]) -> Find:
+    """Milliseconds per image and step of celeba_256."""
+
+    def find(contents: Contents) -> Found | None:
+        best = _best(row for content in contents for row in _rows(content, "celeba_256") if is_fast(row))
+        return None if best is None else Found(1e3 * _seconds(best), best)
+
+    return find
+
+
+def _ratio(preset: str, is_fast: Callable[[Row], bool], slow: str) -> Find:
+    """How much faster the fast row is than `slow` of the same batch and file; the smallest batch that has both."""
+
+    def find(contents: Contents) -> Found | None:
+        found = []
+        for content in contents:
+            rows = _rows(content, preset)
+            for base in (row for row in rows if row["candidate"] == slow):
+                best = _best(row for row in rows if is_fast(row) and row["batch"] == base["batch"])
+                if best is not None:
+                    found.append(Found(_seconds(base) / _seconds(best), best))
+        return min(found, key=lambda each: int(each.row["batch"]), default=None)
+
+    return find
+
+
+def _job_share(preset: str) -> Find:
+    """The job's rate over that of a bare chain that is captured anew, as the job's is."""
+
+    def find(contents: Contents) -> Found | None:
+        for content in contents:
+            rows = {row["candidate"]: row for row in _rows(content, preset)}
+            if {JOB, COLD} <= set(rows):
+                return Found(_seconds(rows[COLD]) / _seconds(rows[JOB]), rows[JOB])
+        return None
+
+    return find
+
+
+def verdict(results: Path) -> str:
+    """The tables for all GPUs that result files in the folder are of."""
+    paths = sorted([*results.glob("pair*_cuda.json"), *results.glob("chain_*_cuda.json")])
+    contents = [json.loads(path.read_text()) for path in paths]
+    tables = []
+    for gpu in sorted({content["environment"]["device"] for content in contents}):
+        own = [content for content in contents if content["environment"]["device"] == gpu]
+        lines = [
+            "| target | bound | measured | holds |",
+            "|---|---|---|---|",
+            *(target.line(own) for target in targets(gpu)),
+        ]
+        commits = ", ".join(sorted({content["environment"]["commit"] for content in own}))
+        tables.append(f"{gpu}, commit {commits}\n\n" + "\n".join(lines))
+    return "\n\n".join(tables) or f"{results} holds no pair*_cuda.json and no chain_*_cuda.json: nothing was measured."
+
+
+def main() -> None:
+    """Print the verdict."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    print(verdict(parser.parse_args().results))
+
+
+if __name__ == "__main__":
+    main()

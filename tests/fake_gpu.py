@@ -1,0 +1,49 @@
+"""A GPU without one: what is put on "cuda" stays on the CPU, graphs are tapes, and torch.cuda counts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from capturing import record
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from vaebm_fast import graphs
+
+CUDA = torch.device("cuda")
+Recorder = Callable[[graphs.Function, Sequence[Tensor]], graphs.Recording]
+
+
+class CudaIsCpu(TorchFunctionMode):
+    """Functions of torch that are asked for a CUDA tensor make one on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def moved(leaf: Any) -> Any:
+            return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == "cuda" else leaf
+
+        args, kwargs = tree_map(moved, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(name="gpu")
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graphs.Recording]]:
+    """Makes `CUDA` a device of this process; gives the recordings that were made."""
+    made: list[graphs.Recording] = []
+
+    def recording(function: graphs.Function, inputs: Sequence[Tensor]) -> graphs.Recording:
+        made.append(record(function, inputs))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "_is_capturable", lambda tensor: True)
+    monkeypatch.setattr(graphs, "_warm_up", lambda function, inputs: function(*inputs))
+    monkeypatch.setattr(graphs, "_record", recording)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    with CudaIsCpu():
+        yield made
