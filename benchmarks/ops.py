@@ -36,6 +36,7 @@ from vaebm_fast.ops.pointwise import pack_pointwise, pointwise, pointwise_backwa
 from vaebm_fast.ops.power_iteration import power_iteration
 from vaebm_fast.ops.residual_tail import residual_tail, residual_tail_backward
 from vaebm_fast.ops.se_gate_residual import se_gate_residual, se_gate_residual_backward
+from vaebm_fast.reference import Activation
 
 
 class Run(Protocol):
@@ -117,8 +118,8 @@ def _normal(device: torch.device, *size: int) -> Tensor:
     return tensor.to(memory_format=torch.channels_last) if len(size) == 4 else tensor
 
 
-def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False) -> list[Case]:
-    """Forward with bias and backward; with `swish` the input is activated, and read once more backward."""
+def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, activation: Activation = "none") -> list[Case]:
+    """Forward with bias and backward; an input that is activated is read once more backward."""
     x, y, weight = 4 * N * Cin * H * H, 4 * N * Cout * H * H, 4 * Cin * Cout
 
     def tensors(device: torch.device) -> tuple[Tensor, dict[str, Any], Tensor]:
@@ -129,18 +130,18 @@ def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False)
     def forward(device: torch.device) -> Run:
         given, packed, _ = tensors(device)
         bias = _normal(device, Cout)
-        return lambda *, backend: pointwise(given, packed[backend], bias, swish=swish, backend=backend)
+        return lambda *, backend: pointwise(given, packed[backend], bias, activation=activation, backend=backend)
 
     def backward(device: torch.device) -> Run:
         given, packed, dy = tensors(device)
-        activated = given if swish else None
-        return lambda *, backend: pointwise_backward(dy, packed[backend], activated, backend=backend)
+        x = None if activation == "none" else given
+        return lambda *, backend: pointwise_backward(dy, packed[backend], x, activation=activation, backend=backend)
 
-    shape = f"{N}x{Cin}x{H}x{H} to {Cout}{', swish' if swish else ''}"
+    shape = f"{N}x{Cin}x{H}x{H} to {Cout}{'' if activation == 'none' else f', {activation}'}"
     flops, tests = 2 * N * H * H * Cin * Cout, "tests/test_pointwise.py"
     return [
         Case("pointwise", shape, x + y + weight, flops, forward, tests),
-        Case("pointwise_backward", shape, (2 if swish else 1) * x + y + weight, flops, backward, tests),
+        Case("pointwise_backward", shape, (1 if activation == "none" else 2) * x + y + weight, flops, backward, tests),
     ]
 
 
@@ -197,15 +198,15 @@ def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> 
 
 
 def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
-    """With a skip, each way."""
+    """With a skip and a shift, each way."""
 
     def forward(device: torch.device) -> Run:
-        y, skip = (_normal(device, N, C, H, H) for _ in range(2))
-        return lambda *, backend: energy_epilogue(y, skip, 0.9, backend=backend)
+        (y, skip), shift = (_normal(device, N, C, H, H) for _ in range(2)), _normal(device, C)
+        return lambda *, backend: energy_epilogue(y, skip, 0.9, shift, backend=backend)
 
     def backward(device: torch.device) -> Run:
-        du, y, skip = (_normal(device, N, C, H, H) for _ in range(3))
-        return lambda *, backend: energy_epilogue_backward(du, y, skip, 0.9, backend=backend)
+        (du, y, skip), shift = (_normal(device, N, C, H, H) for _ in range(3)), _normal(device, C)
+        return lambda *, backend: energy_epilogue_backward(du, y, skip, 0.9, shift, backend=backend)
 
     shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_energy_epilogue.py"
     return [
@@ -215,17 +216,17 @@ def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
 
 
 def energy_head_cases(N: int, C: int, H: int) -> list[Case]:
-    """With a skip, each way."""
+    """With a skip and a shift, each way."""
 
     def forward(device: torch.device) -> Run:
         y, skip = (_normal(device, N, C, H, H) for _ in range(2))
-        weight, bias = _normal(device, C), _normal(device, 1)
-        return lambda *, backend: energy_head(y, skip, 0.9, weight, bias, backend=backend)
+        shift, weight, bias = _normal(device, C), _normal(device, C), _normal(device, 1)
+        return lambda *, backend: energy_head(y, skip, 0.9, shift, weight, bias, backend=backend)
 
     def backward(device: torch.device) -> Run:
         y, skip = (_normal(device, N, C, H, H) for _ in range(2))
-        denergy, weight = _normal(device, N), _normal(device, C)
-        return lambda *, backend: energy_head_backward(denergy, y, skip, 0.9, weight, backend=backend)
+        denergy, shift, weight = _normal(device, N), _normal(device, C), _normal(device, C)
+        return lambda *, backend: energy_head_backward(denergy, y, skip, 0.9, shift, weight, backend=backend)
 
     shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_energy_head.py"
     return [
@@ -327,11 +328,11 @@ def _table(one: int, four: int) -> tuple[Case, ...]:
     """All cases, with so many images where a CPU takes one, and where it takes four."""
     return (
         *pointwise_cases(one, 64, 384, 128),  # celeba_256: expand and project of its highest latents, of its lowest
-        *pointwise_cases(one, 384, 64, 128, swish=True),
+        *pointwise_cases(one, 384, 64, 128, activation="swish"),
         *pointwise_cases(one, 1024, 6144, 8),
-        *pointwise_cases(one, 6144, 1024, 8, swish=True),
+        *pointwise_cases(one, 6144, 1024, 8, activation="swish"),
         *pointwise_cases(four, 192, 1152, 16),  # celeba_64
-        *pointwise_cases(four, 1152, 192, 16, swish=True),
+        *pointwise_cases(four, 1152, 192, 16, activation="swish"),
         *bilinear_upsample_cases(one, 64, 64),  # celeba_256
         *energy_epilogue_cases(one, 64, 256),
         *energy_head_cases(one, 512, 4),

@@ -140,15 +140,21 @@ def _depthwise(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
-    """Each configuration of the table once forward, as a projection, and once backward, as its gradient."""
+    """Each configuration of the table once forward, as a projection, and once backward, as its gradient.
+
+    And the head of a prior, which has an ELU in front.
+    """
     new = partial(_empty, dtype)
+    x, y, weight = new(16, 64, 128, 128), new(16, 40, 128, 128), new(40, 64)
+    yield "pointwise 64->40 elu", partial(pointwise.pointwise, x, weight, weight.T, new(40), None, "elu")
+    yield "pointwise_backward 40->64 elu", partial(pointwise.pointwise_backward, y, weight.T, 64, x, "elu")
     for Cin, Cout, side in ((1536, 20, 32), (384, 64, 128), (768, 128, 64)):
         x, y, weight = new(16, Cin, side, side), new(16, Cout, side, side), new(Cout, Cin)
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             tf32 = " tf32" if precision == "high" else ""
-            forward = partial(pointwise.pointwise, x, weight, weight.T, new(Cout), y, True)
+            forward = partial(pointwise.pointwise, x, weight, weight.T, new(Cout), y, "swish")
             yield f"pointwise {Cin}->{Cout}{tf32}", partial(_with_precision, precision, forward)
-            backward = partial(pointwise.pointwise_backward, y, weight.T, Cin, x)
+            backward = partial(pointwise.pointwise_backward, y, weight.T, Cin, x, "swish")
             yield f"pointwise_backward {Cout}->{Cin}{tf32}", partial(_with_precision, precision, backward)
 
 
@@ -188,14 +194,15 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
     """Noise, and what is made of it before a network sees it, is float32 beside networks in bfloat16 too."""
     new, noise = partial(_empty, dtype), partial(_empty, torch.float32)
     y = new(16, 256, 64, 64)
-    yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0)
-    yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0)
+    yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0, new(256))
+    yield "energy_epilogue_backward", partial(energy_epilogue.energy_epilogue_backward, y, y, y, 1.0, new(256))
     low = new(16, 64, 64, 64)
     yield "bilinear_upsample", partial(bilinear_upsample.bilinear_upsample, low)
     yield "bilinear_upsample_backward", partial(bilinear_upsample.bilinear_upsample_backward, new(16, 64, 128, 128))
     last, linear = new(16, 512, 4, 4), noise(512)
-    yield "energy_head", partial(energy_head.energy_head, last, last, 0.9, linear, noise(1))
-    yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), last, last, 0.9, linear)
+    terms = last, last, 0.9, new(512)
+    yield "energy_head", partial(energy_head.energy_head, *terms, linear, noise(1))
+    yield "energy_head_backward", partial(energy_head.energy_head_backward, noise(16), *terms, linear)
     for C, side in ((1024, 8), (256, 64), (32, 256)):  # the widest gate, one of most cells, the most chunks
         s, w, hidden = new(16, C, side, side), new(max(C // 16, 4), C), new(16, max(C // 16, 4))
         forward = partial(se_gate_residual.se_gate_residual, s, s, w, hidden[0], w.T, w[0])

@@ -80,8 +80,9 @@ def _pointwise(a: Arguments) -> dict[str, float]:
     """
     x, y = a["x"], a["y"]
     flop = 2.0 * y.numel() * a["INNER"]
-    activations = x.numel() * triton.cdiv(y.shape[1], a["BLOCK_N"]) if a["ACTIVATE"] else 0
-    special = 2.0 * (activations + (y.numel() if a["slope_of"] is not None else 0))
+    reads = x.numel() * triton.cdiv(y.shape[1], a["BLOCK_N"])  # each activates x again; a slope is taken once
+    activations = y.numel() if a["slope_of"] is not None else reads
+    special = {"none": 0.0, "swish": 2.0, "elu": 1.0}[a["ACTIVATION"]] * activations
     if x.element_size() == 4 and a["PRECISION"] == "ieee":
         return {"fp32_flop": flop, "special": special}
     if x.element_size() == 2:

@@ -149,10 +149,10 @@ def pointwise_calls(key: tuple[str, str], device: torch.device) -> Calls:
     for Cin, Cout, side in PRODUCTS[shape_class]:
         assert pointwise.shape_class(BATCH * side * side, Cin, Cout) == shape_class, (Cin, Cout, side)
         x, weight, bias = new(BATCH, Cin, side, side), new(Cout, Cin), new(Cout)
-        forward = partial(pointwise.pointwise, x, weight, weight.T, bias, None, True)
+        forward = partial(pointwise.pointwise, x, weight, weight.T, bias, None, "swish")
         # the gradient of a layer from Cout to Cin channels is a product of these sizes too
         weight_t, activated = new(Cin, Cout).T, new(BATCH, Cout, side, side)
-        backward = partial(pointwise.pointwise_backward, x, weight_t, Cout, activated)
+        backward = partial(pointwise.pointwise_backward, x, weight_t, Cout, activated, "swish")
         calls += [partial(_with_precision, precision, call) for call in (forward, backward)]
     return calls
 

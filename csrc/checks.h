@@ -86,6 +86,14 @@ inline void check_tensor(const at::Tensor& x, const char* name, at::IntArrayRef 
                     ", where the others are.");
 }
 
+// What the energy network activates, y + shift + skip_scale skip, y [N, C, H, W].
+inline void check_energy_terms(const at::Tensor& y, const std::optional<at::Tensor>& skip,
+                               const std::optional<at::Tensor>& shift) {
+  check_image(y, "y");
+  if (skip) check_tensor(*skip, "skip", y.sizes(), y);
+  if (shift) check_tensor(*shift, "shift", {y.size(1)}, y);
+}
+
 inline void check_gate_weights(const at::Tensor& s, const at::Tensor& weight_in, const at::Tensor& weight_out) {
   TORCH_CHECK_VALUE(weight_in.dim() == 2, "weight_in must be [hidden, C]; it is ", weight_in.sizes(), ".");
   check_tensor(weight_in, "weight_in", {weight_in.size(0), s.size(1)}, s);

@@ -16,11 +16,12 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def("depthwise_swish_backward(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor");
 
   // x [N, Cin, H, W], weight and weight_t as pack_pointwise lays them out, bias [Cout], residual like the result
-  // -> [N, Cout, H, W]; channels_last float32
+  // -> [N, Cout, H, W]; channels_last float32; activation of x: none, swish or elu
   m.def(
-      "pointwise(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, bool swish) -> Tensor");
+      "pointwise(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, str activation) "
+      "-> Tensor");
   // dy in the shape of that output, x where it was activated -> the gradient for x [N, Cin, H, W]
-  m.def("pointwise_backward(Tensor dy, Tensor weight_t, int Cin, Tensor? x) -> Tensor");
+  m.def("pointwise_backward(Tensor dy, Tensor weight_t, int Cin, Tensor? x, str activation) -> Tensor");
 
   // x [N, C, H, W], expand_weight [hidden, C], depthwise_weight [5, 5, hidden], project_weight [C, hidden], bfloat16,
   // channels_last; on CUDA alone -> s like x, and for the backward h2 [N, hidden, H, W], [0] where not asked for
@@ -35,14 +36,16 @@ TORCH_LIBRARY(vaebm_fast, m) {
   // weight [B, M, K], u [B, M], v [B, K], float32 -> (u, v) after the iterations
   m.def("power_iteration(Tensor weight, Tensor u, Tensor v, int iterations, float eps) -> (Tensor, Tensor)");
 
-  // y, skip [N, C, H, W] -> swish(y + skip_scale skip); du -> the gradient for y
-  m.def("energy_epilogue(Tensor y, Tensor? skip, float skip_scale) -> Tensor");
-  m.def("energy_epilogue_backward(Tensor du, Tensor y, Tensor? skip, float skip_scale) -> Tensor");
+  // y, skip [N, C, H, W], shift [C] -> swish(y + shift + skip_scale skip); du -> the gradient for y
+  m.def("energy_epilogue(Tensor y, Tensor? skip, float skip_scale, Tensor? shift) -> Tensor");
+  m.def("energy_epilogue_backward(Tensor du, Tensor y, Tensor? skip, float skip_scale, Tensor? shift) -> Tensor");
 
-  // y, skip [N, C, H, W], weight [C], bias [1] -> energy [N]; denergy [N] -> the gradient for y
-  m.def("energy_head(Tensor y, Tensor? skip, float skip_scale, Tensor weight, Tensor bias) -> Tensor");
+  // y, skip, shift as above, weight [C], bias [1] -> energy [N]; denergy [N] -> the gradient for y
   m.def(
-      "energy_head_backward(Tensor denergy, Tensor y, Tensor? skip, float skip_scale, Tensor weight) -> Tensor");
+      "energy_head(Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "energy_head_backward(Tensor denergy, Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight) "
+      "-> Tensor");
 
   // s, skip [N, C, H, W], weights [hidden, C] [hidden] [C, hidden] [C] -> y, and for the backward hidden [N, hidden],
   // gate [N, C]; dy -> the gradient for s

@@ -102,7 +102,7 @@ def test_what_is_saved_is_what_the_parts_compute() -> None:
     h, skip, depthwise, depthwise_bias, project, project_bias, *gate_weights = tail(shape, torch.float32)
     results = OPS.residual_tail(h, skip, depthwise, depthwise_bias, project, project_bias, *gate_weights, False)
     h2 = reference.depthwise_swish(h, depthwise, depthwise_bias)
-    s = reference.pointwise(h2, project, project_bias, swish=True)
+    s = reference.pointwise(h2, project, project_bias, activation="swish")
     hidden = torch.relu(torch.nn.functional.linear(s.mean((2, 3)), *gate_weights[:2]))
     gate = torch.sigmoid(torch.nn.functional.linear(hidden, *gate_weights[2:]))
     for result, expected in zip(results[1:], (h2, s, hidden, gate), strict=True):

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.rounding import round_to_tf32
 from vaebm_fast import reference
+from vaebm_fast.reference import Activation
 from vaebm_fast.triton_kernels import activation
 from vaebm_fast.triton_kernels import pointwise as pointwise_kernels
 from vaebm_fast.triton_kernels import residual_tail as tail_kernels
@@ -104,20 +106,21 @@ def check(kind: str, found: Tensor, twin: Callable[[Callable[[Tensor], Tensor]],
         assert 2.0**-13 < exact < 2.0**-11
 
 
-@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize("name", get_args(Activation))
 @pytest.mark.parametrize("shape_class", ["narrow", "small", "large"])
 def test_a_product_is_that_of_rounded_operands(
-    shape_class: str, activated: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+    shape_class: str, name: Activation, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several ragged blocks of everything in every configuration."""
     monkeypatch.setattr(pointwise_kernels, "shape_class", lambda *sizes: shape_class)
     x, weight, bias, residual = normal(1, 70, 12, 13), normal(130, 70), normal(130), normal(1, 130, 12, 13)
-    y = OPS.pointwise(x, weight, weight.T, bias, residual, activated)
-    dx = OPS.pointwise_backward(residual, weight.T, 70, x if activated else None)
+    y = OPS.pointwise(x, weight, weight.T, bias, residual, name)
+    dx = OPS.pointwise_backward(residual, weight.T, 70, None if name == "none" else x, name)
     x, weight, bias, residual = x.double(), weight.double(), bias.double(), residual.double()
-    read, slope = (F.silu(x), x) if activated else (x, None)
+    read, slope = {"none": (x, None), "swish": (F.silu(x), x), "elu": (F.elu(x), x)}[name]
+    backward = partial(reference.pointwise_backward, activation=name)
     check(kind, y, lambda operand: reference.pointwise(operand(read), operand(weight), bias, residual))
-    check(kind, dx, lambda operand: reference.pointwise_backward(operand(residual), operand(weight), slope))
+    check(kind, dx, lambda operand: backward(operand(residual), operand(weight), slope))
 
 
 @pytest.mark.parametrize("stores", [False, True])
@@ -142,7 +145,7 @@ def test_a_gated_gradient_is_rounded_behind_its_gate(shape: tuple[Any, ...], kin
     ds = reference.se_gate_residual_backward(dy, s, hidden, gate, first, second)
 
     def twin(operand: Callable[[Tensor], Tensor]) -> Tensor:
-        dh2 = reference.pointwise_backward(operand(ds), operand(project), h2)
+        dh2 = reference.pointwise_backward(operand(ds), operand(project), h2, activation="swish")
         return reference.depthwise_swish_backward(dh2, h, depthwise, upsample=False)
 
     check(kind, dh, twin)
@@ -155,7 +158,7 @@ def test_what_is_not_finite_shows_in_the_product(bits: int, kind: str) -> None:
     x, weight = normal(1, 20, 3, 3), normal(5, 20)
     in_x, in_weight = x.clone(), weight.clone()
     in_x[0, 7, 1, 2], in_weight[3, 7] = value, value
-    of_x = OPS.pointwise(in_x, weight, weight.T, None, None, False).isfinite()
+    of_x = OPS.pointwise(in_x, weight, weight.T, None, None, "none").isfinite()
     assert not of_x[0, :, 1, 2].any() and of_x.sum() == 5 * 8
-    of_weight = OPS.pointwise(x, in_weight, in_weight.T, None, None, False).isfinite()
+    of_weight = OPS.pointwise(x, in_weight, in_weight.T, None, None, "none").isfinite()
     assert not of_weight[0, 3].any() and of_weight.sum() == 4 * 9

@@ -7,7 +7,7 @@ read or write lies between bands of NaN: a read outside spoils a result, a write
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_back
 from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
 from vaebm_fast.ops.pointwise import pack_pointwise, pointwise, pointwise_backward
 from vaebm_fast.ops.se_gate_residual import se_gate_residual, se_gate_residual_backward
+from vaebm_fast.reference import Activation
 from vaebm_fast.triton_kernels import pointwise as pointwise_kernels
 from vaebm_fast.triton_kernels import se_gate_residual as gate_kernels
 
@@ -152,9 +153,21 @@ def check_depthwise(shape: tuple[int, ...], upsample: bool, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 17, 33, 7, 9)], ids=str)
-@pytest.mark.parametrize("swish", [False, True])
-def test_pointwise(shape: tuple[int, ...], swish: bool) -> None:
-    check_pointwise(shape, swish, torch.float32)
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_pointwise(shape: tuple[int, ...], activation: Activation) -> None:
+    check_pointwise(shape, activation, torch.float32)
+
+
+def test_pointwise_in_half_precision_behind_an_elu() -> None:
+    check_pointwise((1, 40, 20, 5, 7), "elu", torch.float16)
+
+
+def test_elu_is_accurate_near_zero() -> None:
+    """One channel and a weight of 1: nothing but the activation, in units of its own size."""
+    x = torch.cat((-torch.logspace(-30, 1, 2001), torch.tensor([0.0, 1.0, -100.0]))).reshape(1, 1, -1, 1)
+    y = pointwise(x, pack_pointwise(torch.ones(1, 1), "triton"), activation="elu", backend="triton")
+    exact = torch.nn.functional.elu(x.double())
+    assert ((y - exact).abs() <= 2.0**-20 * exact.abs()).all()
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
@@ -164,24 +177,26 @@ def test_every_configuration_of_pointwise(
 ) -> None:
     """Several ragged blocks of everything; those of TF32 are in interpreted_tf32.py."""
     monkeypatch.setattr(pointwise_kernels, "shape_class", lambda *sizes: shape_class)
-    check_pointwise((1, 70, 130, 12, 13), True, dtype)
+    check_pointwise((1, 70, 130, 12, 13), "swish", dtype)
 
 
-def check_pointwise(shape: tuple[int, ...], swish: bool, dtype: torch.dtype) -> None:
+def check_pointwise(shape: tuple[int, ...], activation: Activation, dtype: torch.dtype) -> None:
     N, Cin, Cout, H, W = shape
     x, residual, dy = (normal(N, C, H, W, dtype=dtype) for C in (Cin, Cout, Cout))
     weight, bias = normal(Cout, Cin, dtype=dtype, scale=Cin**-0.5), normal(Cout, dtype=dtype)
 
     def forward(x: Tensor, weight: Tensor, *addends: Tensor) -> Tensor:
-        return pointwise(x, pack_pointwise(weight, "triton"), *addends, swish=swish, backend="triton")
+        return pointwise(x, pack_pointwise(weight, "triton"), *addends, activation=activation, backend="triton")
 
     def backward(dy: Tensor, weight: Tensor, x: Tensor | None) -> Tensor:
-        return pointwise_backward(dy, pack_pointwise(weight, "triton"), x, backend="triton")
+        packed = pack_pointwise(weight, "triton")
+        return pointwise_backward(dy, packed, x, activation=activation, backend="triton")
 
-    twin = with_options(reference.pointwise, swish=swish)
+    twins = reference.pointwise, reference.pointwise_backward
+    twin, twin_backward = (with_options(twin, activation=activation) for twin in twins)
     assert_accurate(forward, twin, x, weight)
     assert_accurate(forward, twin, x, weight, bias, residual)
-    assert_accurate(backward, reference.pointwise_backward, dy, weight, x if swish else None)
+    assert_accurate(backward, twin_backward, dy, weight, None if activation == "none" else x)
 
 
 def test_pointwise_takes_blocks_that_fit_the_shape() -> None:
@@ -216,7 +231,8 @@ IMAGES = [(1, 1, 1, 1), (2, 17, 7, 9), (2, 70, 5, 8)]
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
 def test_energy_epilogue(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     y, skip, du = (normal(*shape, dtype=dtype, scale=3) for _ in range(3))
-    for addends in ((), (skip, 0.7)):
+    shift = normal(shape[1], dtype=dtype, scale=3)
+    for addends in ((), (skip, 0.7), (None, 1.0, shift), (skip, 0.7, shift)):
         assert_accurate(on_triton(energy_epilogue), reference.energy_epilogue, y, *addends)
         backward = on_triton(energy_epilogue_backward)
         assert_accurate(backward, reference.energy_epilogue_backward, du, y, *addends)
@@ -228,11 +244,11 @@ def test_energy_head(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The linear layer and the energy in float32."""
     N, C, _, _ = shape
     y, skip = (normal(*shape, dtype=dtype, scale=3) for _ in range(2))
-    weight, bias, denergy = normal(C), normal(1), normal(N)
-    for addend, scale in ((None, 1.0), (skip, 0.7)):
-        assert_accurate(on_triton(energy_head), reference.energy_head, y, addend, scale, weight, bias)
+    shift, weight, bias, denergy = normal(C, dtype=dtype, scale=3), normal(C), normal(1), normal(N)
+    for addends in ((None, 1.0, None), (skip, 0.7, None), (None, 1.0, shift), (skip, 0.7, shift)):
+        assert_accurate(on_triton(energy_head), reference.energy_head, y, *addends, weight, bias)
         backward = on_triton(energy_head_backward)
-        assert_accurate(backward, reference.energy_head_backward, denergy, y, addend, scale, weight)
+        assert_accurate(backward, reference.energy_head_backward, denergy, y, *addends, weight)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
@@ -303,10 +319,10 @@ def calls() -> dict[str, tuple[Any, ...]]:
     tail = normal(3, 3, 5), normal(5), weight, normal(6), normal(3, 6), normal(3), normal(6, 3), normal(6)
     return {
         "depthwise_swish": (x, normal(3, 3, 5), normal(5), True),
-        "pointwise": (x, weight, weight.T, normal(6), normal(2, 6, 3, 4), True),
+        "pointwise": (x, weight, weight.T, normal(6), normal(2, 6, 3, 4), "elu"),
         "bilinear_upsample": (x,),
-        "energy_epilogue": (x, normal(2, 5, 3, 4), 0.5),
-        "energy_head": (x, normal(2, 5, 3, 4), 0.5, normal(5), normal(1)),
+        "energy_epilogue": (x, normal(2, 5, 3, 4), 0.5, normal(5)),
+        "energy_head": (x, normal(2, 5, 3, 4), 0.5, normal(5), normal(5), normal(1)),
         "se_gate_residual": (x, normal(2, 5, 3, 4), *gate),
         "gaussian_latent": (normal(2, 10, 3, 4), x, 0.7, True),
         "pixel_head": (normal(2, 10, 3, 4), x, True),
@@ -320,8 +336,8 @@ def backward_arguments(name: str, arguments: tuple[Any, ...], outputs: Any) -> t
         h, weight, _, upsample = arguments
         return torch.ones_like(outputs), h, weight, upsample
     if name == "pointwise":
-        x, _, weight_t, *_ = arguments
-        return torch.ones_like(outputs), weight_t, x.shape[1], x
+        x, _, weight_t, *_, activation = arguments
+        return torch.ones_like(outputs), weight_t, x.shape[1], x, activation
     if name == "bilinear_upsample":
         return (torch.ones_like(outputs),)
     if name == "energy_epilogue":

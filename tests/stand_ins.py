@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from vaebm_fast import reference
 from vaebm_fast.ops import _backend
+from vaebm_fast.reference import Activation
 
 NAMESPACES = ("vaebm_fast", "vaebm_triton")
 
@@ -58,13 +59,13 @@ def _rounded(result: Tensor, like: Tensor) -> Tensor:
 
 
 def _pointwise(
-    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
+    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
 ) -> Tensor:
-    return reference.pointwise(x, weight, bias, residual, swish=swish)
+    return reference.pointwise(x, weight, bias, residual, activation=activation)
 
 
-def _pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
-    return reference.pointwise_backward(dy, weight_t.T, x)
+def _pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None, activation: Activation) -> Tensor:
+    return reference.pointwise_backward(dy, weight_t.T, x, activation=activation)
 
 
 def inverted_residual(x: Tensor, *weights_and_with_h2: Any) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def _residual_tail(
     weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor, upsample: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     h2 = reference.depthwise_swish(h, depthwise, depthwise_bias, upsample=upsample)
-    s = reference.pointwise(h2, project, project_bias, swish=True)
+    s = reference.pointwise(h2, project, project_bias, activation="swish")
     hidden = F.relu(F.linear(s.mean((2, 3)), weight_in, bias_in))
     gate = torch.sigmoid(F.linear(hidden, weight_out, bias_out))
     return skip + gate[:, :, None, None] * s, h2, s, hidden, gate

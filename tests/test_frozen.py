@@ -7,6 +7,7 @@ results are held against the plain modules in float64, because the plain modules
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -213,3 +214,26 @@ def test_compiled_and_reference_pairs_agree(arch: str) -> None:
     torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=1e-3)
     for gradient, reference in zip(gradients, expected, strict=True):
         assert relative_error(gradient, reference) < 1e-5
+
+
+class PassesBesideKernels(TorchDispatchMode):
+    """Counts what a compiled pair leaves to passes of their own on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default and args[2] is not None:
+            self.counts["bias"] += 1
+        if func in (torch.ops.aten.elu.default, torch.ops.aten.elu_backward.default):
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not _extension.is_available(), reason="the compiled part is not built")
+def test_biases_and_elus_are_passes_of_their_own_at_the_image_s_head_alone() -> None:
+    frozen = tiny().freeze(backend="cpu")
+    with PassesBesideKernels() as passes:
+        frozen.energy_and_grad(*noise_of(frozen), "official")
+    assert passes.counts == {"bias": 1, "aten::elu": 1, "aten::elu_backward": 1}

@@ -36,7 +36,7 @@ CASES = (
     *ops.depthwise_cases(1, 70, 5, K=3),
     *ops.depthwise_cases(2, 33, 6, upsample=True),
     *ops.pointwise_cases(2, 20, 33, 7),
-    *ops.pointwise_cases(1, 130, 70, 12, swish=True),
+    *ops.pointwise_cases(1, 130, 70, 12, activation="swish"),
     *ops.bilinear_upsample_cases(2, 35, 9),
     *ops.energy_epilogue_cases(2, 17, 9),
     *ops.energy_head_cases(2, 17, 9),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from kernels import (
     assert_same_bits_for_any_number_of_threads,
     nhwc,
     strided,
+    ulps,
 )
 from torch import Tensor
 
 from vaebm_fast import reference
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise, pointwise_backward
+from vaebm_fast.reference import Activation
 
 # N, Cin, Cout, H, W: one number; ragged panels and rows; one, two, three and four panels; channels of several packed
 # depths; rows of several tiles; a cell of a model
@@ -33,6 +36,7 @@ SHAPES = [
     (3, 16, 100, 8, 9),
     (1, 96, 576, 16, 16),
 ]
+ACTIVATIONS = pytest.mark.parametrize("activation", get_args(Activation))
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -43,44 +47,51 @@ def tensors(shape: tuple[int, ...]) -> Case:
     return nhwc(N, Cin, H, W, scale=3), torch.randn(Cout, Cin), torch.randn(Cout), nhwc(*like_y), nhwc(*like_y)
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool) -> Tensor:
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation) -> Tensor:
     """The layers as a model writes them."""
-    y = F.conv2d(F.silu(x) if swish else x, weight[:, :, None, None], bias)
+    x = {"none": lambda x: x, "swish": F.silu, "elu": F.elu}[activation](x)
+    y = F.conv2d(x, weight[:, :, None, None], bias)
     return y if residual is None else y + residual
 
 
-def plain_backward(dy: Tensor, x: Tensor, weight: Tensor, swish: bool) -> Tensor:
+def activated(x: Tensor, activation: Activation) -> Tensor | None:
+    """What the backward wants to see of x."""
+    return None if activation == "none" else x
+
+
+def plain_backward(dy: Tensor, x: Tensor, weight: Tensor, activation: Activation) -> Tensor:
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(plain(x, weight, None, None, swish), x, dy)[0]
+    return torch.autograd.grad(plain(x, weight, None, None, activation), x, dy)[0]
 
 
-@pytest.mark.parametrize("swish", [False, True])
-def test_twin_equals_the_layers_of_a_model_and_passes_gradcheck(swish: bool) -> None:
+@ACTIVATIONS
+def test_twin_equals_the_layers_of_a_model_and_passes_gradcheck(activation: Activation) -> None:
     x, weight, bias, residual, dy = (t.double() for t in tensors((2, 5, 3, 2, 4)))
-    y = reference.pointwise(x, weight, bias, residual, swish=swish)
-    torch.testing.assert_close(y, plain(x, weight, bias, residual, swish))
-    dx = reference.pointwise_backward(dy, weight, x if swish else None)
-    torch.testing.assert_close(dx, plain_backward(dy, x, weight, swish))
+    y = reference.pointwise(x, weight, bias, residual, activation=activation)
+    torch.testing.assert_close(y, plain(x, weight, bias, residual, activation))
+    dx = reference.pointwise_backward(dy, weight, activated(x, activation), activation=activation)
+    torch.testing.assert_close(dx, plain_backward(dy, x, weight, activation))
     inputs = (x.requires_grad_(), residual.requires_grad_())
-    assert torch.autograd.gradcheck(lambda x, r: reference.pointwise(x, weight, bias, r, swish=swish), inputs)
+    twin = partial(reference.pointwise, activation=activation)
+    assert torch.autograd.gradcheck(lambda x, r: twin(x, weight, bias, r), inputs)
 
 
-@pytest.mark.parametrize("swish", [False, True])
+@ACTIVATIONS
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_kernels_are_as_accurate_as_plain_pytorch(
-    shape: tuple[int, ...], swish: bool, compiled: None, poisoned_memory: None
+    shape: tuple[int, ...], activation: Activation, compiled: None, poisoned_memory: None
 ) -> None:
     x, weight, bias, residual, dy = case = tensors(shape)
     packed = pack_pointwise(weight, "cpu")
     truth = [t.double() for t in case]
     for b, r in ((bias, residual), (bias, None), (None, None)):
-        y = pointwise(x, packed, b, r, swish=swish)
+        y = pointwise(x, packed, b, r, activation=activation)
         wide = [None if t is None else t.double() for t in (b, r)]
-        assert_as_accurate(y, plain(x, weight, b, r, swish), plain(truth[0], truth[1], *wide, swish))
+        assert_as_accurate(y, plain(x, weight, b, r, activation), plain(truth[0], truth[1], *wide, activation))
         assert y.is_contiguous(memory_format=torch.channels_last)
-    dx = pointwise_backward(dy, packed, x if swish else None)
-    exact = plain_backward(truth[4], truth[0], truth[1], swish)
-    assert_as_accurate(dx, plain_backward(dy, x, weight, swish), exact)
+    dx = pointwise_backward(dy, packed, activated(x, activation), activation=activation)
+    exact = plain_backward(truth[4], truth[0], truth[1], activation)
+    assert_as_accurate(dx, plain_backward(dy, x, weight, activation), exact)
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -94,55 +105,73 @@ def test_kernels_take_empty_tensors(shape: tuple[int, ...], compiled: None, pois
     assert torch.equal(pointwise_backward(dy, packed), torch.zeros_like(x))
 
 
-def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_batch(compiled: None) -> None:
+@pytest.mark.parametrize("activation", ["swish", "elu"])
+def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_batch(
+    activation: Activation, compiled: None
+) -> None:
     x, weight, bias, residual, dy = tensors((3, 37, 131, 9, 8))
     packed = pack_pointwise(weight, "cpu")
+    forward, backward = (partial(run, activation=activation) for run in (pointwise, pointwise_backward))
+    assert_same_bits_for_any_number_of_threads(lambda: [forward(x, packed, bias, residual), backward(dy, packed, x)])
+    y, dx = forward(x, packed, bias, residual), backward(dy, packed, x)
+    assert torch.equal(forward(x[1:2], packed, bias, residual[1:2]), y[1:2])
+    assert torch.equal(backward(dy[1:2], packed, x[1:2]), dx[1:2])
 
-    def run() -> list[Tensor]:
-        return [pointwise(x, packed, bias, residual, swish=True), pointwise_backward(dy, packed, x)]
 
-    assert_same_bits_for_any_number_of_threads(run)
-    y, dx = run()
-    assert torch.equal(pointwise(x[1:2], packed, bias, residual[1:2], swish=True), y[1:2])
-    assert torch.equal(pointwise_backward(dy[1:2], packed, x[1:2]), dx[1:2])
+def test_kernels_give_elu_and_its_slope_within_few_ulp_and_keep_nan(compiled: None) -> None:
+    """One channel and a weight of 1: nothing but the activation. Near 0, too, where exp(x) - 1 would cancel."""
+    one = pack_pointwise(torch.ones(1, 1), "cpu")
+    small = torch.logspace(-30, 0, 20_001)
+    x = torch.cat((torch.linspace(-80, 80, 100_001), small, -small)).reshape(1, 1, -1, 1)
+    assert ulps(pointwise(x, one, activation="elu"), torch.expm1(x.double()).where(x < 0, x.double())).max() <= 3
+    slope = pointwise_backward(torch.ones_like(x), one, x, activation="elu")
+    assert ulps(slope, x.double().clamp(max=0).exp()).max() <= 3
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, -1e3, 0.0]).reshape(1, 1, -1, 1)
+    y = pointwise(x, one, activation="elu").flatten()
+    assert y[0].isnan() and y[1:].tolist() == [torch.inf, -1, -1, 0]
+    slope = pointwise_backward(torch.ones_like(x), one, x, activation="elu").flatten()
+    assert slope[0].isnan() and slope[1] == 1 and (slope[2:4] < 1e-33).all() and slope[4] == 1
 
 
 def test_kernels_read_any_strides(compiled: None) -> None:
     x, weight, bias, residual, dy = tensors((2, 10, 20, 3, 4))
     packed = pack_pointwise(weight, "cpu")
-    expected = pointwise(x, packed, bias, residual, swish=True)
+    forward, backward = (partial(run, activation="elu") for run in (pointwise, pointwise_backward))
+    expected, expected_dx = forward(x, packed, bias, residual), backward(dy, packed, x)
     for change in (Tensor.contiguous, strided):
-        assert torch.equal(pointwise(change(x), packed, bias, change(residual), swish=True), expected)
-        expected_dx = pointwise_backward(dy, packed, x)
-        assert torch.equal(pointwise_backward(change(dy), packed, change(x)), expected_dx)
+        assert torch.equal(forward(change(x), packed, bias, change(residual)), expected)
+        assert torch.equal(backward(change(dy), packed, change(x)), expected_dx)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("swish", [False, True])
-def test_gradient_of_the_op_is_its_backward(backend: Any, swish: bool, compiled: None) -> None:
+@ACTIVATIONS
+def test_gradient_of_the_op_is_its_backward(backend: Any, activation: Activation, compiled: None) -> None:
     x, weight, bias, residual, dy = tensors((2, 6, 19, 3, 4))
     packed = pack_pointwise(weight, backend)
     x.requires_grad_(), residual.requires_grad_()
-    y = pointwise(x, packed, bias, residual, swish=swish, backend=backend)
+    y = pointwise(x, packed, bias, residual, activation=activation, backend=backend)
     dx, dresidual = torch.autograd.grad(y, (x, residual), dy)
-    torch.testing.assert_close(dx, pointwise_backward(dy, packed, x.detach() if swish else None, backend=backend))
+    given = activated(x.detach(), activation)
+    torch.testing.assert_close(dx, pointwise_backward(dy, packed, given, activation=activation, backend=backend))
     assert torch.equal(dresidual, dy)
 
 
-@pytest.mark.parametrize("swish", [False, True])
-def test_cpp_ops_pass_opcheck(swish: bool, compiled: None) -> None:
+@ACTIVATIONS
+def test_cpp_ops_pass_opcheck(activation: Activation, compiled: None) -> None:
     x, weight, bias, residual, dy = tensors((2, 5, 18, 4, 6))
     forward, backward = pack_pointwise(weight, "cpu")
     ops = torch.ops.vaebm_fast
     for r in (residual.requires_grad_(), None):
-        torch.library.opcheck(ops.pointwise.default, (x.clone().requires_grad_(), forward, backward, bias, r, swish))
-    torch.library.opcheck(ops.pointwise_backward.default, (dy, backward, 5, x if swish else None))
+        given = x.clone().requires_grad_(), forward, backward, bias, r, activation
+        torch.library.opcheck(ops.pointwise.default, given)
+    torch.library.opcheck(ops.pointwise_backward.default, (dy, backward, 5, activated(x, activation), activation))
 
 
 def test_a_second_derivative_is_refused(compiled: None) -> None:
     x, weight, *_, dy = tensors((1, 2, 3, 3, 3))
     x.requires_grad_()
-    (dx,) = torch.autograd.grad(pointwise(x, pack_pointwise(weight, "cpu"), swish=True), x, dy, create_graph=True)
+    y = pointwise(x, pack_pointwise(weight, "cpu"), activation="elu")
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="pointwise is differentiable once"):
         torch.autograd.grad(dx.square().sum(), x)
 
@@ -201,14 +230,15 @@ def test_cpu_refuses_float64_and_the_reference_takes_it(compiled: None) -> None:
         ({"bias": torch.zeros(5)}, r"bias must be .*\[6\]; it is .*\[5\]"),
         ({"bias": torch.zeros(6).double()}, "bias "),
         ({"residual": torch.zeros(2, 6, 3, 4)}, "residual must be .*"),
+        ({"activation": "relu"}, "activation is 'relu'; it must be none, swish or elu"),
     ],
 )
-def test_bad_arguments_are_refused_in_python_and_in_cpp(change: dict[str, Tensor], sentence: str) -> None:
+def test_bad_arguments_are_refused_in_python_and_in_cpp(change: dict[str, Any], sentence: str) -> None:
     packed = pack_pointwise(torch.zeros(6, 4), "cpu")
-    given: dict[str, Any] = {"x": torch.zeros(2, 4, 3, 3), "bias": torch.zeros(6), "residual": None} | change
+    given = {"x": torch.zeros(2, 4, 3, 3), "bias": torch.zeros(6), "residual": None, "activation": "none"} | change
 
     def op(**given: Any) -> Tensor:
-        y: Tensor = torch.ops.vaebm_fast.pointwise(weight=packed[0], weight_t=packed[1], swish=False, **given)
+        y: Tensor = torch.ops.vaebm_fast.pointwise(weight=packed[0], weight_t=packed[1], **given)
         return y
 
     assert_refused(lambda **given: pointwise(weight=packed, **given), op, given, sentence)
@@ -219,12 +249,15 @@ def test_bad_arguments_are_refused_in_python_and_in_cpp(change: dict[str, Tensor
     [
         ({"dy": torch.zeros(2, 4, 4)}, r"dy must be float.*\[N, C, H, W\]"),
         ({"dy": torch.zeros(2, 5, 3, 3)}, "weight"),
-        ({"x": torch.zeros(2, 4, 3, 4)}, r"x must be .*; it is .*\[2, 4, 3, 4\]"),
+        ({"x": torch.zeros(2, 4, 3, 4), "activation": "elu"}, r"x must be .*; it is .*\[2, 4, 3, 4\]"),
+        ({"activation": "relu"}, "activation is 'relu'; it must be none, swish or elu"),
+        ({"activation": "elu"}, "activation is 'elu' and x is not given; x is what was activated"),
+        ({"x": torch.zeros(2, 4, 3, 3)}, "activation is 'none' and x is given; x is what was activated"),
     ],
 )
-def test_bad_arguments_of_the_backward_are_refused(change: dict[str, Tensor], sentence: str) -> None:
+def test_bad_arguments_of_the_backward_are_refused(change: dict[str, Any], sentence: str) -> None:
     packed = pack_pointwise(torch.zeros(6, 4), "cpu")
-    given: dict[str, Any] = {"dy": torch.zeros(2, 6, 3, 3), "x": None} | change
+    given: dict[str, Any] = {"dy": torch.zeros(2, 6, 3, 3), "x": None, "activation": "none"} | change
 
     def op(**given: Any) -> Tensor:
         dx: Tensor = torch.ops.vaebm_fast.pointwise_backward(weight_t=packed[1], Cin=4, **given)

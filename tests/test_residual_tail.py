@@ -35,7 +35,7 @@ def saved(given: dict[str, Tensor], upsample: bool) -> tuple[Tensor, Tensor, Ten
     h2 = depthwise_swish(
         given["h"], given["depthwise_weight"], given["depthwise_bias"], upsample=upsample, backend="reference"
     )
-    s = reference.pointwise(h2, given["project_weight"], given["project_bias"], swish=True)
+    s = reference.pointwise(h2, given["project_weight"], given["project_bias"], activation="swish")
     hidden = torch.relu(s.mean((2, 3)) @ given["weight_in"].T + given["bias_in"])
     return h2, s, hidden, torch.sigmoid(hidden @ given["weight_out"].T + given["bias_out"])
 

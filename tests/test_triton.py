@@ -102,11 +102,11 @@ def test_batches_of_any_size_run_the_same_compiled_kernels(monkeypatch: pytest.M
         h, y = new(N, 32, 9, 9), new(N, 48, 9, 9)
         with triton_aot.recorded_launches() as launches:
             depthwise_swish.depthwise_swish(h, *weights[:2], True)
-            pointwise.pointwise(h, weights[2], weights[2].T, weights[3], y, True)
-            pointwise.pointwise_backward(y, weights[2].T, 32, h)
+            pointwise.pointwise(h, weights[2], weights[2].T, weights[3], y, "swish")
+            pointwise.pointwise_backward(y, weights[2].T, 32, h, "swish")
             residual_tail.residual_tail(h, y, *weights, False)
             residual_tail.residual_tail_backward(y, h, h, y, new(N, 4), new(N, 48), *weights[::2], False)
-            energy_epilogue.energy_epilogue(y, y, 1.0)
+            energy_epilogue.energy_epilogue(y, y, 1.0, weights[3])
         sources = [triton_aot.specialised(launch, GPUTarget("cuda", 90, 32))[0] for launch in launches]
         hashes.append([source.hash() for source in sources])
     assert len(hashes[0]) == 12 and hashes[0] == hashes[1] == hashes[2]

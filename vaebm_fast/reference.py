@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Activation = Literal["none", "swish", "elu"]
 
 _MASK = 0xFFFFFFFF
 _SIGMA_MIN = 1e-2
@@ -67,25 +69,41 @@ def depthwise_swish_backward(dy: Tensor, h: Tensor, weight: Tensor, *, upsample:
     ds = F.conv2d(dy, flipped, padding=weight.shape[0] // 2, groups=h.shape[1])
     if upsample:
         ds = F.avg_pool2d(ds, 2) * 4
-    sigmoid = torch.sigmoid(h)
-    return ds * (sigmoid * (1 + h * (1 - sigmoid)))
+    return ds * _swish_slope(h)
+
+
+def _swish_slope(x: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
+
+
+def _activated(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "none":
+        return x
+    return F.silu(x) if activation == "swish" else F.elu(x)
 
 
 def pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, swish: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: Activation = "none",
 ) -> Tensor:
     """1x1 convolution, weight [Cout, Cin]; see `vaebm_fast.ops.pointwise.pointwise`."""
-    y = F.conv2d(F.silu(x) if swish else x, weight[:, :, None, None], bias)
+    y = F.conv2d(_activated(x, activation), weight[:, :, None, None], bias)
     return y if residual is None else y + residual
 
 
-def pointwise_backward(dy: Tensor, weight: Tensor, x: Tensor | None = None) -> Tensor:
+def pointwise_backward(
+    dy: Tensor, weight: Tensor, x: Tensor | None = None, *, activation: Activation = "none"
+) -> Tensor:
     """Its gradient for the input; see `vaebm_fast.ops.pointwise.pointwise_backward`."""
     dx = F.conv2d(dy, weight.T[:, :, None, None])
-    if x is None:
+    if x is None or activation == "none":
         return dx
-    sigmoid = torch.sigmoid(x)
-    return dx * (sigmoid * (1 + x * (1 - sigmoid)))
+    return dx * (_swish_slope(x) if activation == "swish" else x.clamp(max=0).exp())
 
 
 def bilinear_upsample(x: Tensor) -> Tensor:
@@ -115,7 +133,7 @@ def inverted_residual(
 ) -> tuple[Tensor, Tensor | None]:
     """s and h2; see `vaebm_fast.ops.inverted_residual.inverted_residual`."""
     h2 = depthwise_swish(pointwise(x, expand_weight, expand_bias), depthwise_weight, depthwise_bias)
-    return pointwise(h2, project_weight, project_bias, swish=True), h2 if with_h2 else None
+    return pointwise(h2, project_weight, project_bias, activation="swish"), h2 if with_h2 else None
 
 
 def inverted_residual_backward(
@@ -129,7 +147,8 @@ def inverted_residual_backward(
 ) -> Tensor:
     """Its gradient for x; see `vaebm_fast.ops.inverted_residual.inverted_residual_backward`."""
     h1 = pointwise(x, expand_weight, expand_bias)
-    dh1 = depthwise_swish_backward(pointwise_backward(ds, project_weight, h2), h1, depthwise_weight)
+    dh2 = pointwise_backward(ds, project_weight, h2, activation="swish")
+    dh1 = depthwise_swish_backward(dh2, h1, depthwise_weight)
     return pointwise_backward(dh1, expand_weight)
 
 
@@ -149,7 +168,7 @@ def residual_tail(
 ) -> Tensor:
     """y; see `vaebm_fast.ops.residual_tail.residual_tail`."""
     h2 = depthwise_swish(h, depthwise_weight, depthwise_bias, upsample=upsample)
-    s = pointwise(h2, project_weight, project_bias, swish=True)
+    s = pointwise(h2, project_weight, project_bias, activation="swish")
     return se_gate_residual(s, skip, weight_in, bias_in, weight_out, bias_out)
 
 
@@ -169,7 +188,8 @@ def residual_tail_backward(
 ) -> Tensor:
     """Its gradient for h; see `vaebm_fast.ops.residual_tail.residual_tail_backward`."""
     ds = se_gate_residual_backward(dy, s, hidden, gate, weight_in, weight_out)
-    return depthwise_swish_backward(pointwise_backward(ds, project_weight, h2), h, depthwise_weight, upsample=upsample)
+    dh2 = pointwise_backward(ds, project_weight, h2, activation="swish")
+    return depthwise_swish_backward(dh2, h, depthwise_weight, upsample=upsample)
 
 
 def power_iteration(weight: Tensor, u: Tensor, v: Tensor, *, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -180,28 +200,39 @@ def power_iteration(weight: Tensor, u: Tensor, v: Tensor, *, iterations: int, ep
     return u, v
 
 
-def energy_epilogue(y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
-    """swish(y + skip_scale * skip); see `vaebm_fast.ops.energy_epilogue.energy_epilogue`."""
-    return F.silu(y if skip is None else torch.add(y, skip, alpha=skip_scale))
+def energy_epilogue(
+    y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0, shift: Tensor | None = None
+) -> Tensor:
+    """swish(y + shift + skip_scale * skip); see `vaebm_fast.ops.energy_epilogue.energy_epilogue`."""
+    return F.silu(_sum_of_terms(y, skip, skip_scale, shift))
 
 
-def energy_epilogue_backward(du: Tensor, y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0) -> Tensor:
+def energy_epilogue_backward(
+    du: Tensor, y: Tensor, skip: Tensor | None = None, skip_scale: float = 1.0, shift: Tensor | None = None
+) -> Tensor:
     """Its gradient for y; see `vaebm_fast.ops.energy_epilogue.energy_epilogue_backward`."""
-    t = y if skip is None else torch.add(y, skip, alpha=skip_scale)
-    sigmoid = torch.sigmoid(t)
-    return du * (sigmoid * (1 + t * (1 - sigmoid)))
+    return du * _swish_slope(_sum_of_terms(y, skip, skip_scale, shift))
 
 
-def energy_head(y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor, bias: Tensor) -> Tensor:
-    """bias + sum_chw weight[c] swish(y + skip_scale * skip); see `vaebm_fast.ops.energy_head.energy_head`."""
-    sums = energy_epilogue(y, skip, skip_scale).sum(dim=(2, 3), dtype=weight.dtype)
+def _sum_of_terms(y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None) -> Tensor:
+    t = y if shift is None else y + shift[:, None, None]
+    return t if skip is None else torch.add(t, skip, alpha=skip_scale)
+
+
+def energy_head(
+    y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """bias + sum_chw weight[c] swish(y + shift + skip_scale * skip); see `vaebm_fast.ops.energy_head.energy_head`."""
+    sums = energy_epilogue(y, skip, skip_scale, shift).sum(dim=(2, 3), dtype=weight.dtype)
     return F.linear(sums, weight[None], bias).squeeze(1)
 
 
-def energy_head_backward(denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor) -> Tensor:
+def energy_head_backward(
+    denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, weight: Tensor
+) -> Tensor:
     """Its gradient for y; see `vaebm_fast.ops.energy_head.energy_head_backward`."""
     du = (denergy[:, None] * weight)[:, :, None, None]
-    return energy_epilogue_backward(du, y, skip, skip_scale).to(y.dtype)
+    return energy_epilogue_backward(du, y, skip, skip_scale, shift).to(y.dtype)
 
 
 def se_gate_residual(

@@ -1,20 +1,26 @@
-// The energy network's epilogue for one instruction set; see each_isa.h.
+// The energy network's epilogue for one instruction set; see each_isa.h. NHWC pixels of C channels.
 
-// u = swish(t) for elements [begin, end).
-inline void run_forward(const float* y, const float* skip, float scale, float* u, int64_t begin, int64_t end) {
+// u = swish(t) for `pixels` pixels.
+inline void run_forward(const float* y, const float* skip, float scale, const float* shift, int64_t pixels, int64_t C,
+                        float* u) {
   const Vec factor = broadcast(scale);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int lanes = std::min<int64_t>(kLanes, end - i);
-    store(u + i, swish(sum_with_skip(y, skip, factor, i, lanes)), lanes);
+  for (int64_t pixel = 0; pixel < pixels * C; pixel += C) {
+    for (int64_t c = 0; c < C; c += kLanes) {
+      const int lanes = std::min<int64_t>(kLanes, C - c);
+      store(u + pixel + c, swish(sum_of_terms(y, skip, factor, shift, pixel + c, c, lanes)), lanes);
+    }
   }
 }
 
-// dt = du swish'(t) for elements [begin, end).
-inline void run_backward(const float* du, const float* y, const float* skip, float scale, float* dt, int64_t begin,
-                         int64_t end) {
+// dt = du swish'(t) for `pixels` pixels.
+inline void run_backward(const float* du, const float* y, const float* skip, float scale, const float* shift,
+                         int64_t pixels, int64_t C, float* dt) {
   const Vec factor = broadcast(scale);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int lanes = std::min<int64_t>(kLanes, end - i);
-    store(dt + i, load(du + i, lanes) * swish_slope(sum_with_skip(y, skip, factor, i, lanes)), lanes);
+  for (int64_t pixel = 0; pixel < pixels * C; pixel += C) {
+    for (int64_t c = 0; c < C; c += kLanes) {
+      const int lanes = std::min<int64_t>(kLanes, C - c);
+      const Vec slope = swish_slope(sum_of_terms(y, skip, factor, shift, pixel + c, c, lanes));
+      store(dt + pixel + c, load(du + pixel + c, lanes) * slope, lanes);
+    }
   }
 }

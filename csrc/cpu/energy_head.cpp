@@ -21,20 +21,15 @@ namespace {
 
 constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
-void check_head(const at::Tensor& y, const std::optional<at::Tensor>& skip, const at::Tensor& weight) {
-  check_image(y, "y");
-  if (skip.has_value()) check_tensor(*skip, "skip", y.sizes(), y);
-  check_tensor(weight, "weight", {y.size(1)}, y);
-}
-
-// The image tensors in channels_last, a skip undefined where there is none, cut into chunks of pixels.
+// The image tensors in channels_last, skip and shift undefined where there is none, cut into chunks of pixels.
 struct Chunks {
-  at::Tensor y, skip;
+  at::Tensor y, skip, shift;
   int64_t N, C, pixels, size, per_image;
 
-  Chunks(const at::Tensor& y_, const std::optional<at::Tensor>& skip_)
+  Chunks(const at::Tensor& y_, const std::optional<at::Tensor>& skip_, const std::optional<at::Tensor>& shift_)
       : y(y_.contiguous(kLayout)),
-        skip(skip_.has_value() ? skip_->contiguous(kLayout) : at::Tensor()),
+        skip(skip_ ? skip_->contiguous(kLayout) : at::Tensor()),
+        shift(shift_ ? shift_->contiguous() : at::Tensor()),
         N(y.size(0)),
         C(y.size(1)),
         pixels(y.size(2) * y.size(3)) {
@@ -42,6 +37,8 @@ struct Chunks {
     size = std::max<int64_t>(1, kElements / std::max<int64_t>(1, C));
     per_image = (pixels + size - 1) / size;
   }
+
+  const float* shifts() const { return shift.defined() ? shift.const_data_ptr<float>() : nullptr; }
 
   // run(n, chunk, y, skip, offset of these two, pixels)
   template <class Run>
@@ -58,15 +55,17 @@ struct Chunks {
 };
 
 at::Tensor energy_head_cpu(const at::Tensor& y, const std::optional<at::Tensor>& skip, double skip_scale,
-                           const at::Tensor& weight, const at::Tensor& bias) {
-  check_head(y, skip, weight);
+                           const std::optional<at::Tensor>& shift, const at::Tensor& weight, const at::Tensor& bias) {
+  check_energy_terms(y, skip, shift);
+  check_tensor(weight, "weight", {y.size(1)}, y);
   check_tensor(bias, "bias", {1}, y);
-  const Chunks chunks(y, skip);
+  const Chunks chunks(y, skip, shift);
   const at::Tensor weights = weight.contiguous();
   std::vector<double> sums(chunks.N * chunks.per_image);
   const auto run = VF_BEST(run_forward);
   chunks.for_each([&](int64_t, int64_t chunk, const float* from, const float* added, int64_t, int64_t pixels) {
-    sums[chunk] = run(from, added, static_cast<float>(skip_scale), weights.const_data_ptr<float>(), pixels, chunks.C);
+    sums[chunk] = run(from, added, static_cast<float>(skip_scale), chunks.shifts(), weights.const_data_ptr<float>(),
+                      pixels, chunks.C);
   });
   at::Tensor energy = at::empty({chunks.N}, y.options());
   float* out = energy.mutable_data_ptr<float>();
@@ -80,15 +79,16 @@ at::Tensor energy_head_cpu(const at::Tensor& y, const std::optional<at::Tensor>&
 
 at::Tensor energy_head_backward_cpu(const at::Tensor& denergy, const at::Tensor& y,
                                     const std::optional<at::Tensor>& skip, double skip_scale,
-                                    const at::Tensor& weight) {
-  check_head(y, skip, weight);
+                                    const std::optional<at::Tensor>& shift, const at::Tensor& weight) {
+  check_energy_terms(y, skip, shift);
+  check_tensor(weight, "weight", {y.size(1)}, y);
   check_tensor(denergy, "denergy", {y.size(0)}, y);
-  const Chunks chunks(y, skip);
+  const Chunks chunks(y, skip, shift);
   const at::Tensor weights = weight.contiguous(), gradient = denergy.contiguous();
   at::Tensor dt = at::empty(y.sizes(), y.options(), kLayout);
   const auto run = VF_BEST(run_backward);
   chunks.for_each([&](int64_t n, int64_t, const float* from, const float* added, int64_t offset, int64_t pixels) {
-    run(gradient.const_data_ptr<float>()[n], from, added, static_cast<float>(skip_scale),
+    run(gradient.const_data_ptr<float>()[n], from, added, static_cast<float>(skip_scale), chunks.shifts(),
         weights.const_data_ptr<float>(), pixels, chunks.C, dt.mutable_data_ptr<float>() + offset);
   });
   return dt;

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string_view>
 
 #include "../checks.h"
 
@@ -53,8 +54,16 @@ void run(const Product& product) {
 
 const float* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
 
+Activation activation_of(std::string_view name) {
+  TORCH_CHECK_VALUE(name == "none" || name == "swish" || name == "elu", "activation is '", name,
+                    "'; it must be none, swish or elu.");
+  return name == "none" ? Activation::none : name == "swish" ? Activation::swish : Activation::elu;
+}
+
 at::Tensor pointwise_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_t,
-                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, bool swish) {
+                         const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+                         std::string_view activation) {
+  const Activation f = activation_of(activation);
   TORCH_CHECK_VALUE(weight_t.dim() == 3, "weight_t must be [ceil(Cin / 16), Cout, 16]; it is ", weight_t.sizes(), ".");
   const int64_t Cout = weight_t.size(1);
   check_pointwise_arguments(x, "x", weight, Cout);
@@ -66,12 +75,15 @@ at::Tensor pointwise_cpu(const at::Tensor& x, const at::Tensor& weight, const at
   const at::Tensor added = residual ? residual->contiguous(kLayout) : at::Tensor();
   at::Tensor y = at::empty({N, Cout, H, W}, x.options(), kLayout);
   run({pointer(source), pointer(packed), pointer(start), pointer(added), nullptr, y.mutable_data_ptr<float>(),
-       N * H * W, Cin, Cout, swish});
+       N * H * W, Cin, Cout, f});
   return y;
 }
 
 at::Tensor pointwise_backward_cpu(const at::Tensor& dy, const at::Tensor& weight_t, int64_t Cin,
-                                  const std::optional<at::Tensor>& x) {
+                                  const std::optional<at::Tensor>& x, std::string_view activation) {
+  const Activation f = activation_of(activation);
+  TORCH_CHECK_VALUE(x.has_value() == (f != Activation::none), "activation is '", activation, "' and x is ",
+                    x ? "" : "not ", "given; x is what was activated, and goes with swish and elu alone.");
   check_pointwise_arguments(dy, "dy", weight_t, Cin);
   check_like(x, "x", Cin, dy);
   const int64_t N = dy.size(0), Cout = dy.size(1), H = dy.size(2), W = dy.size(3);
@@ -79,7 +91,7 @@ at::Tensor pointwise_backward_cpu(const at::Tensor& dy, const at::Tensor& weight
   const at::Tensor slope_of = x ? x->contiguous(kLayout) : at::Tensor();
   at::Tensor dx = at::empty({N, Cin, H, W}, dy.options(), kLayout);
   run({pointer(source), pointer(packed), nullptr, nullptr, pointer(slope_of), dx.mutable_data_ptr<float>(), N * H * W,
-       Cout, Cin, false});
+       Cout, Cin, f});
   return dx;
 }
 

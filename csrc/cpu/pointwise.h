@@ -10,7 +10,10 @@ constexpr int64_t kTileRows = 64;    // pixels whose packed channels stay in the
 constexpr int64_t kScratchRows = 66;  // a tile's rows in whole groups of 2, 6 or 8: the last group reads beyond the tile
 constexpr int64_t kTileDepth = 384;  // input channels at a time; longer sums are less accurate than oneDNN's
 
-// y[m, n] = sum_k f(x[m, k]) weight[k, n], + bias[n] or + residual[m, n] or * swish'(slope_of[m, n]) where given.
+enum class Activation { none, swish, elu };
+
+// y[m, n] = sum_k f(x[m, k]) weight[k, n], + bias[n] or + residual[m, n] where given; or, where slope_of is given,
+// f'(slope_of[m, n]) sum_k x[m, k] weight[k, n].
 struct Product {
   const float* x;         // [M, K]
   const float* weight;    // [ceil(N / kPanel)][K][kPanel], zeros beyond N
@@ -19,7 +22,7 @@ struct Product {
   const float* slope_of;  // [M, N] or null
   float* y;               // [M, N]
   int64_t M, K, N;
-  bool swish;  // f = swish, else the identity
+  Activation f;
 };
 
 // Rows [top, bottom) x panels [left, right).

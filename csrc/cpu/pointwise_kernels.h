@@ -4,6 +4,7 @@
 // every group of kRows rows in registers. An output is the sum, in order, of one sum for each depth, so its bits depend
 // neither on the tiles nor on the number of threads, and its error grows with the depth rather than with K.
 
+using pointwise::Activation;
 using pointwise::kPanel;
 using pointwise::kScratchRows;
 using pointwise::kTileDepth;
@@ -20,16 +21,22 @@ static_assert((kTileRows + kRows - 1) / kRows * kRows <= kScratchRows, "a group 
 
 VF_INLINE int lanes_at(int64_t n, int64_t N) { return static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(kLanes, N - n))); }
 
+template <Activation kActivation>
+VF_INLINE Vec activated(Vec x) {
+  if constexpr (kActivation == Activation::swish) return swish(x);
+  if constexpr (kActivation == Activation::elu) return elu(x);
+  return x;
+}
+
 // f(x) of `rows` rows, channels [begin, begin + depth), into scratch.
-template <bool kSwish>
+template <Activation kActivation>
 void pack_rows(const Product& product, int64_t top, int64_t rows, int64_t begin, int64_t depth, float* scratch) {
   const int64_t stride = scratch_stride(depth);
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = product.x + (top + r) * product.K + begin;
     float* to = scratch + r * stride;
     for (int64_t k = 0; k < depth; k += kLanes) {
-      const Vec value = load(from + k, lanes_at(k, depth));
-      store(to + k, kSwish ? swish(value) : value, kLanes);
+      store(to + k, activated<kActivation>(load(from + k, lanes_at(k, depth))), kLanes);
     }
   }
 }
@@ -81,7 +88,10 @@ inline void finish(const Product& product, int64_t m, int rows, int64_t panel, i
       if (!is_first) value += load(product.y + at, lanes);
       if (bias != nullptr) value += load(bias + n, lanes);
       if (residual != nullptr) value += load(residual + at, lanes);
-      if (slope_of != nullptr) value *= swish_slope(load(slope_of + at, lanes));
+      if (slope_of != nullptr) {
+        const Vec x = load(slope_of + at, lanes);
+        value *= product.f == Activation::elu ? elu_slope(x) : swish_slope(x);
+      }
       store(product.y + at, value, lanes);
     }
   }
@@ -95,13 +105,16 @@ VF_INLINE int panels_of(int64_t left) {
 
 inline void run_tile(const Product& product, const Tile& tile, float* scratch) {
   const int64_t K = product.K, N = product.N;
+  const Activation f = product.slope_of == nullptr ? product.f : Activation::none;
+  const auto pack = f == Activation::swish ? pack_rows<Activation::swish>
+                    : f == Activation::elu ? pack_rows<Activation::elu>
+                                           : pack_rows<Activation::none>;
   alignas(64) Vec sums[kRows * kMostPanels * kPanelVectors];
   int64_t begin = 0;
   do {  // once for K = 0 too, where the bias alone is left
     const int64_t depth = std::min(kTileDepth, K - begin), stride = scratch_stride(depth);
     const bool is_first = begin == 0, is_last = begin + depth == K;
-    (product.swish ? pack_rows<true> : pack_rows<false>)(product, tile.top, tile.bottom - tile.top, begin, depth,
-                                                         scratch);
+    pack(product, tile.top, tile.bottom - tile.top, begin, depth, scratch);
     for (int64_t panel = tile.left; panel < tile.right;) {
       const int panels = panels_of(tile.right - panel);
       const float* weight = product.weight + (panel * K + begin) * kPanel;

@@ -29,17 +29,25 @@ VF_INLINE void store(float* to, Vec value, int lanes) {
   }
 }
 
-// t = y + scale skip at element i; a null skip is none.
-VF_INLINE Vec sum_with_skip(const float* y, const float* skip, Vec scale, int64_t i, int lanes) {
-  const Vec value = load(y + i, lanes);
+// t = y + shift + scale skip at element i, of channel c; a null skip or shift is none.
+VF_INLINE Vec sum_of_terms(const float* y, const float* skip, Vec scale, const float* shift, int64_t i, int64_t c,
+                           int lanes) {
+  Vec value = load(y + i, lanes);
+  if (shift != nullptr) value += load(shift + c, lanes);
   return skip == nullptr ? value : fma(scale, load(skip + i, lanes), value);
 }
 
-// exp(-x) for |x| <= 87; an x beyond counts as -87 or 87.
+// exp(-x) = 2^n (1 + r quotient); n is where a float has its exponent.
+struct ExpParts {
+  Vec r, quotient;
+  IntVec exponent;
+};
+
+// For |x| <= 87; an x beyond counts as -87 or 87.
 //
 // -x = n ln 2 + r with n whole and |r| <= ln 2 / 2; ln 2 is in two parts, the first of 9 bits, so that its product with
-// n is exact without fma too. exp r is a polynomial (minimax, 2^-28.2), and 2^n is added to its exponent bits.
-VF_INLINE Vec exp_minus(Vec x) {
+// n is exact without fma too. exp r is a polynomial (minimax, 2^-28.2).
+VF_INLINE ExpParts exp_minus_in_parts(Vec x) {
   const Vec limit = broadcast(87.0f), magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds to a whole number
   x = x < limit ? x : limit;
   x = x > -limit ? x : -limit;
@@ -52,10 +60,18 @@ VF_INLINE Vec exp_minus(Vec x) {
   p = fma(p, r, broadcast(4.16682549e-2f));
   p = fma(p, r, broadcast(1.66665211e-1f));
   p = fma(p, r, broadcast(4.99999940e-1f));
-  p = fma(p, r, broadcast(1.0f));
-  p = fma(p, r, broadcast(1.0f));
-  const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + exponent);
+  return {r, fma(p, r, broadcast(1.0f)), reinterpret_cast<IntVec>(shifted) << 23};
+}
+
+// 2^n x, n as in ExpParts.
+VF_INLINE Vec scaled_by_power(Vec x, IntVec exponent) {
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) + exponent);
+}
+
+// exp(-x) for |x| <= 87; an x beyond counts as -87 or 87.
+VF_INLINE Vec exp_minus(Vec x) {
+  const ExpParts e = exp_minus_in_parts(x);
+  return scaled_by_power(fma(e.quotient, e.r, broadcast(1.0f)), e.exponent);
 }
 
 // x sigmoid(x)
@@ -69,6 +85,16 @@ VF_INLINE Vec swish_slope(Vec x) {
 
 // exp(x) for |x| <= 87, as exp_minus; NaN stays NaN.
 VF_INLINE Vec exp_keeping_nan(Vec x) { return x == x ? exp_minus(-x) : x; }
+
+// x for x > 0, else exp(x) - 1 = 2^n r quotient + (2^n - 1), which does not cancel; NaN stays NaN.
+VF_INLINE Vec elu(Vec x) {
+  const ExpParts e = exp_minus_in_parts(-x);
+  const Vec one = broadcast(1.0f), power = scaled_by_power(one, e.exponent);
+  return x <= 0 ? fma(power, e.r * e.quotient, power - one) : x;
+}
+
+// d elu / dx: 1 for x > 0, else exp(x); NaN stays NaN.
+VF_INLINE Vec elu_slope(Vec x) { return x > 0 ? broadcast(1.0f) : exp_keeping_nan(x); }
 
 // log x for normal positive x, relative error below 2^-22; NaN stays NaN.
 //

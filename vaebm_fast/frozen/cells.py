@@ -116,10 +116,10 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
             return residual_tail(h, skip, w.depthwise, w.project, w.se, self._backend, upsample=up)
         if up:
             phases = depthwise_swish_phases(h, w.depthwise)
-            s = interleave([w.project(phase, self._backend, swish=True) for phase in phases])
+            s = interleave([w.project(phase, self._backend, activation="swish") for phase in phases])
         else:
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
-            s = w.project(h, self._backend, swish=True)
+            s = w.project(h, self._backend, activation="swish")
         return se_gate_residual(s, skip, w.se, self._backend)
 
     def _is_fused(self, x: Tensor) -> bool:

@@ -87,7 +87,11 @@ class Combiner(Part[CombinerWeights]):
 
 
 class EluConv(Part[EluConvWeights]):
-    """ELU, then a convolution: the head of a prior (1x1) and of the image (3x3)."""
+    """ELU, then a convolution: the head of a prior (1x1) and of the image (3x3).
+
+    The 1x1 activates what it reads. The 3x3 is the library's, so its ELU is a pass of its own, and so is its bias on a
+    GPU.
+    """
 
     def __init__(self, name: str, layers: nn.Module, dtype: torch.dtype, backend: Backend) -> None:
         assert isinstance(layers, nn.Sequential) and isinstance(layers[1], WNConv2d)
@@ -102,7 +106,7 @@ class EluConv(Part[EluConvWeights]):
     def __call__(self, s: Tensor) -> Tensor:
         conv = self.weights.conv
         if isinstance(conv, Pointwise):
-            return conv(F.elu(s), self._backend)
+            return conv(s, self._backend, activation="elu")
         return F.conv2d(F.elu(s), conv.weight, conv.bias, padding=self._conv.padding)
 
 

@@ -2,6 +2,9 @@
 
 A block computes act(pool(conv2(act(conv1(x))) + skip(x))), act = swish / 1.1. Frozen, what flows between blocks is
 u = 1.1 x, a plain swish; 3x3 and average pool are one 4x4 at stride 2, and the 1x1 skip follows its own pool.
+
+A convolution's bias is added by what activates its result, on every backend: on a GPU the library would take a pass
+over the result for it, and the activation reads all of it anyway.
 """
 
 from __future__ import annotations
@@ -46,6 +49,15 @@ class HeadWeights(NamedTuple):
     bias: Tensor
 
 
+class Terms(NamedTuple):
+    """y + shift + skip_scale * skip, as the ops behind a block's last convolution take it."""
+
+    y: Tensor
+    skip: Tensor
+    skip_scale: float
+    shift: Tensor | None
+
+
 class FrozenStem(Part[StemWeights]):
     """u = swish(conv1(x)) of images x in [0, 1]."""
 
@@ -58,7 +70,7 @@ class FrozenStem(Part[StemWeights]):
 
     def __call__(self, x: Tensor) -> Tensor:
         conv = self.weights.conv
-        return energy_epilogue(F.conv2d(x, conv.weight, conv.bias, padding=1), backend=self._backend)
+        return energy_epilogue(F.conv2d(x, conv.weight, padding=1), shift=conv.bias, backend=self._backend)
 
 
 class FrozenBlock(Part[BlockWeights]):
@@ -80,14 +92,14 @@ class FrozenBlock(Part[BlockWeights]):
             skip = Pointwise.of(fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE), self._backend)
         return BlockWeights(conv1, conv2, skip)
 
-    def before_activation(self, u: Tensor) -> tuple[Tensor, Tensor, float]:
-        """y, skip and the skip's scale: the block ends with swish(y + scale * skip)."""
+    def before_activation(self, u: Tensor) -> Terms:
+        """What the block's last swish is of."""
         w, backend = self.weights, self._backend
-        h = energy_epilogue(F.conv2d(u, w.conv1.weight, w.conv1.bias, padding=1), backend=backend)
-        y = F.conv2d(h, w.conv2.weight, w.conv2.bias, stride=2 if self._downsample else 1, padding=1)
+        h = energy_epilogue(F.conv2d(u, w.conv1.weight, padding=1), shift=w.conv1.bias, backend=backend)
+        y = F.conv2d(h, w.conv2.weight, stride=2 if self._downsample else 1, padding=1)
         if w.skip is None:
-            return y, u, ACTIVATION_SCALE
-        return y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, backend), 1.0
+            return Terms(y, u, ACTIVATION_SCALE, w.conv2.bias)
+        return Terms(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, backend), 1.0, w.conv2.bias)
 
     def __call__(self, u: Tensor) -> Tensor:
         return energy_epilogue(*self.before_activation(u), backend=self._backend)
@@ -103,8 +115,8 @@ class FrozenHead(Part[HeadWeights]):
     def fold(self) -> HeadWeights:
         return HeadWeights(self._linear.weight[0] * ACTIVATION_SCALE, self._linear.bias)
 
-    def __call__(self, y: Tensor, skip: Tensor, skip_scale: float) -> Tensor:
-        return energy_head(y, skip, skip_scale, *self.weights, backend=self._backend)
+    def __call__(self, terms: Terms) -> Tensor:
+        return energy_head(*terms, *self.weights, backend=self._backend)
 
 
 class FrozenEnergy:
@@ -129,4 +141,4 @@ class FrozenEnergy:
         u = self._stem(x.to(self._dtype))
         for block in self._blocks[:-1]:
             u = block(u)
-        return self._head(*self._blocks[-1].before_activation(u))
+        return self._head(self._blocks[-1].before_activation(u))

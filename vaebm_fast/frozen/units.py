@@ -18,6 +18,7 @@ from vaebm_fast.ops import residual_tail as tail_ops
 from vaebm_fast.ops import se_gate_residual as ops
 from vaebm_fast.ops._backend import OP_BACKENDS, Backend, backend_for
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise
+from vaebm_fast.reference import Activation
 
 
 class SqueezeExcite(NamedTuple):
@@ -47,10 +48,12 @@ class Pointwise(NamedTuple):
         """`conv`, a 1x1, for `backend`."""
         return cls(pack_pointwise(conv.weight, backend), conv.bias)
 
-    def __call__(self, x: Tensor, backend: Backend, residual: Tensor | None = None, *, swish: bool = False) -> Tensor:
-        """W f(x) + b + residual, f = swish or the identity."""
+    def __call__(
+        self, x: Tensor, backend: Backend, residual: Tensor | None = None, *, activation: Activation = "none"
+    ) -> Tensor:
+        """W f(x) + b + residual, f the activation."""
         backend = backend_for("pointwise", backend)
-        return pointwise(x, self.weight, self.bias, residual, swish=swish, backend=backend)
+        return pointwise(x, self.weight, self.bias, residual, activation=activation, backend=backend)
 
 
 def depthwise_swish(h: Tensor, conv: Conv, stride: int = 1) -> Tensor:
@@ -109,5 +112,5 @@ def residual_tail(
         return tail_ops.residual_tail(h, skip, *weights, upsample=upsample, backend=backend)
     h = depthwise_ops.depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
     if se is None:
-        return project(h, backend, skip, swish=True)
-    return se_gate_residual(project(h, backend, swish=True), skip, se, backend)
+        return project(h, backend, skip, activation="swish")
+    return se_gate_residual(project(h, backend, activation="swish"), skip, se, backend)

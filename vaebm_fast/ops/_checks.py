@@ -26,6 +26,16 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int], device: torch.devic
         raise ValueError(f"{name} is {x.dtype}; convert it to {dtype}, as the others are.")
 
 
+def check_energy_terms(op: str, y: Tensor, skip: Tensor | None, shift: Tensor | None) -> None:
+    """Raise ValueError unless y [N, C, H, W], skip like it and shift [C] fit each other, and shift is frozen."""
+    check_image("y", y)
+    if skip is not None:
+        check_tensor("skip", skip, y.shape, y.device, y.dtype)
+    if shift is not None:
+        check_tensor("shift", shift, (y.shape[1],), y.device, y.dtype)
+        refuse_weight_gradients(op, shift)
+
+
 def choose_for(op: str, backend: Backend, *tensors: Tensor | None) -> str:
     """`choose` for the device of the tensors; raises ValueError where that backend does not take their dtypes."""
     given = [tensor for tensor in tensors if tensor is not None]

@@ -13,32 +13,47 @@ from torch import Tensor
 from vaebm_fast import reference
 from vaebm_fast.ops import _triton
 from vaebm_fast.ops._backend import Backend
-from vaebm_fast.ops._checks import check_image, check_tensor, choose_for, refuse_weight_gradients
+from vaebm_fast.ops._checks import check_energy_terms, check_tensor, choose_for, refuse_weight_gradients
 
 
 def energy_head(
-    y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor, bias: Tensor, *, backend: Backend = "auto"
+    y: Tensor,
+    skip: Tensor | None,
+    skip_scale: float,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """E[n] = bias + sum_chw weight[c] t sigmoid(t) with t = y + skip_scale * skip, or t = y without a skip.
+    """E[n] = bias + sum_chw weight[c] t sigmoid(t), t = y + shift + skip_scale * skip or what is given of it.
 
-    y, skip: [N, C, H, W] of one floating dtype, best in channels_last (others are copied into it). weight [C] and bias
-    [1] are at least float32, and so is E [N]: energies are sums that cancel. Sums are taken in a fixed order.
+    y, skip: [N, C, H, W], best in channels_last (others are copied into it); shift: [C], the bias of the convolution
+    before; all of one floating dtype. weight [C] and bias [1] are at least float32, and so is E [N]: energies are sums
+    that cancel. Sums are taken in a fixed order.
     Moves 8 bytes per element of y, 4 without a skip. Saves y and skip.
     Differentiable once, in y and skip.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
-    _check(y, skip, weight)
+    _check(y, skip, shift, weight)
     check_tensor("bias", bias, (1,), y.device, weight.dtype)
     refuse_weight_gradients("energy_head", weight, bias)
     chosen = choose_for("energy_head", backend, y)
     if chosen == "reference":
-        return reference.energy_head(y, skip, skip_scale, weight, bias)
-    energy: Tensor = _triton.ops_of(chosen).energy_head(y, skip, skip_scale, weight, bias)
+        return reference.energy_head(y, skip, skip_scale, shift, weight, bias)
+    energy: Tensor = _triton.ops_of(chosen).energy_head(y, skip, skip_scale, shift, weight, bias)
     return energy
 
 
 def energy_head_backward(
-    denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor, *, backend: Backend = "auto"
+    denergy: Tensor,
+    y: Tensor,
+    skip: Tensor | None,
+    skip_scale: float,
+    shift: Tensor | None,
+    weight: Tensor,
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """dt[n, c] = denergy[n] weight[c] swish'(t): the gradient for y; for skip, skip_scale * dt.
 
@@ -46,51 +61,53 @@ def energy_head_backward(
     channels_last, in the precision of y.
     Moves 12 bytes per element, 8 without a skip.
     """
-    _check(y, skip, weight)
+    _check(y, skip, shift, weight)
     check_tensor("denergy", denergy, (y.shape[0],), y.device, weight.dtype)
     chosen = choose_for("energy_head_backward", backend, y)
     if chosen == "reference":
-        return reference.energy_head_backward(denergy, y, skip, skip_scale, weight)
-    dt: Tensor = _triton.ops_of(chosen).energy_head_backward(denergy, y, skip, skip_scale, weight)
+        return reference.energy_head_backward(denergy, y, skip, skip_scale, shift, weight)
+    dt: Tensor = _triton.ops_of(chosen).energy_head_backward(denergy, y, skip, skip_scale, shift, weight)
     return dt
 
 
-def _check(y: Tensor, skip: Tensor | None, weight: Tensor) -> None:
-    check_image("y", y)
-    if skip is not None:
-        check_tensor("skip", skip, y.shape, y.device, y.dtype)
+def _check(y: Tensor, skip: Tensor | None, shift: Tensor | None, weight: Tensor) -> None:
+    check_energy_terms("energy_head", y, skip, shift)
     check_tensor("weight", weight, (y.shape[1],), y.device, torch.promote_types(y.dtype, torch.float32))
 
 
 _triton.define(
     "energy_head",
-    "(Tensor y, Tensor? skip, float skip_scale, Tensor weight, Tensor bias) -> Tensor",
-    "(Tensor denergy, Tensor y, Tensor? skip, float skip_scale, Tensor weight) -> Tensor",
+    "(Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight, Tensor bias) -> Tensor",
+    "(Tensor denergy, Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight) -> Tensor",
 )
 
 
-def _fake(y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor, bias: Tensor) -> Tensor:
+def _fake(
+    y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, weight: Tensor, bias: Tensor
+) -> Tensor:
     return weight.new_empty((y.shape[0],))
 
 
-def _fake_backward(denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor) -> Tensor:
+def _fake_backward(
+    denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, weight: Tensor
+) -> Tensor:
     return torch.empty_like(y, memory_format=torch.channels_last)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, skip, ctx.skip_scale, weight, _ = inputs
-    ctx.save_for_backward(y, skip, weight)
+    y, skip, ctx.skip_scale, shift, weight, _ = inputs
+    ctx.save_for_backward(y, skip, shift, weight)
 
 
 def _backward(ops: Any, ctx: Any, denergy: Tensor) -> tuple[Tensor | None, ...]:
     if any(ctx.needs_input_grad[3:]):
-        raise RuntimeError("energy_head has no gradient for weight and bias; detach them.")
-    y, skip, weight = ctx.saved_tensors
-    dt = ops.energy_head_backward(denergy, y, skip, ctx.skip_scale, weight)
+        raise RuntimeError("energy_head has no gradient for shift, weight and bias; detach them.")
+    y, skip, shift, weight = ctx.saved_tensors
+    dt = ops.energy_head_backward(denergy, y, skip, ctx.skip_scale, shift, weight)
     dskip = None
     if ctx.needs_input_grad[1]:
         dskip = dt if ctx.skip_scale == 1.0 else dt * ctx.skip_scale
-    return dt, dskip, None, None, None
+    return dt, dskip, None, None, None, None
 
 
 _triton.register("energy_head", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -5,7 +5,7 @@ Weights and bias are frozen: they have no gradient here.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from vaebm_fast.ops._checks import (
     choose_for,
     refuse_weight_gradients,
 )
+from vaebm_fast.reference import Activation
 
 PANEL = 16  # output channels that the C++ kernels keep side by side
 
@@ -72,10 +73,10 @@ def pointwise(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
-    swish: bool = False,
+    activation: Activation = "none",
     backend: Backend = "auto",
 ) -> Tensor:
-    """y[n, :, i, j] = W f(x[n, :, i, j]) + bias + residual[n, :, i, j]; f is swish where asked for, else the identity.
+    """y[n, :, i, j] = W f(x[n, :, i, j]) + bias + residual[n, :, i, j]; f: "swish", "elu", or "none", the identity.
 
     x: [N, Cin, H, W], best in channels_last (others are copied into it). weight: of `pack_pointwise`, in the layout of
     the backend; "auto" follows the layout. bias: [Cout]. residual: [N, Cout, H, W]. All of one floating dtype
@@ -87,32 +88,45 @@ def pointwise(
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
     _check(x, weight, bias, residual)
+    _check_activation(activation)
     chosen = _choose("pointwise", x, weight, backend)
     if chosen == "reference":
-        return reference.pointwise(x, weight.forward, bias, residual, swish=swish)
-    y: Tensor = _triton.ops_of(chosen).pointwise(x, weight.forward, weight.transposed, bias, residual, swish)
+        return reference.pointwise(x, weight.forward, bias, residual, activation=activation)
+    op = _triton.ops_of(chosen).pointwise
+    y: Tensor = op(x, weight.forward, weight.transposed, bias, residual, activation)
     return y
 
 
 def pointwise_backward(
-    dy: Tensor, weight: PointwiseWeight, x: Tensor | None = None, *, backend: Backend = "auto"
+    dy: Tensor,
+    weight: PointwiseWeight,
+    x: Tensor | None = None,
+    *,
+    activation: Activation = "none",
+    backend: Backend = "auto",
 ) -> Tensor:
-    """dx[n, :, i, j] = W' dy[n, :, i, j], times swish'(x) where `x` is given: the gradient of `pointwise` for x.
+    """dx[n, :, i, j] = W' dy[n, :, i, j], times f'(x[n, :, i, j]): the gradient of `pointwise` for x.
 
-    dy: [N, Cout, H, W]; x: [N, Cin, H, W], what was activated. Arguments, FLOP and errors as there. Returns
-    [N, Cin, H, W], channels_last.
+    dy: [N, Cout, H, W]; x: [N, Cin, H, W], what was activated, None without an activation. elu' = 1 for x > 0, else
+    exp(x). Arguments, FLOP and errors as there. Returns [N, Cin, H, W], channels_last.
     """
     Cout, Cin = weight.shape
     check_image("dy", dy)
     if dy.shape[1] != Cout:
         raise ValueError(f"dy has {dy.shape[1]} channels; this weight gives {Cout}.")
     check_tensor("weight", weight.forward, weight.forward.shape, dy.device, dy.dtype)
+    _check_activation(activation)
+    if (x is None) != (activation == "none"):
+        raise ValueError(
+            f"activation is {activation!r} and x is {'not ' if x is None else ''}given; x is what was activated, and "
+            "goes with swish and elu alone."
+        )
     if x is not None:
         check_tensor("x", x, [dy.shape[0], Cin, *dy.shape[2:]], dy.device, dy.dtype)
     chosen = _choose("pointwise_backward", dy, weight, backend)
     if chosen == "reference":
-        return reference.pointwise_backward(dy, weight.forward, x)
-    dx: Tensor = _triton.ops_of(chosen).pointwise_backward(dy, weight.transposed, Cin, x)
+        return reference.pointwise_backward(dy, weight.forward, x, activation=activation)
+    dx: Tensor = _triton.ops_of(chosen).pointwise_backward(dy, weight.transposed, Cin, x, activation)
     return dx
 
 
@@ -130,6 +144,12 @@ def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> st
     return chosen
 
 
+def _check_activation(activation: Activation) -> None:
+    names = get_args(Activation)
+    if activation not in names:
+        raise ValueError(f"activation is {activation!r}; it must be {', '.join(names[:-1])} or {names[-1]}.")
+
+
 def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Tensor | None) -> None:
     Cout, Cin = weight.shape
     check_image("x", x)
@@ -145,8 +165,8 @@ def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Te
 
 _triton.define(
     "pointwise",
-    "(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, bool swish) -> Tensor",
-    "(Tensor dy, Tensor weight_t, int Cin, Tensor? x) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, str activation) -> Tensor",
+    "(Tensor dy, Tensor weight_t, int Cin, Tensor? x, str activation) -> Tensor",
 )
 
 
@@ -156,26 +176,28 @@ def _like(x: Tensor, channels: int) -> Tensor:
 
 
 def _fake(
-    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
+    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     return _like(x, weight_t.shape[1])
 
 
-def _fake_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
+def _fake_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None, activation: str) -> Tensor:
     return _like(dy, Cin)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, weight_t, _, _, swish = inputs
+    x, _, weight_t, _, _, ctx.activation = inputs
     ctx.Cin = x.shape[1]
-    ctx.save_for_backward(weight_t, x if swish else None)
+    ctx.save_for_backward(weight_t, None if ctx.activation == "none" else x)
 
 
 def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if any(ctx.needs_input_grad[1:4]):
         raise RuntimeError("pointwise has no gradient for weight and bias; detach them.")
     weight_t, x = ctx.saved_tensors
-    dx = ops.pointwise_backward(dy, weight_t, ctx.Cin, x) if ctx.needs_input_grad[0] else None
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = ops.pointwise_backward(dy, weight_t, ctx.Cin, x, ctx.activation)
     return dx, None, None, None, dy if ctx.needs_input_grad[4] else None, None
 
 

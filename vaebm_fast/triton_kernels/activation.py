@@ -23,6 +23,34 @@ def swish_slope(x):
 
 
 @triton.jit
+def elu(x):
+    """x for x > 0, else exp(x) - 1, which cancels for small x: there it is a polynomial (Taylor, 2^-24)."""
+    p = 1.38888889e-3
+    p = p * x + 8.33333333e-3
+    p = p * x + 4.16666667e-2
+    p = p * x + 0.166666667
+    p = p * x + 0.5
+    near = x + x * x * p
+    return tl.where(x <= 0, tl.where(x > -0.25, near, tl.exp(x) - 1.0), x)
+
+
+@triton.jit
+def elu_slope(x):
+    return tl.where(x > 0, 1.0, tl.exp(x))
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """x through its activation, "swish" or "elu"."""
+    return swish(x) if ACTIVATION == "swish" else elu(x)
+
+
+@triton.jit
+def activation_slope(x, ACTIVATION: tl.constexpr):
+    return swish_slope(x) if ACTIVATION == "swish" else elu_slope(x)
+
+
+@triton.jit
 def soft_clamp5(x):
     """5 tanh(x / 5) and its slope 1 - tanh^2(x / 5), as in csrc/cpu/vector.h.
 

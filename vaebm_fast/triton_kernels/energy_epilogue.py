@@ -13,11 +13,16 @@ BLOCK = 1024  # with 4 warps 16 bytes of bfloat16 for each thread
 
 
 @triton.jit
-def epilogue_kernel(y, skip, du, result, numel, skip_scale, BLOCK: tl.constexpr):
-    """Grid: BLOCK elements each. result = swish(t), or du swish'(t) where there is a du; t = y + skip_scale skip."""
+def epilogue_kernel(y, skip, shift, du, result, numel, skip_scale, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: BLOCK elements each. result = swish(t), or du swish'(t) where there is a du.
+
+    t = y + shift + skip_scale skip. C is a compile-time constant, so the channel of an element costs no division.
+    """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < numel
     t = tl.load(y + e, mask=inside, other=0.0).to(tl.float32)
+    if shift is not None:
+        t += tl.load(shift + e % C, mask=inside, other=0.0).to(tl.float32)
     if skip is not None:
         t += skip_scale * tl.load(skip + e, mask=inside, other=0.0).to(tl.float32)
     value = swish(t)
@@ -26,20 +31,25 @@ def epilogue_kernel(y, skip, du, result, numel, skip_scale, BLOCK: tl.constexpr)
     tl.store(result + e, value.to(result.dtype.element_ty), mask=inside)
 
 
-def _launch(y: Tensor, skip: Tensor | None, du: Tensor | None, skip_scale: float) -> Tensor:
+def _launch(y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, du: Tensor | None) -> Tensor:
     result = torch.empty_like(y, memory_format=torch.channels_last)
     if result.numel() > 0:
         grid = (triton.cdiv(y.numel(), BLOCK),)
-        others = [None if other is None else nhwc(other) for other in (skip, du)]
-        epilogue_kernel[grid](nhwc(y), *others, result, y.numel(), float(skip_scale), BLOCK=BLOCK, num_warps=4)
+        skip, du = (None if other is None else nhwc(other) for other in (skip, du))
+        shift = None if shift is None else shift.contiguous()
+        epilogue_kernel[grid](
+            nhwc(y), skip, shift, du, result, y.numel(), float(skip_scale), C=y.shape[1], BLOCK=BLOCK, num_warps=4
+        )
     return result
 
 
-def energy_epilogue(y: Tensor, skip: Tensor | None, skip_scale: float) -> Tensor:
+def energy_epilogue(y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None) -> Tensor:
     """u of `vaebm_fast.ops.energy_epilogue.energy_epilogue`, channels_last."""
-    return _launch(y, skip, None, skip_scale)
+    return _launch(y, skip, skip_scale, shift, None)
 
 
-def energy_epilogue_backward(du: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float) -> Tensor:
+def energy_epilogue_backward(
+    du: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None
+) -> Tensor:
     """dt of `vaebm_fast.ops.energy_epilogue.energy_epilogue_backward`, channels_last."""
-    return _launch(y, skip, du, skip_scale)
+    return _launch(y, skip, skip_scale, shift, du)

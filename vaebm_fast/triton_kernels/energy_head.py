@@ -16,10 +16,12 @@ BLOCK = 1024  # elements of a program
 
 
 @triton.jit
-def _read(y, skip, weight, n, e, numel, skip_scale, C: tl.constexpr):
+def _read(y, skip, shift, weight, n, e, numel, skip_scale, C: tl.constexpr):
     """t of elements e of image n, and their weights; 0 beyond the image."""
     inside = e < numel
     t = tl.load(y + n * numel + e, mask=inside, other=0.0).to(tl.float32)
+    if shift is not None:
+        t += tl.load(shift + e % C, mask=inside, other=0.0).to(tl.float32)
     if skip is not None:
         t += skip_scale * tl.load(skip + n * numel + e, mask=inside, other=0.0).to(tl.float32)
     return t, tl.load(weight + e % C, mask=inside, other=0.0)
@@ -27,11 +29,11 @@ def _read(y, skip, weight, n, e, numel, skip_scale, C: tl.constexpr):
 
 @triton.jit
 def head_kernel(
-    y, skip, weight, partial, numel, skip_scale, C: tl.constexpr, BLOCK: tl.constexpr
+    y, skip, shift, weight, partial, numel, skip_scale, C: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Grid: blocks of an image's elements, images. partial [N, blocks], the sum of weight swish(t) over each block."""
     block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    t, w = _read(y, skip, weight, n, block * BLOCK + tl.arange(0, BLOCK), numel, skip_scale, C)
+    t, w = _read(y, skip, shift, weight, n, block * BLOCK + tl.arange(0, BLOCK), numel, skip_scale, C)
     tl.store(partial + n * tl.num_programs(0) + block, tl.sum(w * swish(t), axis=0))
 
 
@@ -48,17 +50,19 @@ def total_kernel(partial, bias, energy, BLOCKS: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def head_backward_kernel(
-    denergy, y, skip, weight, dt, numel, skip_scale, C: tl.constexpr, BLOCK: tl.constexpr
+    denergy, y, skip, shift, weight, dt, numel, skip_scale, C: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Grid: blocks of an image's elements, images. dt = denergy weight swish'(t)."""
     n = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    t, w = _read(y, skip, weight, n, e, numel, skip_scale, C)
+    t, w = _read(y, skip, shift, weight, n, e, numel, skip_scale, C)
     value = tl.load(denergy + n) * w * swish_slope(t)
     tl.store(dt + n * numel + e, value.to(dt.dtype.element_ty), mask=e < numel)
 
 
-def energy_head(y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor, bias: Tensor) -> Tensor:
+def energy_head(
+    y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, weight: Tensor, bias: Tensor
+) -> Tensor:
     """E of `vaebm_fast.ops.energy_head.energy_head`, float32 [N]."""
     N, C, H, W = y.shape
     if y.numel() == 0:
@@ -66,23 +70,29 @@ def energy_head(y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tenso
     blocks = triton.cdiv(C * H * W, BLOCK)
     partial = torch.empty((N, blocks), dtype=torch.float32, device=y.device)
     energy = torch.empty((N,), dtype=torch.float32, device=y.device)
-    skip = None if skip is None else nhwc(skip)
+    skip, shift = _dense(skip, shift)
     head_kernel[(blocks, N)](
-        nhwc(y), skip, weight.contiguous(), partial, C * H * W, float(skip_scale), C=C, BLOCK=BLOCK, num_warps=4
+        nhwc(y), skip, shift, weight.contiguous(), partial, C * H * W, float(skip_scale), C=C, BLOCK=BLOCK, num_warps=4
     )
     width = min(triton.next_power_of_2(blocks), BLOCK)
     total_kernel[(N,)](partial, bias, energy, BLOCKS=blocks, WIDTH=width, num_warps=1)
     return energy
 
 
-def energy_head_backward(denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, weight: Tensor) -> Tensor:
+def energy_head_backward(
+    denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, weight: Tensor
+) -> Tensor:
     """dt of `vaebm_fast.ops.energy_head.energy_head_backward`, channels_last."""
     N, C, H, W = y.shape
     dt = torch.empty_like(y, memory_format=torch.channels_last)
     if dt.numel() > 0:
-        skip = None if skip is None else nhwc(skip)
+        skip, shift = _dense(skip, shift)
         head_backward_kernel[(triton.cdiv(C * H * W, BLOCK), N)](
-            denergy.contiguous(), nhwc(y), skip, weight.contiguous(), dt, C * H * W, float(skip_scale), C=C,
+            denergy.contiguous(), nhwc(y), skip, shift, weight.contiguous(), dt, C * H * W, float(skip_scale), C=C,
             BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return dt
+
+
+def _dense(skip: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return None if skip is None else nhwc(skip), None if shift is None else shift.contiguous()

@@ -1,4 +1,4 @@
-"""pointwise and its backward: one GEMM over all pixels, swish in its prologue, what is element-wise in its epilogue."""
+"""pointwise and its backward: one GEMM over all pixels, activation in its prologue, what is element-wise behind it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vaebm_fast.triton_kernels.activation import nhwc, round_to_tf32, swish, swish_slope
+from vaebm_fast.triton_kernels.activation import activated, activation_slope, nhwc, round_to_tf32
 
 
 class Config(NamedTuple):
@@ -43,13 +43,14 @@ GROUP = 8  # blocks of pixels whose programs run side by side, so that they shar
 @triton.jit(do_not_specialize=["images", "pixels"])  # else compiled anew for 1 image, for multiples of 16
 def pointwise_kernel(
     x, weight, bias, residual, slope_of, gate, shift, y, sums, images, pixels, outer, stride_outer, stride_inner,
-    INNER: tl.constexpr, ACTIVATE: tl.constexpr, PRECISION: tl.constexpr,
+    INNER: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per BLOCK_M x BLOCK_N of y [M, outer] = (f(x) W' + bias + residual) swish'(slope_of).
+    """Grid: one program per BLOCK_M x BLOCK_N of y [M, outer] = f(x) W' + bias + residual, or x W' f'(slope_of).
 
     x [M, INNER], M = images * pixels, and no block reaches from one image into the next; W [outer, INNER] by its
-    strides; f: swish, or gate x + shift, both [images, INNER], or nothing; the last three terms where they are there.
+    strides; f: ACTIVATION, "none", "swish" or "elu"; for x may stand gate x + shift, both [images, INNER]; terms where
+    they are there.
     sums: float32 [images, blocks of an image, outer], y summed over each block before it is rounded.
     Reads x once per BLOCK_N channels of y and W once per BLOCK_M pixels, mostly from the L2 cache; writes y once.
     """
@@ -71,8 +72,8 @@ def pointwise_kernel(
             weight + n.to(tl.int64) * stride_outer + b_inner.to(tl.int64) * stride_inner,
             mask=(n < outer) & (b_inner < INNER), other=0.0,
         )  # fmt: skip
-        if ACTIVATE:
-            a = swish(a.to(tl.float32)).to(a.dtype)
+        if slope_of is None and ACTIVATION != "none":
+            a = activated(a.to(tl.float32), ACTIVATION).to(a.dtype)
         if gate is not None:
             scale = tl.load(gate + image * INNER + a_inner, mask=a_inner < INNER, other=0.0).to(tl.float32)
             added = tl.load(shift + image * INNER + a_inner, mask=a_inner < INNER, other=0.0)
@@ -88,7 +89,8 @@ def pointwise_kernel(
     if residual is not None:
         total += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     if slope_of is not None:
-        total *= swish_slope(tl.load(slope_of + offset, mask=inside, other=0.0).to(tl.float32))
+        of = tl.load(slope_of + offset, mask=inside, other=0.0).to(tl.float32)
+        total *= activation_slope(of, ACTIVATION)
     tl.store(y + offset, total.to(y.dtype.element_ty), mask=inside)
     if sums is not None:
         of_block = tl.sum(tl.where(pixel < pixels, total, 0.0), axis=0, keep_dims=True)
@@ -122,11 +124,13 @@ def product(
     residual: Tensor | None = None,
     slope_of: Tensor | None = None,
     *,
-    activate: bool = False,
+    activation: str = "none",
     gate: tuple[Tensor, Tensor] | None = None,
     with_sums: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, sums) of `pointwise_kernel`; x [N, inner, H, W], weight [outer, inner] of any strides, gate with its shift.
+
+    `activation` is of x, or of `slope_of` where that is given.
 
     Blocks are kept apart by image where its gate is read or its sums are asked for, else they run through all pixels.
     """
@@ -145,22 +149,22 @@ def product(
     pointwise_kernel[grid](
         nhwc(x), weight, bias, _optional(residual), _optional(slope_of), *(gate or (None, None)), y, sums,
         images, pixels, outer, *weight.stride(),
-        INNER=inner, ACTIVATE=activate, PRECISION="tf32" if precision_of(x.dtype) == "tf32" else "ieee", GROUP=GROUP,
-        **config._asdict(),
+        INNER=inner, ACTIVATION=activation, PRECISION="tf32" if precision_of(x.dtype) == "tf32" else "ieee",
+        GROUP=GROUP, **config._asdict(),
     )  # fmt: skip
     return y, sums
 
 
 def pointwise(
-    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, swish: bool
+    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     """y of `vaebm_fast.ops.pointwise.pointwise`, channels_last."""
-    return product(x, weight, None if bias is None else bias.contiguous(), residual, activate=swish)[0]
+    return product(x, weight, None if bias is None else bias.contiguous(), residual, activation=activation)[0]
 
 
-def pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None) -> Tensor:
+def pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None, activation: str) -> Tensor:
     """dx of `vaebm_fast.ops.pointwise.pointwise_backward`, channels_last."""
-    return product(dy, weight_t, slope_of=x)[0]
+    return product(dy, weight_t, slope_of=x, activation=activation)[0]
 
 
 def _optional(x: Tensor | None) -> Tensor | None:

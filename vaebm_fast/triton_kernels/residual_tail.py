@@ -59,7 +59,8 @@ def residual_tail(
     stores = stores_activated(project_weight.shape[0], h.dtype)
     h2, activated = depthwise_activated(h, depthwise_weight, depthwise_bias, upsample, stores)
     read = h2 if activated is None else activated
-    s, sums = product(read, project_weight, project_bias.contiguous(), activate=not stores, with_sums=True)
+    activation = "none" if stores else "swish"
+    s, sums = product(read, project_weight, project_bias.contiguous(), activation=activation, with_sums=True)
     assert sums is not None
     weights = (weight_in, bias_in, weight_out, bias_out)
     hidden, gate = gate_of(sums, s.shape[2] * s.shape[3], weights, s.dtype)
@@ -85,7 +86,8 @@ def residual_tail_backward(
     dy, gate, pixels = nhwc(dy), gate.contiguous(), s.shape[2] * s.shape[3]
     shift = shift_of(sums_of(nhwc(s), dy), pixels, hidden, gate, weight_in, weight_out)
     if pixels >= config_of(dy, h.shape[1]).BLOCK_M:
-        dh2, _ = product(dy, project_weight.T, slope_of=h2, gate=(gate, shift))
+        dh2, _ = product(dy, project_weight.T, slope_of=h2, activation="swish", gate=(gate, shift))
     else:  # blocks that end with an image would be smaller, and read the weight more often than dy and ds cost
-        dh2, _ = product(apply(dy, gate, None, shift), project_weight.T, slope_of=h2)
+        ds = apply(dy, gate, None, shift)
+        dh2, _ = product(ds, project_weight.T, slope_of=h2, activation="swish")
     return depthwise_swish_backward(dh2, h, depthwise_weight, upsample)
