@@ -10,20 +10,39 @@
 typedef struct CUstream_st* cudaStream_t;  // the same declaration as in the CUDA headers, which host code need not have
 
 #ifdef __CUDACC__
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
 namespace vf {
 
-// Beyond 48 KB a kernel must ask for its dynamic shared memory; should that fail, so does the launch, which is checked.
-template <class Kernel>
-void allow_shared_bytes(Kernel* kernel, size_t shared_bytes) {
-  if (shared_bytes > (48 << 10)) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+// Beyond 48 KB a kernel must ask for its dynamic shared memory, once on each device: a kernel has one size of it.
+inline void allow_shared_bytes(const void* kernel, size_t shared_bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  if (shared_bytes <= (48 << 10)) return;
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
+  const int bytes = static_cast<int>(shared_bytes);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) {
+    const std::string why = cudaGetErrorString(cudaGetLastError());
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    throw std::runtime_error("A block of this kernel needs " + std::to_string(bytes) + " bytes of shared memory, and " +
+                             "GPU " + std::to_string(device) + " gives it at most " + std::to_string(most) + " (" +
+                             why + "); take another backend, or an A100, H100 or later.");
   }
+  allowed.emplace(kernel, device);
 }
 
 }  // namespace vf
 
 #define VF_LAUNCH(kernel, grid, block, shared_bytes, cuda_stream, ...) \
-  (vf::allow_shared_bytes(kernel, shared_bytes), kernel<<<grid, block, shared_bytes, cuda_stream>>>(__VA_ARGS__))
+  (vf::allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes), \
+   kernel<<<grid, block, shared_bytes, cuda_stream>>>(__VA_ARGS__))
 #define VF_SHARED(Type, name) __shared__ Type name
 #define VF_DYNAMIC_SHARED(Type, name)                          \
   extern __shared__ __align__(16) unsigned char vf_dynamic[]; \
