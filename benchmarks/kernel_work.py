@@ -15,7 +15,7 @@ from vaebm_fast.noise import NoiseLayout
 
 @dataclass(frozen=True)
 class Work:
-    """Totals of one launch. An fp32 multiply-add is 2 FLOP; `special` are exponentials and reciprocals."""
+    """Totals of one launch. An fp32 multiply-add is 2 FLOP; `special` are exponentials, reciprocals and tanh."""
 
     memory_bytes: float
     fp32_flop: float = 0
@@ -154,24 +154,25 @@ def _inverted_residual() -> Iterator[Kernel]:
 
 
 def inverted_residual_shared(C: int, backward: bool) -> int:
-    """Bytes of a block: source tile, hidden chunk, the warps' left operands, backward x; operands' rows are padded."""
+    """Bytes of a block: source tile, hidden chunk, the warps' left operands, backward x; rows are padded."""
     row = 2 * C + 16
-    return 240 * row + 12 * 21 * 64 + 128 * 80 + (128 * row if backward else 0)
+    return 240 * row + 32 * 488 + 8 * 1616 + (128 * row if backward else 0)
 
 
 def _inverted_residual_work(N: int, H: int, W: int, C: int, hidden: int, backward: bool) -> Work:
     """A block has 8 x 16 pixels and works on 16 x 16, of which the window reads 12 x 20; forward it writes h2."""
     blocks, products = float(N * -(-H // 8) * -(-W // 16)), 4 if backward else 3  # of [128 pixels, C] and [C, hidden]
-    # What a chunk moves through shared memory and L1: operands, hidden values, the window, weights.
+    # What a chunk moves through shared memory and L1: operands, hidden values, the window, h2, weights.
     left = 2 * C * (256 + (128 if backward else 0))
-    window = 64 * 256 + 4 * 256 * 5 * 12 + 2 * 64 * 128
-    weights = 8 * (products - 1) * 64 * C + 8 * 25 * 64  # each warp reads all
+    window = 64 * 256 + 8 * 256 * 16 + 2 * 64 * 128
+    h2 = 64 * (256 if backward else 128)
+    weights = 8 * ((products - 1) * 64 * C + 7 * 512 + 256)  # each warp reads all
     return Work(
         memory_bytes=2.0 * N * H * W * ((3 if backward else 2) * C + hidden),
         tensor_flop=2 * blocks * products * 128 * C * hidden,
         fp32_flop=2 * 25 * blocks * 128 * hidden,
-        special=2 * blocks * 3 * 128 * hidden,
-        shared_bytes=blocks * (hidden / 32) * (left + window + weights),
+        special=blocks * 3 * 128 * hidden,
+        shared_bytes=blocks * (hidden / 32) * (left + window + h2 + weights),
     )
 
 

@@ -20,7 +20,12 @@ from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_back
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
 from vaebm_fast.ops.energy_head import energy_head, energy_head_backward
 from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_backward
-from vaebm_fast.ops.inverted_residual import inverted_residual, inverted_residual_backward
+from vaebm_fast.ops.inverted_residual import (
+    BlockWeights,
+    inverted_residual,
+    inverted_residual_backward,
+    pack_inverted_residual,
+)
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.ops.philox_normal import philox_normal
 from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward
@@ -139,7 +144,7 @@ def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, swish: bool = False)
 def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> list[Case]:
     """A whole block forward, with h2 for the backward, and backward; bfloat16."""
 
-    def weights(device: torch.device) -> list[Tensor]:
+    def weights(device: torch.device) -> BlockWeights:
         """Such that every stage is of the order of one."""
         scaled = (
             2 * _normal(device, hidden, C) / C**0.5,
@@ -149,17 +154,29 @@ def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> 
             _normal(device, C, hidden) / hidden**0.5,
             _normal(device, C),
         )
-        return [weight.bfloat16() for weight in scaled]
+        return BlockWeights(*(weight.bfloat16() for weight in scaled))
 
     def forward(device: torch.device) -> Run:
-        x, given = _normal(device, N, C, H, H).bfloat16(), weights(device)
-        return lambda *, backend: inverted_residual(x, *given, with_h2=True, backend=backend)
+        x, plain = _normal(device, N, C, H, H).bfloat16(), weights(device)
+        packed = pack_inverted_residual(plain)
+
+        def run(*, backend: Any) -> tuple[Tensor, Tensor | None]:
+            given = plain if backend == "reference" else packed
+            return inverted_residual(x, given, with_h2=True, backend=backend)
+
+        return run
 
     def backward(device: torch.device) -> Run:
         ds, x = (_normal(device, N, C, H, H).bfloat16() for _ in range(2))
         h2 = _normal(device, N, hidden, H, H).bfloat16()
-        w1, b1, window, _, w2, _ = weights(device)
-        return lambda *, backend: inverted_residual_backward(ds, x, h2, w1, b1, window, w2, backend=backend)
+        plain = weights(device)
+        packed = pack_inverted_residual(plain)
+
+        def run(*, backend: Any) -> Tensor:
+            given = plain if backend == "reference" else packed
+            return inverted_residual_backward(ds, x, h2, given, backend=backend)
+
+        return run
 
     pixels, shape, tests = N * H * H, f"{N}x{C}x{H}x{H}, hidden {hidden}", "tests/test_inverted_residual.py"
     flops, dtype = 2 * pixels * hidden * (2 * C + K * K), "bfloat16"

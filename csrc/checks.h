@@ -124,23 +124,19 @@ inline void check_langevin_arguments(const at::Tensor& eps, const at::Tensor& gr
                     "; it must be a positive number.");
 }
 
-// For the CUDA kernels, which store bfloat16.
-inline void check_inverted_residual(const at::Tensor& x, const at::Tensor& expand_weight,
-                                    const at::Tensor& expand_bias, const at::Tensor& depthwise_weight,
-                                    const at::Tensor& project_weight) {
+// For the CUDA kernels, which store bfloat16. Returns the number of hidden channels, of which `weight` has 32 in a row;
+// `products`: how many weights of [32, C] are in it.
+inline int64_t check_inverted_residual(const at::Tensor& x, const at::Tensor& weight, const char* name,
+                                       int64_t products) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kBFloat16, "x must be bfloat16 [N, C, H, W]; it is ",
                     x.scalar_type(), " ", x.sizes(), ".");
-  TORCH_CHECK_VALUE(expand_weight.dim() == 2, "expand_weight must be [hidden, C]; it is ", expand_weight.sizes(), ".");
-  const int64_t C = x.size(1), hidden = expand_weight.size(0);
-  TORCH_CHECK_VALUE((C == 32 || C == 64 || C == 128) && hidden % 32 == 0 && hidden < (1 << 20), "C is ", C,
-                    " and hidden ", hidden,
-                    "; the kernel takes C = 32, 64 or 128 and hidden a multiple of 32, below 2^20.");
-  TORCH_CHECK_VALUE(x.size(2) < (1 << 30) && x.size(3) < (1 << 30), "x is ", x.sizes(),
-                    "; the kernel takes H and W below 2^30.");
-  check_tensor(expand_weight, "expand_weight", {hidden, C}, x, at::kBFloat16);
-  check_tensor(expand_bias, "expand_bias", {hidden}, x, at::kBFloat16);
-  check_tensor(depthwise_weight, "depthwise_weight", {5, 5, hidden}, x, at::kBFloat16);
-  check_tensor(project_weight, "project_weight", {C, hidden}, x, at::kBFloat16);
+  const int64_t C = x.size(1), chunks = weight.dim() == 2 ? weight.size(0) : 0;
+  TORCH_CHECK_VALUE((C == 32 || C == 64 || C == 128) && chunks < (1 << 15), "C is ", C, " and hidden ", 32 * chunks,
+                    "; the kernel takes C = 32, 64 or 128 and hidden below 2^20.");
+  TORCH_CHECK_VALUE(x.size(2) < (1 << 27) && x.size(3) < (1 << 27), "x is ", x.sizes(),
+                    "; the kernel takes H and W below 2^27.");
+  check_tensor(weight, name, {chunks, 32 * products * C + 1920}, x, at::kBFloat16);
+  return 32 * chunks;
 }
 
 }  // namespace vf

@@ -22,15 +22,14 @@ TORCH_LIBRARY(vaebm_fast, m) {
   // dy in the shape of that output, x where it was activated -> the gradient for x [N, Cin, H, W]
   m.def("pointwise_backward(Tensor dy, Tensor weight_t, int Cin, Tensor? x) -> Tensor");
 
-  // x [N, C, H, W], expand_weight [hidden, C], depthwise_weight [5, 5, hidden], project_weight [C, hidden], bfloat16,
-  // channels_last; on CUDA alone -> s like x, and for the backward h2 [N, hidden, H, W], [0] where not asked for
+  // x [N, C, H, W], weight [hidden / 32, 64 C + 1920] and weight_t [hidden / 32, 96 C + 1920] of
+  // ops/inverted_residual.py, bias [C], bfloat16, channels_last; on CUDA alone -> s like x, and for the backward h2
+  // [N, hidden, H, W], [0] where not asked for
   m.def(
-      "inverted_residual(Tensor x, Tensor expand_weight, Tensor expand_bias, Tensor depthwise_weight, "
-      "Tensor depthwise_bias, Tensor project_weight, Tensor project_bias, bool with_h2) -> (Tensor s, Tensor h2)");
+      "inverted_residual(Tensor x, Tensor weight, Tensor weight_t, Tensor bias, bool with_h2) "
+      "-> (Tensor s, Tensor h2)");
   // ds -> the gradient for x
-  m.def(
-      "inverted_residual_backward(Tensor ds, Tensor x, Tensor h2, Tensor expand_weight, Tensor expand_bias, "
-      "Tensor depthwise_weight, Tensor project_weight) -> Tensor");
+  m.def("inverted_residual_backward(Tensor ds, Tensor x, Tensor h2, Tensor weight_t) -> Tensor");
 
   // weight [B, M, K], u [B, M], v [B, K], float32 -> (u, v) after the iterations
   m.def("power_iteration(Tensor weight, Tensor u, Tensor v, int iterations, float eps) -> (Tensor, Tensor)");

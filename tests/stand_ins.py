@@ -68,16 +68,51 @@ def _pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None
     return reference.pointwise_backward(dy, weight_t.T, x)
 
 
-def inverted_residual(x: Tensor, *weights_and_with_h2: Any) -> tuple[Tensor, Tensor]:
+def inverted_residual(
+    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor, with_h2: bool
+) -> tuple[Tensor, Tensor]:
     """The twin, called as the compiled op is."""
-    *weights, with_h2 = weights_and_with_h2
-    s, h2 = reference.inverted_residual(x, *weights, with_h2=with_h2)
+    C = x.shape[1]
+    W1, W2, window, b1 = weight.split((32 * C, 32 * C, 1792, 128), 1)
+    taps = _from_lanes(window)
+    weights = (2 * _from_left(W1, C), 2 * _from_pairs(b1, 3), taps[:25].unflatten(0, (5, 5)), taps[25])
+    s, h2 = reference.inverted_residual(x, *weights, _from_right(W2, C).T, bias, with_h2=with_h2)
     return s, x.new_empty(0) if h2 is None else h2
+
+
+def inverted_residual_backward(ds: Tensor, x: Tensor, h2: Tensor, weight_t: Tensor) -> Tensor:
+    C = x.shape[1]
+    W2, W1_t, W1, window, b1 = weight_t.split((32 * C, 32 * C, 32 * C, 1792, 128), 1)
+    taps, expand = _from_lanes(window)[:25].flip(0).unflatten(0, (5, 5)), 2 * _from_left(W2, C)
+    own = _from_right(W1, C, own=True)
+    assert torch.equal(own, _from_right(W1_t, C))  # there twice, for two products
+    return reference.inverted_residual_backward(ds, x, h2, 2 * own, 2 * _from_pairs(b1, 2), taps, expand.T)
+
+
+def _from_left(part: Tensor, C: int) -> Tensor:
+    """The [hidden, C] of which this is a left operand: the inverse of what `pack_inverted_residual` does."""
+    return part.reshape(-1, C // 32, 2, 2, 8, 4, 2, 2, 2).permute(0, 4, 2, 7, 1, 5, 3, 6, 8).reshape(-1, C)
+
+
+def _from_right(part: Tensor, C: int, *, own: bool = False) -> Tensor:
+    """The [hidden, C] of which, or of whose transpose, this is a right operand."""
+    blocks = part.reshape(-1, C // 32, 4, 4, 2, 4, 8).permute(0, 1, 3, 2, 4, 5, 6).reshape(-1, C // 32, 32, 32)
+    return (blocks.transpose(1, 2) if own else blocks.permute(0, 3, 1, 2)).reshape(-1, C)
+
+
+def _from_lanes(part: Tensor) -> Tensor:
+    """[28, hidden]; the zeros between the numbers go."""
+    return part.reshape(-1, 7, 32, 4, 2)[..., 1].permute(1, 3, 0, 2).reshape(28, -1)
+
+
+def _from_pairs(part: Tensor, twice: int) -> Tensor:
+    """[hidden], which is there twice along this dimension of pairs."""
+    return part.reshape(-1, 16, 2, 2, 2)[..., 1].select(twice, 0).flatten()
 
 
 TWINS: dict[str, Callable[..., Any]] = {
     "pointwise": _pointwise,
     "pointwise_backward": _pointwise_backward,
     "inverted_residual": inverted_residual,
-    "inverted_residual_backward": reference.inverted_residual_backward,
+    "inverted_residual_backward": inverted_residual_backward,
 }

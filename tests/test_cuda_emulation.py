@@ -84,6 +84,27 @@ def test_swish_and_its_slope_are_as_near_as_their_header_says(emulated: ctypes.C
     assert np.abs(slope - sigmoid * (1 + wide * (1 - sigmoid))).max() <= 2.0**-21
 
 
+def test_swish_by_tanh_is_as_near_as_its_header_says_and_no_nearer(emulated: ctypes.CDLL) -> None:
+    """The emulated tanh is as wrong as the instruction may be, so that tests of kernels see it."""
+    x = np.concatenate((np.linspace(-40, 40, 400_001), np.linspace(-1e-3, 1e-3, 1001))).astype(np.float32)
+    y, slope = np.empty_like(x), np.empty_like(x)
+    emulated.swish_by_tanh(pointer(x), ctypes.c_int64(len(x)), pointer(y), pointer(slope))
+    wide = x.astype(np.float64)
+    sigmoid = 1 / (1 + np.exp(-wide))
+    error = np.abs(y - wide * sigmoid)
+    slope_error = np.abs(slope - sigmoid * (1 + wide * (1 - sigmoid)))
+    assert (error <= 1.001 * 2.0**-12 * np.abs(wide)).all() and error.max() > 0.99 * 2.0**-12 * 40
+    assert (slope_error <= 1.001 * 2.0**-12 * (1 + np.abs(wide))).all() and slope_error.max() > 0.9 * 2.0**-12 * 41
+
+
+def test_halves_of_bf16_pairs_equal_torch(emulated: ctypes.CDLL) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    pairs, halves = torch.stack((every, every.flip(0)), 1), torch.empty(2**16, 2, dtype=torch.bfloat16)
+    given = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (pairs, halves)]
+    emulated.halves(given[0], ctypes.c_int64(2**16), given[1])
+    torch.testing.assert_close(halves, pairs / 2, rtol=0, atol=0, equal_nan=True)
+
+
 def test_swish_far_out(emulated: ctypes.CDLL) -> None:
     x = np.array([-np.inf, -1e30, -1e3, -90.0, -0.0, 90.0, 1e3, 1e30, np.inf, np.nan], dtype=np.float32)
     y, slope = np.empty_like(x), np.empty_like(x)

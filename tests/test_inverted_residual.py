@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import stand_ins
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +13,13 @@ from torch import Tensor
 from vaebm_fast import reference
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops._backend import why_not
-from vaebm_fast.ops.inverted_residual import inverted_residual, inverted_residual_backward
+from vaebm_fast.ops.inverted_residual import (
+    BlockWeights,
+    PackedBlock,
+    inverted_residual,
+    inverted_residual_backward,
+    pack_inverted_residual,
+)
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1, 1, 1, 1, 5), (2, 3, 4, 6, 5, 3), (1, 4, 2, 3, 9, 5)]  # N, C, H, W, hidden, K
@@ -36,6 +45,19 @@ def of_backward(given: dict[str, Tensor]) -> dict[str, Tensor]:
     assert h2 is not None
     kept = {name: tensor for name, tensor in given.items() if name not in ("depthwise_bias", "project_bias")}
     return {"ds": torch.randn_like(given["x"]), "h2": h2} | kept
+
+
+def weights_of(given: dict[str, Tensor]) -> BlockWeights:
+    return BlockWeights(**{name: given[name] for name in BlockWeights._fields})
+
+
+def face(given: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor | None]:
+    return inverted_residual(given["x"], weights_of(given), **options)
+
+
+def backward_face(given: dict[str, Tensor], **options: Any) -> Tensor:
+    """Of arguments of the forward, `ds` and `h2`."""
+    return inverted_residual_backward(given["ds"], given["x"], given["h2"], weights_of(given), **options)
 
 
 def plain(x: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -77,39 +99,57 @@ def test_the_face_on_a_cpu_is_the_twin() -> None:
     given = arguments(SHAPES[1], torch.bfloat16)
     given["x"].requires_grad_()
     expected, _ = reference.inverted_residual(**given, with_h2=False)
-    s, h2 = inverted_residual(**given)
+    s, h2 = face(given)
     assert torch.equal(s, expected) and h2 is None and s.requires_grad
-    _, h2 = inverted_residual(**given, with_h2=True, backend="reference")
+    _, h2 = face(given, with_h2=True, backend="reference")
     assert h2 is not None and h2.shape == (2, 5, 4, 6) and not h2.requires_grad
-    given = of_backward(arguments(SHAPES[1], torch.bfloat16))
-    assert torch.equal(inverted_residual_backward(**given), reference.inverted_residual_backward(**given))
+    given = arguments(SHAPES[1], torch.bfloat16)
+    back = of_backward(given)
+    assert torch.equal(backward_face(given | back), reference.inverted_residual_backward(**back))
 
 
 def test_a_backend_asked_for_by_name_never_falls_back() -> None:
+    given = arguments(SHAPES[1])
     with pytest.raises(RuntimeError, match="^inverted_residual cannot run with backend='cuda'"):
-        inverted_residual(**arguments(SHAPES[1]), backend="cuda")
+        face(given, backend="cuda")
     with pytest.raises(RuntimeError, match="^inverted_residual_backward cannot run with backend='cpu'"):
-        inverted_residual_backward(**of_backward(arguments(SHAPES[1])), backend="cpu")
+        backward_face(given | of_backward(given), backend="cpu")
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((1, 32, 4, 6, 64, 5), torch.float32),
-        ((1, 48, 4, 6, 64, 5), torch.bfloat16),
-        ((1, 32, 4, 6, 48, 5), torch.bfloat16),
-        ((1, 32, 4, 6, 64, 3), torch.bfloat16),
-    ],
-)
-def test_what_the_cuda_kernels_do_not_take_is_refused(
-    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_packed_for_cuda_and_plain_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "why_not", lambda op, device, backend: None)  # as where there is a GPU
-    sentence = "takes bfloat16, C = 32, 64 or 128, hidden a multiple of 32 and K = 5, .* ask for backend='reference'"
+    given = arguments((1, 32, 4, 6, 64, 5), torch.bfloat16)
+    packed = pack_inverted_residual(weights_of(given))
+    given |= of_backward(given)
+    with pytest.raises(ValueError, match="backend='cuda' takes weights of pack_inverted_residual; pack them"):
+        face(given, backend="cuda")
+    with pytest.raises(ValueError, match="backend='cuda' takes weights of pack_inverted_residual; pack them"):
+        backward_face(given, backend="cuda")
+    with pytest.raises(ValueError, match="backend='reference' takes plain weights"):
+        inverted_residual(given["x"], packed, backend="reference")
+    with pytest.raises(ValueError, match="backend='reference' takes plain weights"):
+        inverted_residual_backward(given["ds"], given["x"], given["h2"], packed, backend="reference")
+
+
+@pytest.mark.parametrize("shape", [(1, 48, 4, 6, 64, 5), (1, 32, 4, 6, 48, 5), (1, 32, 4, 6, 64, 3)])
+def test_what_the_cuda_kernels_do_not_take_is_not_packed(shape: tuple[int, ...]) -> None:
+    _, C, _, _, hidden, K = shape
+    sentence = f"take C = 32, 64 or 128, hidden a multiple of 32 and K = 5, not C = {C}, hidden = {hidden}, K = {K}"
     with pytest.raises(ValueError, match=sentence):
-        inverted_residual(**arguments(shape, dtype), backend="cuda")
-    with pytest.raises(ValueError, match=sentence):
-        inverted_residual_backward(**of_backward(arguments(shape, dtype)), backend="cuda")
+        pack_inverted_residual(weights_of(arguments(shape)))
+
+
+@pytest.mark.parametrize("C", [32, 64, 128])
+def test_packed_weights_are_those_that_were_packed(C: int) -> None:
+    """As the twins take them apart again; in float32, where halves are exact too."""
+    given = arguments((1, C, 3, 4, 96, 5), torch.float32)
+    packed = pack_inverted_residual(weights_of(given))
+    s, h2 = stand_ins.inverted_residual(given["x"], *packed, True)
+    expected, expected_h2 = reference.inverted_residual(**given, with_h2=True)
+    assert expected_h2 is not None and torch.equal(s, expected) and torch.equal(h2, expected_h2)
+    back = of_backward(given)
+    dx = stand_ins.inverted_residual_backward(back["ds"], back["x"], back["h2"], packed.weight_t)
+    assert torch.equal(dx, reference.inverted_residual_backward(**back))
 
 
 @pytest.mark.parametrize("name", ["expand_weight", "depthwise_bias", "project_weight"])
@@ -117,7 +157,7 @@ def test_a_gradient_for_a_weight_is_refused(name: str) -> None:
     given = arguments(SHAPES[1])
     given[name].requires_grad_()
     with pytest.raises(ValueError, match="inverted_residual has no gradient for its weights; detach them"):
-        inverted_residual(**given)
+        face(given)
 
 
 BAD = [
@@ -138,45 +178,66 @@ BAD_BACKWARD = [*BAD, ("ds", torch.zeros(2, 3, 4, 5), "ds must be"), ("h2", torc
 @pytest.mark.parametrize(("name", "value", "sentence"), BAD_FORWARD)
 def test_bad_arguments_are_refused(name: str, value: Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        inverted_residual(**arguments(SHAPES[1], torch.float32) | {name: value})
+        face(arguments(SHAPES[1], torch.float32) | {name: value})
 
 
 @pytest.mark.parametrize(("name", "value", "sentence"), BAD_BACKWARD)
 def test_bad_arguments_of_the_backward_are_refused(name: str, value: Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        inverted_residual_backward(**of_backward(arguments(SHAPES[1], torch.float32)) | {name: value})
+        given = arguments(SHAPES[1], torch.float32)
+        backward_face(given | of_backward(given) | {name: value})
 
 
-def on_meta(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    return {name: tensor.to("meta") for name, tensor in arguments(shape, torch.bfloat16).items()}
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"weight": torch.zeros(2, 3).bfloat16()}, r"weight must be \[2, 3968\]; it is \[2, 3\]"),
+        ({"weight_t": torch.zeros(1, 4992).bfloat16()}, r"weight_t must be \[2, 4992\]"),
+        ({"project_bias": torch.zeros(32)}, "project_bias is torch.float32; convert it to torch.bfloat16"),
+    ],
+)
+def test_bad_packed_weights_are_refused(changed: dict[str, Tensor], sentence: str) -> None:
+    given = arguments((1, 32, 4, 6, 64, 5), torch.bfloat16)
+    packed = pack_inverted_residual(weights_of(given))._replace(**changed)
+    with pytest.raises(ValueError, match=sentence):
+        inverted_residual(given["x"], packed)
+
+
+def test_packed_weights_are_for_bfloat16(compiled: None) -> None:
+    given = arguments((1, 32, 4, 6, 64, 5), torch.float32)
+    with pytest.raises(ValueError, match="take bfloat16 and C = 32, 64 or 128, not torch.float32 and C = 32"):
+        inverted_residual(given["x"], pack_inverted_residual(weights_of(given)))
+
+
+def on_meta(shape: tuple[int, ...]) -> tuple[Tensor, PackedBlock]:
+    given = arguments(shape, torch.bfloat16)
+    packed = pack_inverted_residual(weights_of(given))
+    return given["x"].to("meta").requires_grad_(), PackedBlock(*(tensor.to("meta") for tensor in packed))
 
 
 def test_the_fakes_of_the_cpp_ops_have_the_shapes_of_the_twin(compiled: None) -> None:
-    given = on_meta((2, 32, 4, 6, 64, 5))
-    x = given.pop("x").requires_grad_()
-    s, h2 = torch.ops.vaebm_fast.inverted_residual(x, **given, with_h2=True)
+    x, packed = on_meta((2, 32, 4, 6, 64, 5))
+    s, h2 = torch.ops.vaebm_fast.inverted_residual(x, *packed, True)
     assert s.shape == x.shape and h2.shape == (2, 64, 4, 6) and s.dtype == h2.dtype == torch.bfloat16
     assert s.is_contiguous(memory_format=torch.channels_last) and h2.is_contiguous(memory_format=torch.channels_last)
     assert s.requires_grad and not h2.requires_grad
     (dx,) = torch.autograd.grad(s, x, torch.empty_like(s))
     assert dx.shape == x.shape and dx.is_contiguous(memory_format=torch.channels_last)
-    assert torch.ops.vaebm_fast.inverted_residual(x.detach(), **given, with_h2=False)[1].shape == (0,)
+    assert torch.ops.vaebm_fast.inverted_residual(x.detach(), *packed, False)[1].shape == (0,)
 
 
 def test_the_cpp_op_refuses_gradients_that_it_does_not_have(compiled: None) -> None:
-    given = on_meta((1, 32, 4, 6, 64, 5))
-    x = given.pop("x").requires_grad_()
+    x, packed = on_meta((1, 32, 4, 6, 64, 5))
 
-    def gradient(with_h2: bool, **changed: Tensor) -> Tensor:
-        s, _ = torch.ops.vaebm_fast.inverted_residual(x, **(given | changed), with_h2=with_h2)
-        return torch.autograd.grad(s, [x, *changed.values()], torch.empty_like(s), create_graph=True)[0]
+    def gradient(with_h2: bool) -> Tensor:
+        s, _ = torch.ops.vaebm_fast.inverted_residual(x, *packed, with_h2)
+        return torch.autograd.grad(s, x, torch.empty_like(s), create_graph=True)[0]
 
     with pytest.raises(RuntimeError, match="call it with with_h2=True"):
         gradient(with_h2=False)
     with pytest.raises(RuntimeError, match="no gradient for its weights"):
-        s, _ = torch.ops.vaebm_fast.inverted_residual(
-            x, **given | {"project_bias": x.new_empty(32).requires_grad_()}, with_h2=True
-        )
+        bias = x.new_empty(32).requires_grad_()
+        s, _ = torch.ops.vaebm_fast.inverted_residual(x, *packed._replace(project_bias=bias), True)
         s.backward(torch.empty_like(s))
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(gradient(with_h2=True).sum(), x)

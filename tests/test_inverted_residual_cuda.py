@@ -18,7 +18,13 @@ from vaebm_fast.frozen import cells
 from vaebm_fast.frozen.cells import freeze_cell
 from vaebm_fast.models.layers import Cell
 from vaebm_fast.ops._backend import why_not
-from vaebm_fast.ops.inverted_residual import inverted_residual, inverted_residual_backward
+from vaebm_fast.ops.inverted_residual import (
+    BlockWeights,
+    PackedBlock,
+    inverted_residual,
+    inverted_residual_backward,
+    pack_inverted_residual,
+)
 
 GUARD = 64  # elements on either side of an output that no kernel may touch
 
@@ -32,8 +38,6 @@ SHAPES = [
     (1, 128, 9, 5, 32),
 ]
 
-Weights = dict[str, Tensor]
-
 
 def case_name(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
@@ -44,27 +48,23 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulate("inverted_residual", tmp_path_factory.mktemp("emulation"))
 
 
-def tensors(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Weights]:
+def tensors(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, BlockWeights]:
     """x and a cotangent, NCHW in channels_last, and weights, scaled so that every stage is of the order of one."""
     N, C, H, W, hidden = shape
     x, ds = (torch.randn(N, H, W, C).bfloat16().permute(0, 3, 1, 2) for _ in range(2))
-    weights = {
-        "expand_weight": 2 * torch.randn(hidden, C) / C**0.5,
-        "expand_bias": torch.randn(hidden),
-        "depthwise_weight": torch.randn(5, 5, hidden) / 3,
-        "depthwise_bias": torch.randn(hidden),
-        "project_weight": torch.randn(C, hidden) / hidden**0.5,
-        "project_bias": torch.randn(C),
-    }
-    return x, ds, {name: weight.bfloat16() for name, weight in weights.items()}
+    weights = (
+        2 * torch.randn(hidden, C) / C**0.5,
+        torch.randn(hidden),
+        torch.randn(5, 5, hidden) / 3,
+        torch.randn(hidden),
+        torch.randn(C, hidden) / hidden**0.5,
+        torch.randn(C),
+    )
+    return x, ds, BlockWeights(*(weight.bfloat16() for weight in weights))
 
 
-def of_backward(weights: Weights) -> Weights:
-    return {name: w for name, w in weights.items() if name not in ("depthwise_bias", "project_bias")}
-
-
-def twice_as_wide(weights: Weights) -> Weights:
-    return {name: weight.double() for name, weight in weights.items()}
+def twice_as_wide(weights: BlockWeights) -> BlockWeights:
+    return BlockWeights(*(weight.double() for weight in weights))
 
 
 class Output:
@@ -86,24 +86,23 @@ def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
-def forward(library: ctypes.CDLL, x: Tensor, w: Weights, with_h2: bool = True) -> tuple[Tensor, Tensor | None]:
+def forward(library: ctypes.CDLL, x: Tensor, w: PackedBlock, with_h2: bool = True) -> tuple[Tensor, Tensor | None]:
     N, C, H, W = x.shape
-    hidden = len(w["expand_bias"])
+    hidden = 32 * len(w.weight)
     s, h2 = Output(N, C, H, W), Output(N, hidden, H, W)
     sizes = [ctypes.c_int64(N), *map(ctypes.c_int, (H, W, C, hidden))]
-    library.forward(*pointers(x, *w.values()), *sizes, *pointers(s.inner, h2.inner if with_h2 else None))
+    outputs = pointers(s.inner, h2.inner if with_h2 else None)
+    library.forward(*pointers(x, w.weight, w.project_bias), *sizes, *outputs)
     if not with_h2:
         assert h2.memory.isnan().all()
     return s.read(), h2.read() if with_h2 else None
 
 
-def backward(library: ctypes.CDLL, ds: Tensor, x: Tensor, h2: Tensor, w: Weights) -> Tensor:
+def backward(library: ctypes.CDLL, ds: Tensor, x: Tensor, h2: Tensor, weight_t: Tensor) -> Tensor:
     N, C, H, W = x.shape
     dx = Output(N, C, H, W)
-    transposed = [w[name].T.contiguous() for name in ("expand_weight", "project_weight")]
-    given = (ds, x, h2, w["expand_weight"], transposed[0], w["expand_bias"], w["depthwise_weight"], transposed[1])
-    sizes = [ctypes.c_int64(N), *map(ctypes.c_int, (H, W, C, len(w["expand_bias"])))]
-    library.backward(*pointers(*given), *sizes, *pointers(dx.inner))
+    sizes = [ctypes.c_int64(N), *map(ctypes.c_int, (H, W, C, 32 * len(weight_t)))]
+    library.backward(*pointers(ds, x, h2, weight_t), *sizes, *pointers(dx.inner))
     return dx.read()
 
 
@@ -116,9 +115,9 @@ def assert_as_accurate(result: Tensor, plain: Tensor, truth: Tensor) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=case_name)
 def test_the_kernel_equals_the_twin(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
     x, _, w = tensors(shape)
-    s, h2 = forward(emulated, x, w)
-    plain, plain_h2 = reference.inverted_residual(x, **w, with_h2=True)
-    truth, true_h2 = reference.inverted_residual(x.double(), **twice_as_wide(w), with_h2=True)
+    s, h2 = forward(emulated, x, pack_inverted_residual(w))
+    plain, plain_h2 = reference.inverted_residual(x, *w, with_h2=True)
+    truth, true_h2 = reference.inverted_residual(x.double(), *twice_as_wide(w), with_h2=True)
     assert h2 is not None and plain_h2 is not None and true_h2 is not None
     assert_as_accurate(h2, plain_h2, true_h2)
     assert_as_accurate(s, plain, truth)
@@ -127,27 +126,29 @@ def test_the_kernel_equals_the_twin(emulated: ctypes.CDLL, shape: tuple[int, ...
 @pytest.mark.parametrize("shape", SHAPES, ids=case_name)
 def test_the_backward_kernel_equals_the_twin(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
     x, ds, w = tensors(shape)
-    h2 = reference.inverted_residual(x, **w, with_h2=True)[1]
+    h2 = reference.inverted_residual(x, *w, with_h2=True)[1]
     assert h2 is not None
-    h2, w = h2.contiguous(memory_format=torch.channels_last), of_backward(w)
-    plain = reference.inverted_residual_backward(ds, x, h2, **w)
-    truth = reference.inverted_residual_backward(ds.double(), x.double(), h2.double(), **twice_as_wide(w))
-    assert_as_accurate(backward(emulated, ds, x, h2, w), plain, truth)
+    h2 = h2.contiguous(memory_format=torch.channels_last)
+    plain = inverted_residual_backward(ds, x, h2, w)
+    truth = inverted_residual_backward(ds.double(), x.double(), h2.double(), twice_as_wide(w))
+    assert_as_accurate(backward(emulated, ds, x, h2, pack_inverted_residual(w).weight_t), plain, truth)
 
 
 def test_h2_is_written_only_where_it_is_asked_for(emulated: ctypes.CDLL) -> None:
     x, _, w = tensors((1, 32, 9, 5, 32))
-    assert torch.equal(forward(emulated, x, w, with_h2=False)[0], forward(emulated, x, w)[0])
+    packed = pack_inverted_residual(w)
+    assert torch.equal(forward(emulated, x, packed, with_h2=False)[0], forward(emulated, x, packed)[0])
 
 
 def test_kernels_have_the_same_bits_whatever_the_place_in_the_batch(emulated: ctypes.CDLL) -> None:
     x, ds, w = tensors((3, 32, 5, 18, 64))
-    s, h2 = forward(emulated, x, w)
+    packed = pack_inverted_residual(w)
+    s, h2 = forward(emulated, x, packed)
     assert h2 is not None
-    dx = backward(emulated, ds, x, h2, w)
+    dx = backward(emulated, ds, x, h2, packed.weight_t)
     one = slice(1, 2)
-    assert torch.equal(forward(emulated, x[one], w)[0], s[one])
-    assert torch.equal(backward(emulated, ds[one], x[one], h2[one], w), dx[one])
+    assert torch.equal(forward(emulated, x[one], packed)[0], s[one])
+    assert torch.equal(backward(emulated, ds[one], x[one], h2[one], packed.weight_t), dx[one])
 
 
 def test_kernels_pad_with_zeros_not_with_neighbours_or_the_bias(emulated: ctypes.CDLL) -> None:
@@ -155,22 +156,28 @@ def test_kernels_pad_with_zeros_not_with_neighbours_or_the_bias(emulated: ctypes
     x, ds, w = tensors((3, 32, 5, 5, 32))
     x[0] = x[2] = ds[0] = ds[2] = torch.nan
     x[1] = 0
-    s, h2 = forward(emulated, x[1:2], w)
-    assert h2 is not None
-    level = torch.nn.functional.silu(w["expand_bias"].double()).bfloat16().double()
-    taps, start = w["depthwise_weight"].double(), w["depthwise_bias"].double()
+    packed, copying = pack_inverted_residual(w), torch.zeros_like(w.depthwise_weight)
+    copying[2, 2] = 1
+    copied = w._replace(depthwise_weight=copying, depthwise_bias=torch.zeros_like(w.depthwise_bias))
+    s, h2 = forward(emulated, x[1:2], packed)
+    _, levels = forward(emulated, x[1:2], pack_inverted_residual(copied))
+    assert h2 is not None and levels is not None
+    level = levels[0, :, 2, 2].double()  # swish(expand_bias) as the kernel has it
+    assert_as_accurate(level, torch.nn.functional.silu(w.expand_bias), torch.nn.functional.silu(w.expand_bias.double()))
+    taps, start = w.depthwise_weight.double(), w.depthwise_bias.double()
     torch.testing.assert_close(h2[0, :, 2, 2].double(), start + taps.sum((0, 1)) * level, rtol=2.0**-8, atol=1e-3)
     torch.testing.assert_close(
         h2[0, :, 0, 0].double(), start + taps[2:, 2:].sum((0, 1)) * level, rtol=2.0**-8, atol=1e-3
     )
-    assert not backward(emulated, ds[1:2], x[1:2], h2, w).isnan().any()
+    assert not backward(emulated, ds[1:2], x[1:2], h2, packed.weight_t).isnan().any()
 
 
 @pytest.mark.parametrize("shape", [(0, 32, 3, 3, 32), (1, 64, 0, 3, 32), (2, 128, 3, 0, 32)], ids=case_name)
 def test_kernels_take_empty_images(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
     x, ds, w = tensors(shape)
-    s, h2 = forward(emulated, x, w)
-    assert h2 is not None and s.numel() == backward(emulated, ds, x, h2, w).numel() == 0
+    packed = pack_inverted_residual(w)
+    s, h2 = forward(emulated, x, packed)
+    assert h2 is not None and s.numel() == backward(emulated, ds, x, h2, packed.weight_t).numel() == 0
 
 
 def test_a_frozen_cell_runs_on_the_kernels(
@@ -178,7 +185,7 @@ def test_a_frozen_cell_runs_on_the_kernels(
 ) -> None:
     """The gradient of its live module, within twice the error of the same cell in plain PyTorch."""
     live = generic(Cell(("mconv_e3k5g0",), 32, 32, use_se=True))
-    x, dy, names = tensors((1, 32, 9, 17, 96))
+    x, dy, _ = tensors((1, 32, 9, 17, 96))
     leaf = x.double().requires_grad_()
     y = live(leaf)
     (dx,) = torch.autograd.grad(y, leaf, dy.double())
@@ -192,12 +199,12 @@ def test_a_frozen_cell_runs_on_the_kernels(
     pretend_a_gpu(monkeypatch)
     monkeypatch.setattr(cells, "FUSED_SIDE", 1)
 
-    def forward_kernel(x: Tensor, *weights_and_with_h2: Any) -> tuple[Tensor, Tensor | None]:
-        *weights, with_h2 = weights_and_with_h2
-        return forward(emulated, x, dict(zip(names, weights, strict=True)), with_h2)
+    def forward_kernel(x: Tensor, *packed_and_with_h2: Any) -> tuple[Tensor, Tensor | None]:
+        *packed, with_h2 = packed_and_with_h2
+        return forward(emulated, x, PackedBlock(*packed), with_h2)
 
-    def backward_kernel(ds: Tensor, x: Tensor, h2: Tensor, *weights: Tensor) -> Tensor:
-        return backward(emulated, ds, x, h2, dict(zip(of_backward(names), weights, strict=True)))
+    def backward_kernel(ds: Tensor, x: Tensor, h2: Tensor, weight_t: Tensor) -> Tensor:
+        return backward(emulated, ds, x, h2, weight_t)
 
     kernels = {"inverted_residual": forward_kernel, "inverted_residual_backward": backward_kernel}
     with StandIns(kernels) as stand_ins:
@@ -222,18 +229,17 @@ def test_the_op_on_a_gpu_equals_the_twin(shape: tuple[int, ...]) -> None:
     if reason is not None or not torch.cuda.is_available():
         pytest.skip(reason or "there is no GPU")
     x, ds, w = tensors(shape)
-    x, ds, w = x.cuda(), ds.cuda(), {name: weight.cuda() for name, weight in w.items()}
-    leaf = x.clone().requires_grad_()
-    s, h2 = inverted_residual(leaf, **w, with_h2=True, backend="cuda")
+    x, ds, w = x.cuda(), ds.cuda(), BlockWeights(*(weight.cuda() for weight in w))
+    leaf, packed = x.clone().requires_grad_(), pack_inverted_residual(w)
+    s, h2 = inverted_residual(leaf, packed, with_h2=True, backend="cuda")
     assert h2 is not None
     (dx,) = torch.autograd.grad(s, leaf, ds)
-    assert torch.equal(dx, inverted_residual_backward(ds, x, h2, **of_backward(w), backend="cuda"))
+    assert torch.equal(dx, inverted_residual_backward(ds, x, h2, packed, backend="cuda"))
 
-    truth, _ = reference.inverted_residual(x.double(), **twice_as_wide(w), with_h2=False)
-    assert_as_accurate(s.detach(), reference.inverted_residual(x, **w, with_h2=False)[0], truth)
-    plain = reference.inverted_residual_backward(ds, x, h2, **of_backward(w))
-    wide = twice_as_wide(of_backward(w))
-    truth = reference.inverted_residual_backward(ds.double(), x.double(), h2.double(), **wide)
+    truth, _ = reference.inverted_residual(x.double(), *twice_as_wide(w), with_h2=False)
+    assert_as_accurate(s.detach(), reference.inverted_residual(x, *w, with_h2=False)[0], truth)
+    plain = inverted_residual_backward(ds, x, h2, w)
+    truth = inverted_residual_backward(ds.double(), x.double(), h2.double(), twice_as_wide(w))
     assert_as_accurate(dx, plain, truth)
 
 
@@ -243,10 +249,10 @@ def test_cpp_ops_pass_opcheck() -> None:
     if reason is not None or not torch.cuda.is_available():
         pytest.skip(reason or "there is no GPU")
     x, ds, w = tensors((2, 32, 9, 17, 64))
-    x, ds, w = x.cuda(), ds.cuda(), {name: weight.cuda() for name, weight in w.items()}
+    x, ds, packed = x.cuda(), ds.cuda(), PackedBlock(*(part.cuda() for part in pack_inverted_residual(w)))
     ops = torch.ops.vaebm_fast
     for with_h2 in (False, True):
-        torch.library.opcheck(ops.inverted_residual.default, (x, *w.values(), with_h2))
-    torch.library.opcheck(ops.inverted_residual.default, (x.clone().requires_grad_(), *w.values(), True))
-    h2 = ops.inverted_residual(x, *w.values(), True)[1]
-    torch.library.opcheck(ops.inverted_residual_backward.default, (ds, x, h2, *of_backward(w).values()))
+        torch.library.opcheck(ops.inverted_residual.default, (x, *packed, with_h2))
+    torch.library.opcheck(ops.inverted_residual.default, (x.clone().requires_grad_(), *packed, True))
+    h2 = ops.inverted_residual(x, *packed, True)[1]
+    torch.library.opcheck(ops.inverted_residual_backward.default, (ds, x, h2, packed.weight_t))

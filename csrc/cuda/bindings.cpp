@@ -131,23 +131,19 @@ at::Tensor aligned(const at::Tensor& tensor, at::MemoryFormat format = at::Memor
   return reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0 ? packed : packed.clone(format);
 }
 
-std::tuple<at::Tensor, at::Tensor> inverted_residual_cuda(
-    const at::Tensor& x, const at::Tensor& expand_weight, const at::Tensor& expand_bias,
-    const at::Tensor& depthwise_weight, const at::Tensor& depthwise_bias, const at::Tensor& project_weight,
-    const at::Tensor& project_bias, bool with_h2) {
-  check_inverted_residual(x, expand_weight, expand_bias, depthwise_weight, project_weight);
-  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), hidden = expand_weight.size(0);
-  check_tensor(depthwise_bias, "depthwise_bias", {hidden}, x, at::kBFloat16);
-  check_tensor(project_bias, "project_bias", {C}, x, at::kBFloat16);
+std::tuple<at::Tensor, at::Tensor> inverted_residual_cuda(const at::Tensor& x, const at::Tensor& weight,
+                                                          const at::Tensor& weight_t, const at::Tensor& bias,
+                                                          bool with_h2) {
+  const int64_t hidden = check_inverted_residual(x, weight, "weight", 2);
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  check_tensor(weight_t, "weight_t", {hidden / 32, 96 * C + 1920}, x, at::kBFloat16);
+  check_tensor(bias, "bias", {C}, x, at::kBFloat16);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor source = aligned(x, at::MemoryFormat::ChannelsLast);
-  const at::Tensor weights[] = {aligned(expand_weight),  aligned(expand_bias),    aligned(depthwise_weight),
-                                aligned(depthwise_bias), aligned(project_weight), aligned(project_bias)};
+  const at::Tensor source = aligned(x, at::MemoryFormat::ChannelsLast), packed = aligned(weight), start = aligned(bias);
   at::Tensor s = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
   at::Tensor h2 = with_h2 ? at::empty({N, hidden, H, W}, x.options(), at::MemoryFormat::ChannelsLast)
                           : at::empty({0}, x.options());
-  launch_inverted_residual(data<Bf16>(source), data<Bf16>(weights[0]), data<Bf16>(weights[1]), data<Bf16>(weights[2]),
-                           data<Bf16>(weights[3]), data<Bf16>(weights[4]), data<Bf16>(weights[5]), N, H, W, C, hidden,
+  launch_inverted_residual(data<Bf16>(source), data<Bf16>(packed), data<Bf16>(start), N, H, W, C, hidden,
                            static_cast<Bf16*>(s.mutable_data_ptr()),
                            with_h2 ? static_cast<Bf16*>(h2.mutable_data_ptr()) : nullptr,
                            c10::cuda::getCurrentCUDAStream());
@@ -156,22 +152,19 @@ std::tuple<at::Tensor, at::Tensor> inverted_residual_cuda(
 }
 
 at::Tensor inverted_residual_backward_cuda(const at::Tensor& ds, const at::Tensor& x, const at::Tensor& h2,
-                                           const at::Tensor& expand_weight, const at::Tensor& expand_bias,
-                                           const at::Tensor& depthwise_weight, const at::Tensor& project_weight) {
-  check_inverted_residual(x, expand_weight, expand_bias, depthwise_weight, project_weight);
-  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), hidden = expand_weight.size(0);
+                                           const at::Tensor& weight_t) {
+  const int64_t hidden = check_inverted_residual(x, weight_t, "weight_t", 3);
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
   check_tensor(ds, "ds", x.sizes(), x, at::kBFloat16);
   check_tensor(h2, "h2", {N, hidden, H, W}, x, at::kBFloat16);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto channels_last = at::MemoryFormat::ChannelsLast;
   const at::Tensor images[] = {aligned(ds, channels_last), aligned(x, channels_last), aligned(h2, channels_last)};
-  const at::Tensor weights[] = {aligned(expand_weight), aligned(expand_weight.t()), aligned(expand_bias),
-                                aligned(depthwise_weight), aligned(project_weight.t())};
+  const at::Tensor packed = aligned(weight_t);
   at::Tensor dx = at::empty(x.sizes(), x.options(), channels_last);
   launch_inverted_residual_backward(data<Bf16>(images[0]), data<Bf16>(images[1]), data<Bf16>(images[2]),
-                                    data<Bf16>(weights[0]), data<Bf16>(weights[1]), data<Bf16>(weights[2]),
-                                    data<Bf16>(weights[3]), data<Bf16>(weights[4]), N, H, W, C, hidden,
-                                    static_cast<Bf16*>(dx.mutable_data_ptr()), c10::cuda::getCurrentCUDAStream());
+                                    data<Bf16>(packed), N, H, W, C, hidden, static_cast<Bf16*>(dx.mutable_data_ptr()),
+                                    c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return dx;
 }

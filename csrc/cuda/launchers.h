@@ -29,17 +29,13 @@ template <class T>
 void launch_depthwise_swish_backward(const T* dy, const T* h, const T* weight, bool upsample, int64_t N, int H, int W,
                                      int C, int K, T* dh, cudaStream_t cuda_stream);
 
-// NHWC: x, s, ds, dx [N, H, W, C], h2 [N, H, W, hidden]; expand_weight and project_weight_t [hidden, C],
-// depthwise_weight [5, 5, hidden], project_weight and expand_weight_t [C, hidden]; C 32, 64 or 128, hidden a multiple
-// of 32; all contiguous and 16-byte aligned. h2 null: it is not written.
-void launch_inverted_residual(const Bf16* x, const Bf16* expand_weight, const Bf16* expand_bias,
-                              const Bf16* depthwise_weight, const Bf16* depthwise_bias, const Bf16* project_weight,
-                              const Bf16* project_bias, int64_t N, int H, int W, int C, int hidden, Bf16* s, Bf16* h2,
-                              cudaStream_t cuda_stream);
-void launch_inverted_residual_backward(const Bf16* ds, const Bf16* x, const Bf16* h2, const Bf16* expand_weight,
-                                       const Bf16* expand_weight_t, const Bf16* expand_bias,
-                                       const Bf16* depthwise_weight, const Bf16* project_weight_t, int64_t N, int H,
-                                       int W, int C, int hidden, Bf16* dx, cudaStream_t cuda_stream);
+// NHWC: x, s, ds, dx [N, H, W, C], h2 [N, H, W, hidden]; project_bias [C]; weight and weight_t of
+// ops/inverted_residual.py pack_inverted_residual; C 32, 64 or 128, hidden a multiple of 32; all contiguous and 16-byte
+// aligned. h2 null: it is not written.
+void launch_inverted_residual(const Bf16* x, const Bf16* weight, const Bf16* project_bias, int64_t N, int H, int W,
+                              int C, int hidden, Bf16* s, Bf16* h2, cudaStream_t cuda_stream);
+void launch_inverted_residual_backward(const Bf16* ds, const Bf16* x, const Bf16* h2, const Bf16* weight_t, int64_t N,
+                                       int H, int W, int C, int hidden, Bf16* dx, cudaStream_t cuda_stream);
 
 // weight [B, M, K], u [B, M] and v [B, K] in place; only u is read beforehand; all contiguous, M, K > 0. scratch:
 // power_iteration_scratch(B, M, K) floats.

@@ -12,8 +12,14 @@ __device__ float exp2_approx(float x);
 // 1/x to 1 ulp; an x or a result below 2^-126 counts as zero.
 __device__ float reciprocal_approx(float x);
 
+// tanh x to a relative 2^-11.
+__device__ float tanh_approx(float x);
+
 // The bits of two bf16, rounded to nearest even, lo in the lower half.
 __device__ uint32_t bf16_pair(float lo, float hi);
+
+// Half of both, exactly but for the last bit of a number below 2^-125.
+__device__ uint32_t half_of_pair(uint32_t pair);
 
 // What lane l of a warp holds of a matrix, two bf16 to a word, the left or upper one in its lower half:
 // A [16, 16]: v[i] is row l / 4 + 8 (i % 2), columns 2 (l % 4) + 8 (i / 2) and the next.
@@ -37,7 +43,7 @@ __device__ void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& 
 // With the quadrants of a row-major [16, 16] as matrices (upper left, lower left, upper right, lower right) that is A.
 __device__ FragmentA load_matrices(const void* row);
 
-// The same, each matrix transposed: row-major upper and lower halves of a [16, 8] give B in words 0 and 1.
+// The same, each matrix transposed: word i is column l / 4 of matrix i, rows 2 (l % 4) and the next.
 __device__ FragmentA load_matrices_transposed(const void* row);
 
 #ifdef __CUDACC__
@@ -53,14 +59,27 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ uint32_t bf16_pair(float lo, float hi) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
   return pair;
 }
 
+__device__ __forceinline__ uint32_t half_of_pair(uint32_t pair) {
+  uint32_t half;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(half) : "r"(pair), "r"(0x3f003f00u), "r"(0x80008000u));  // 0.5, -0
+  return half;
+}
+
 __device__ __forceinline__ void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(  // or the compiler might move it to where the lanes part
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
       : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));

@@ -76,6 +76,26 @@ __device__ __forceinline__ FourWords load_four_words(const Bf16* from, bool exis
   return words;
 }
 
+// Two words, 8-byte aligned.
+struct __attribute__((may_alias, aligned(8))) TwoWords {
+  uint32_t v[2];
+};
+
+template <class T>
+__device__ __forceinline__ TwoWords load_two_words(const T* from) {
+  return *reinterpret_cast<const TwoWords*>(from);
+}
+
+template <class T>
+__device__ __forceinline__ TwoWords load_two_words(const T* from, bool exists) {
+  return exists ? load_two_words(from) : TwoWords{};
+}
+
+template <class T>
+__device__ __forceinline__ void store_two_words(const TwoWords& words, T* to) {
+  *reinterpret_cast<TwoWords*>(to) = words;
+}
+
 template <class T>
 __device__ __forceinline__ void store_four_words(const FourWords& words, T* to) {
   *reinterpret_cast<FourWords*>(to) = words;

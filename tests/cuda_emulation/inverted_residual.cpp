@@ -8,18 +8,14 @@
 
 using vf::Bf16;
 
-extern "C" void forward(const Bf16* x, const Bf16* expand_weight, const Bf16* expand_bias, const Bf16* depthwise_weight,
-                        const Bf16* depthwise_bias, const Bf16* project_weight, const Bf16* project_bias, int64_t N,
-                        int H, int W, int C, int hidden, Bf16* s, Bf16* h2) {
-  vf::launch_inverted_residual(x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight,
-                               project_bias, N, H, W, C, hidden, s, h2, nullptr);
+extern "C" void forward(const Bf16* x, const Bf16* weight, const Bf16* bias, int64_t N, int H, int W, int C, int hidden,
+                        Bf16* s, Bf16* h2) {
+  vf::launch_inverted_residual(x, weight, bias, N, H, W, C, hidden, s, h2, nullptr);
 }
 
-extern "C" void backward(const Bf16* ds, const Bf16* x, const Bf16* h2, const Bf16* expand_weight,
-                         const Bf16* expand_weight_t, const Bf16* expand_bias, const Bf16* depthwise_weight,
-                         const Bf16* project_weight_t, int64_t N, int H, int W, int C, int hidden, Bf16* dx) {
-  vf::launch_inverted_residual_backward(ds, x, h2, expand_weight, expand_weight_t, expand_bias, depthwise_weight,
-                                        project_weight_t, N, H, W, C, hidden, dx, nullptr);
+extern "C" void backward(const Bf16* ds, const Bf16* x, const Bf16* h2, const Bf16* weight_t, int64_t N, int H, int W,
+                         int C, int hidden, Bf16* dx) {
+  vf::launch_inverted_residual_backward(ds, x, h2, weight_t, N, H, W, C, hidden, dx, nullptr);
 }
 
 template <int C>
@@ -64,6 +60,39 @@ std::vector<T> transposed(const std::vector<T>& matrix, size_t columns) {
   std::vector<T> result(matrix.size());
   for (size_t i = 0; i < matrix.size(); ++i) result[i % columns * rows + i / columns] = matrix[i];
   return result;
+}
+
+// The 32 x 32 of weight [rows, columns] from (row, column) on, times `scale`, as lanes read it: as left operand, where
+// i is half of the rows and half of the columns, or as right one, where it is 8 rows.
+void pack(const Stored& weight, int columns, int row, int column, float scale, bool left, vf::tile::Tile& tile) {
+  for (int i = 0; i < 4; ++i) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, q = lane % 4;
+      for (int e = 0; e < 8; ++e) {
+        const int r = left ? 4 * g + i / 2 * 2 + e / 2 % 2 : g / 2 * 8 + 2 * i + g % 2;
+        const int k = left ? 8 * q + i % 2 * 4 + e / 4 * 2 + e % 2 : 8 * q + e;
+        const float value = scale * vf::to_float(weight[(row + r) * columns + column + k]);
+        reinterpret_cast<Bf16*>(&tile[i][lane])[e] = vf::to_element<Bf16>(value);
+      }
+    }
+  }
+}
+
+// Of channels 32 c .. 32 c + 31 the window, flipped or with its bias, and half of b1.
+template <class Chunk>
+void pack_window(const Stored& taps, const Stored* bd, const Stored& b1, int c, Chunk& chunk) {
+  for (int channel = 32 * c; channel < 32 * c + 32; ++channel) {
+    for (int i = 0; i < 28; ++i) {
+      const int tap = bd == nullptr ? 24 - i : i;
+      const float value = i < 25 ? vf::to_float(taps[tap * hidden + channel]) : 0.0f;
+      chunk.window[i / 4][channel % 32].v[i % 4] = vf::bits_of(value);
+    }
+    if (bd != nullptr) chunk.window[6][channel % 32].v[1] = vf::bits_of(vf::to_float((*bd)[channel]));
+    for (int twice = 0; twice < 2; ++twice) {
+      const int place = bd != nullptr ? 2 * (channel % 2) + twice : channel % 2 + 2 * twice;
+      chunk.expand_bias[channel % 32 / 2].v[place] = vf::bits_of(0.5f * vf::to_float(b1[channel]));
+    }
+  }
 }
 
 // bias + x [pixels, inputs] times the transpose of weight [outputs, inputs].
@@ -120,10 +149,21 @@ int main() {
   const Stored W2 = random_numbers(C * hidden, 0.3f), b2 = random_numbers(C, 1);
   Stored s(pixels * C), h2(pixels * hidden), dx(pixels * C);
   const Stored W1_t = transposed(W1, C), W2_t = transposed(W2, hidden);
-  forward(x.data(), W1.data(), b1.data(), taps.data(), bd.data(), W2.data(), b2.data(), N, H, W, C, hidden, s.data(),
-          h2.data());
-  backward(ds.data(), x.data(), h2.data(), W1.data(), W1_t.data(), b1.data(), taps.data(), W2_t.data(), N, H, W, C,
-           hidden, dx.data());
+  std::vector<vf::tile::ForwardChunk<C>> weight(hidden / 32);
+  std::vector<vf::tile::BackwardChunk<C>> weight_t(hidden / 32);
+  for (int c = 0; c < hidden / 32; ++c) {
+    pack(W1, C, 32 * c, 0, 0.5f, true, weight[c].in[0]);
+    pack(W2, hidden, 0, 32 * c, 1.0f, false, weight[c].more[0][0]);
+    pack_window(taps, &bd, b1, c, weight[c]);
+    pack(W2_t, C, 32 * c, 0, 0.5f, true, weight_t[c].in[0]);
+    pack(W1_t, hidden, 0, 32 * c, 0.5f, false, weight_t[c].more[0][0]);
+    pack(W1, C, 32 * c, 0, 0.5f, false, weight_t[c].more[1][0]);
+    pack_window(taps, nullptr, b1, c, weight_t[c]);
+  }
+  const auto* packed = reinterpret_cast<const Bf16*>(weight.data());
+  const auto* packed_t = reinterpret_cast<const Bf16*>(weight_t.data());
+  forward(x.data(), packed, b2.data(), N, H, W, C, hidden, s.data(), h2.data());
+  backward(ds.data(), x.data(), h2.data(), packed_t, N, H, W, C, hidden, dx.data());
 
   const Numbers h1 = product(exact(x), exact(W1), exact(b1));
   const Numbers expected_h2 = window(swish(h1), exact(taps), exact(bd), false);

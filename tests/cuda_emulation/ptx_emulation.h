@@ -18,6 +18,12 @@ inline float reciprocal_approx(float x) {
   return std::fabs(y) < 0x1p-126f ? std::copysign(0.0f, x) : y;
 }
 
+// As far from the truth as the instruction may be, up or down by the last bit of x; no bound on the result is promised.
+inline float tanh_approx(float x) {
+  const float y = std::tanh(x);
+  return std::isinf(x) ? y : y * (1.0f + (bits_of(x) & 1 ? 0x1p-11f : -0x1p-11f));
+}
+
 inline uint32_t bf16_bits(float a) {
   if (std::isnan(a)) return 0x7fff;
   const uint32_t bits = bits_of(a);
@@ -26,9 +32,14 @@ inline uint32_t bf16_bits(float a) {
 
 inline uint32_t bf16_pair(float lo, float hi) { return bf16_bits(lo) | bf16_bits(hi) << 16; }
 
-#ifndef VF_THREADS_NEVER_WAIT
 // Half 0 or 1 of a word.
 inline float bf16_half(uint32_t word, int half) { return float_of(half == 0 ? word << 16 : word & 0xffff0000u); }
+
+inline uint32_t half_of_pair(uint32_t pair) {
+  return bf16_pair(0.5f * bf16_half(pair, 0), 0.5f * bf16_half(pair, 1));
+}
+
+#ifndef VF_THREADS_NEVER_WAIT
 
 inline void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b) {
   struct Operands {

@@ -20,6 +20,17 @@ extern "C" void swish(const float* x, int64_t n, float* y, float* slope) {
   }
 }
 
+extern "C" void swish_by_tanh(const float* x, int64_t n, float* y, float* slope) {
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = vf::swish_of_half(0.5f * x[i]);
+    slope[i] = 0.5f * vf::times_twice_slope_of_half(1.0f, 0.5f * x[i]);
+  }
+}
+
+extern "C" void halves(const uint32_t* pairs, int64_t n, uint32_t* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = vf::half_of_pair(pairs[i]);
+}
+
 extern "C" void round_to_bf16(const float* x, int64_t n, uint16_t* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = vf::to_element<vf::Bf16>(x[i]).bits;
 }

@@ -37,7 +37,13 @@ from vaebm_fast.models.layers import (
 )
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.depthwise_swish import pack_depthwise
-from vaebm_fast.ops.inverted_residual import inverted_residual, is_taken
+from vaebm_fast.ops.inverted_residual import (
+    BlockWeights,
+    PackedBlock,
+    inverted_residual,
+    is_taken,
+    pack_inverted_residual,
+)
 
 FUSED_SIDE = 64  # from this side on a block's weights are small and its hidden tensor large: fuse all of it
 
@@ -46,6 +52,7 @@ class InvertedResidualWeights(NamedTuple):
     """1x1 to the hidden channels, depthwise, 1x1 back.
 
     The depthwise is a `Depthwise` where a compiled kernel runs it, else a Conv: in an "up" cell its four phases.
+    `whole`: all three once more, where one kernel may run the branch.
     """
 
     expand: Pointwise
@@ -53,6 +60,7 @@ class InvertedResidualWeights(NamedTuple):
     project: Pointwise
     skip: Pointwise | Conv | None
     se: SqueezeExcite | None
+    whole: PackedBlock | None
 
 
 class ActivatedConvsWeights(NamedTuple):
@@ -82,6 +90,7 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
 
     def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend) -> None:
         self._cell, self._op, self._resample, self._backend = cell, op, _resample(cell), backend
+        self._has_whole = backend == "cuda" and dtype == torch.bfloat16 and self._resample == "none"
         super().__init__(name, slots(cell), dtype)
 
     def fold(self) -> InvertedResidualWeights:
@@ -93,14 +102,25 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
             middle = Depthwise(pack_depthwise(middle.weight), middle.bias)
         elif self._resample == "up":
             middle = Conv(fold.nearest_phases(middle.weight), middle.bias)
+        start = fold.of_affine(_fold_conv_norm(expand), fold.batch_norm(norm.bn))
         end = fold.then_affine(fold.convolution(project), fold.batch_norm(last.bn))
+        end = fold.scaled(end, RESIDUAL_SCALE)
         return InvertedResidualWeights(
-            expand=Pointwise.of(fold.of_affine(_fold_conv_norm(expand), fold.batch_norm(norm.bn)), self._backend),
+            expand=Pointwise.of(start, self._backend),
             depthwise=middle,
-            project=Pointwise.of(fold.scaled(end, RESIDUAL_SCALE), self._backend),
+            project=Pointwise.of(end, self._backend),
             skip=_fold_skip(self._cell, self._backend),
             se=_fold_se(self._cell),
+            whole=self._fold_whole(start, middle, end),
         )
+
+    def _fold_whole(self, expand: Conv, middle: Depthwise | Conv, project: Conv) -> PackedBlock | None:
+        """Where there is a kernel for this precision and these sizes."""
+        if not (self._has_whole and isinstance(middle, Depthwise) and is_taken(expand.weight.shape[1], middle.weight)):
+            return None
+        assert expand.bias is not None and project.bias is not None
+        weights = (expand.weight.flatten(1), expand.bias, *middle, project.weight.flatten(1), project.bias)
+        return pack_inverted_residual(BlockWeights(*weights))
 
     def _is_compiled(self, weight: Tensor) -> bool:
         """Whether a kernel runs the middle convolution: those are depthwise, of stride 1."""
@@ -108,8 +128,9 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
 
     def __call__(self, x: Tensor) -> Tensor:
         w, skip = self.weights, _run_skip(x, self.weights.skip, self._backend)
-        if self._is_fused(x):
-            return se_gate_residual(self._fused_branch(x), skip, w.se, self._backend)
+        if w.whole is not None and x.shape[2] >= FUSED_SIDE:
+            s, _ = inverted_residual(x, w.whole, backend=self._backend)
+            return se_gate_residual(s, skip, w.se, self._backend)
         h, up = w.expand(x, self._backend), self._resample == "up"
         if isinstance(w.depthwise, Depthwise):
             return residual_tail(h, skip, w.depthwise, w.project, w.se, self._backend, upsample=up)
@@ -120,19 +141,6 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
             h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
             s = w.project(h, self._backend, swish=True)
         return se_gate_residual(s, skip, w.se, self._backend)
-
-    def _is_fused(self, x: Tensor) -> bool:
-        """Whether one kernel runs the whole branch on x [N, C, H, W]."""
-        if self._backend != "cuda" or self._resample != "none" or x.shape[2] < FUSED_SIDE:
-            return False
-        middle = self.weights.depthwise
-        return isinstance(middle, Depthwise) and is_taken(x, middle.weight)
-
-    def _fused_branch(self, x: Tensor) -> Tensor:
-        """s by one kernel, which reads the same weights as those that run one after the other."""
-        expand, middle, project, _, _ = self.weights
-        weights = (expand.weight.forward, expand.bias, *middle, project.weight.forward, project.bias)
-        return inverted_residual(x, *weights, backend=self._backend)[0]
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):

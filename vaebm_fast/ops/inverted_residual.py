@@ -6,7 +6,8 @@ The weights are frozen: they have no gradient here. The cell's squeeze and excit
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,129 +21,210 @@ CHUNK = 32  # hidden channels that they take at a time
 WINDOW = 5
 
 
-def is_taken(x: Tensor, depthwise_weight: Tensor) -> bool:
-    """Whether the CUDA kernels take an x [N, C, H, W] of this precision, a window [K, K, hidden] of these sizes."""
+class BlockWeights(NamedTuple):
+    """Of a whole block, for the reference: W1 [hidden, C], b1 [hidden], Wd [K, K, hidden], K odd, of `pack_depthwise`,
+    bd [hidden], W2 [C, hidden], b2 [C]."""
+
+    expand_weight: Tensor
+    expand_bias: Tensor
+    depthwise_weight: Tensor
+    depthwise_bias: Tensor
+    project_weight: Tensor
+    project_bias: Tensor
+
+
+class PackedBlock(NamedTuple):
+    """The same for cuda, made by `pack_inverted_residual`.
+
+    A row of `weight` [hidden / 32, 64 C + 1920] is all that the forward kernel reads for 32 hidden channels, in the
+    order in which its lanes read it (`Chunk` of csrc/cuda/inverted_residual_tile.h); of `weight_t` [hidden / 32,
+    96 C + 1920] the backward kernel.
+    """
+
+    weight: Tensor
+    weight_t: Tensor
+    project_bias: Tensor
+
+
+def is_taken(C: int, depthwise_weight: Tensor) -> bool:
+    """Whether the CUDA kernels take C channels and a window [K, K, hidden] of these sizes."""
     K, _, hidden = depthwise_weight.shape
-    return x.dtype == torch.bfloat16 and x.shape[1] in CHANNELS and hidden % CHUNK == 0 and K == WINDOW
+    return C in CHANNELS and hidden % CHUNK == 0 and K == WINDOW
+
+
+def pack_inverted_residual(weights: BlockWeights) -> PackedBlock:
+    """The weights as the CUDA kernels read them; copies.
+
+    What a swish takes is halved (W1, b1, and backward W2 and W1 once more for the halves of two slopes), for the
+    kernels compute it as u + u tanh u, u = x / 2. Halves are exact. The window and b1 lie behind zeros, two bf16 to a
+    float32. Raises ValueError for sizes that the kernels do not take.
+    """
+    W1, b1, Wd, bd, W2, b2 = weights
+    if not is_taken(W1.shape[1], Wd):
+        raise ValueError(f"The CUDA kernels take {_TAKEN}, not {_sizes(W1.shape[1], Wd)}.")
+    zeros, taps, pairs = torch.zeros_like(bd), Wd.flatten(0, 1), (b1 / 2).unflatten(0, (-1, CHUNK // 2, 2))
+    bias, bias_t = (_as_float32(torch.stack((pairs, pairs), dim)) for dim in (3, 2))
+    window = torch.stack((*taps, bd, zeros, zeros))
+    window_t = torch.stack((*taps.flip(0), zeros, zeros, zeros))
+    project, project_t = _right_operand(W2).transpose(0, 1), _left_operand(W2.T / 2)
+    expand_t = _right_operand(W1.T / 2).transpose(0, 1)
+    weight = (_left_operand(W1 / 2), project, _lanes(window), bias)
+    weight_t = (project_t, expand_t, _right_operand(W1 / 2), _lanes(window_t), bias_t)
+    return PackedBlock(_rows(weight), _rows(weight_t), b2)
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def _left_operand(weight: Tensor) -> Tensor:
+    """[hidden, C] -> [hidden / 32, C / 32, 1024]: `m` and `s` count products of 16 x 16, `g` and `q` lanes.
+
+    A lane's eight are of two rows, `i`, which are neighbours in memory, as those of four products are.
+    """
+    chunk, g, m, i, c, q, s, h, b = range(9)
+    blocks = weight.reshape(-1, 8, 2, 2, weight.shape[1] // CHUNK, 4, 2, 2, 2)
+    return blocks.permute(chunk, c, m, s, g, q, h, i, b).flatten(2)
+
+
+def _right_operand(weight: Tensor) -> Tensor:
+    """[rows, columns] -> [rows / 32, columns / 32, 1024]: of product `j` of 8 x 32 a lane has eight of row 2 a + d."""
+    block, a, j, d, c, q, e = range(7)
+    blocks = weight.reshape(-1, 4, 4, 2, weight.shape[1] // CHUNK, 4, 8)
+    return blocks.permute(block, c, j, a, d, q, e).flatten(2)
+
+
+def _lanes(window: Tensor) -> Tensor:
+    """[28, hidden] -> [hidden / 32, 7, 32, 4, 2]: four numbers of each of 32 channels at a time."""
+    quads = window.reshape(7, 4, -1, CHUNK)
+    return _as_float32(quads.permute(2, 0, 3, 1))
+
+
+def _as_float32(x: Tensor) -> Tensor:
+    """[..., 2]: in bfloat16 and in the order of little-endian memory, zero and x are the bits of x in float32."""
+    return torch.stack((torch.zeros_like(x), x), -1)
 
 
 def inverted_residual(
-    x: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor,
-    project_weight: Tensor,
-    project_bias: Tensor,
-    *,
-    with_h2: bool = False,
-    backend: Backend = "auto",
+    x: Tensor, weights: BlockWeights | PackedBlock, *, with_h2: bool = False, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor | None]:
     """s = W2 swish(h2) + b2, h2 = Wd * swish(h1) + bd, h1 = W1 x + b1; swish(h1) is zero outside the image.
 
-    x: [N, C, H, W], best in channels_last (others are copied into it). expand_weight W1: [hidden, C]; expand_bias b1:
-    [hidden]. depthwise_weight Wd: [K, K, hidden], K odd, of `pack_depthwise`; depthwise_bias bd: [hidden].
-    project_weight W2: [C, hidden]; project_bias b2: [C]. All of one floating dtype. cuda: bfloat16, summed in float32,
-    C = 32, 64 or 128, hidden a multiple of 32, K = 5; its swish(h1) and swish(h2) are rounded to bfloat16.
+    x: [N, C, H, W], best in channels_last (others are copied into it), of the weights' floating dtype. `weights`: plain
+    for the reference, packed for cuda; "auto" follows them. cuda: bfloat16, summed in float32, C = 32, 64 or 128,
+    hidden a multiple of 32, K = 5; its swish(h1) and swish(h2) are rounded to bfloat16, and tanh is within 2^-11.
     Returns s [N, C, H, W], channels_last, and with `with_h2` h2 [N, hidden, H, W], which has no gradient, else None.
     FLOP per pixel: 4 C hidden + 2 K^2 hidden; cuda expands 1.9 times, as tiles overlap. Moves each element of x and s
     once, and each of h2 where it is asked for or x has a gradient.
     Differentiable once, in x alone: x and h2 are saved.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
-    weights = (expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
-    _check(x, expand_weight, expand_bias, depthwise_weight, project_weight)
-    check_tensor("depthwise_bias", depthwise_bias, expand_bias.shape, x.device, x.dtype)
-    check_tensor("project_bias", project_bias, x.shape[1:2], x.device, x.dtype)
+    _check(x, weights)
     refuse_weight_gradients("inverted_residual", *weights)
-    if _choose("inverted_residual", x, depthwise_weight, backend) == "reference":
+    if isinstance(weights, BlockWeights):
+        _require_reference("inverted_residual", x, backend)
         s, h2 = reference.inverted_residual(x, *weights, with_h2=with_h2)
         return s, None if h2 is None else h2.detach()
+    _require_cuda("inverted_residual", x, backend)
     saves_h2 = with_h2 or (torch.is_grad_enabled() and x.requires_grad)
     s, h2 = torch.ops.vaebm_fast.inverted_residual(x, *weights, saves_h2)
     return s, h2 if with_h2 else None
 
 
 def inverted_residual_backward(
-    ds: Tensor,
-    x: Tensor,
-    h2: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor,
-    depthwise_weight: Tensor,
-    project_weight: Tensor,
-    *,
-    backend: Backend = "auto",
+    ds: Tensor, x: Tensor, h2: Tensor, weights: BlockWeights | PackedBlock, *, backend: Backend = "auto"
 ) -> Tensor:
     """dx = W1' [swish'(h1) (Wd' * [swish'(h2) W2' ds])], ds zero outside; swish' = s (1 + h (1 - s)), s = sigmoid(h).
 
     The vector-Jacobian product of `inverted_residual`, whose h2 it takes; h1 is computed again. ds: [N, C, H, W]; other
     arguments and errors as there. Returns dx [N, C, H, W], channels_last.
     FLOP per pixel: 6 C hidden + 2 K^2 hidden; cuda computes W2' ds 1.9 times. Moves each element of ds, x, h2 and dx
-    once; cuda reads ds and h2 1.9 times, mostly from L2, and transposes both weights first.
+    once; cuda reads ds and h2 1.9 times, mostly from L2.
     """
-    _check(x, expand_weight, expand_bias, depthwise_weight, project_weight)
+    hidden = _check(x, weights)
     check_tensor("ds", ds, x.shape, x.device, x.dtype)
-    check_tensor("h2", h2, (x.shape[0], expand_weight.shape[0], *x.shape[2:]), x.device, x.dtype)
-    weights = (expand_weight, expand_bias, depthwise_weight, project_weight)
-    if _choose("inverted_residual_backward", x, depthwise_weight, backend) == "reference":
-        return reference.inverted_residual_backward(ds, x, h2, *weights)
-    dx: Tensor = torch.ops.vaebm_fast.inverted_residual_backward(ds, x, h2, *weights)
+    check_tensor("h2", h2, (x.shape[0], hidden, *x.shape[2:]), x.device, x.dtype)
+    if isinstance(weights, BlockWeights):
+        _require_reference("inverted_residual_backward", x, backend)
+        W1, b1, Wd, _, W2, _ = weights
+        return reference.inverted_residual_backward(ds, x, h2, W1, b1, Wd, W2)
+    _require_cuda("inverted_residual_backward", x, backend)
+    dx: Tensor = torch.ops.vaebm_fast.inverted_residual_backward(ds, x, h2, weights.weight_t)
     return dx
 
 
-def _check(
-    x: Tensor, expand_weight: Tensor, expand_bias: Tensor, depthwise_weight: Tensor, project_weight: Tensor
-) -> None:
+def _check(x: Tensor, weights: BlockWeights | PackedBlock) -> int:
+    """The number of hidden channels of weights that fit x."""
     check_image("x", x)
-    if expand_weight.dim() != 2:
-        raise ValueError(f"expand_weight must be [hidden, C]; it is {list(expand_weight.shape)}.")
-    C, hidden = x.shape[1], expand_weight.shape[0]
-    check_tensor("expand_weight", expand_weight, (hidden, C), x.device, x.dtype)
-    check_tensor("expand_bias", expand_bias, (hidden,), x.device, x.dtype)
-    K = depthwise_weight.shape[0] if depthwise_weight.dim() else 0
-    check_tensor("depthwise_weight", depthwise_weight, (K, K, hidden), x.device, x.dtype)
+    return _check_plain(x, weights) if isinstance(weights, BlockWeights) else _check_packed(x, weights)
+
+
+def _check_plain(x: Tensor, weights: BlockWeights) -> int:
+    W1, b1, Wd, bd, W2, b2 = weights
+    if W1.dim() != 2:
+        raise ValueError(f"expand_weight must be [hidden, C]; it is {list(W1.shape)}.")
+    C, hidden, K = x.shape[1], W1.shape[0], Wd.shape[0] if Wd.dim() else 0
+    shapes = ((hidden, C), (hidden,), (K, K, hidden), (hidden,), (C, hidden), (C,))
+    for name, tensor, shape in zip(BlockWeights._fields, weights, shapes, strict=True):
+        check_tensor(name, tensor, shape, x.device, x.dtype)
     if K % 2 == 0:
         raise ValueError(f"The window is {K}x{K}; it must be odd.")
-    check_tensor("project_weight", project_weight, (C, hidden), x.device, x.dtype)
+    return hidden
 
 
-def _choose(op: str, x: Tensor, depthwise_weight: Tensor, backend: Backend) -> str:
-    chosen = choose(op, x.device, backend)
-    if chosen != "reference" and not is_taken(x, depthwise_weight):
-        (K, _, hidden), C = depthwise_weight.shape, x.shape[1]
-        raise ValueError(
-            f"{op} with backend={chosen!r} takes bfloat16, C = 32, 64 or 128, hidden a multiple of {CHUNK} and K = "
-            f"{WINDOW}, not {x.dtype}, C = {C}, hidden = {hidden}, K = {K}; ask for backend='reference'."
-        )
-    return chosen
+def _check_packed(x: Tensor, weights: PackedBlock) -> int:
+    C, chunks = x.shape[1], weights.weight.shape[0]
+    if x.dtype != torch.bfloat16 or C not in CHANNELS:
+        raise ValueError(f"Packed weights take bfloat16 and C = 32, 64 or 128, not {x.dtype} and C = {C}.")
+    shapes = ((chunks, 64 * C + 1920), (chunks, 96 * C + 1920), (C,))
+    for name, tensor, shape in zip(PackedBlock._fields, weights, shapes, strict=True):
+        check_tensor(name, tensor, shape, x.device, x.dtype)
+    return CHUNK * chunks
+
+
+_TAKEN = f"C = 32, 64 or 128, hidden a multiple of {CHUNK} and K = {WINDOW}"
+
+
+def _sizes(C: int, depthwise_weight: Tensor) -> str:
+    K, _, hidden = depthwise_weight.shape
+    return f"C = {C}, hidden = {hidden}, K = {K}"
+
+
+def _require_reference(op: str, x: Tensor, backend: Backend) -> None:
+    if backend != "auto" and choose(op, x.device, backend) != "reference":
+        raise ValueError(f"{op} with backend={backend!r} takes weights of pack_inverted_residual; pack them.")
+
+
+def _require_cuda(op: str, x: Tensor, backend: Backend) -> None:
+    if choose(op, x.device, "cuda" if backend == "auto" else backend) == "reference":
+        raise ValueError(f"{op} with backend={backend!r} takes plain weights, not those of pack_inverted_residual.")
 
 
 if _extension.is_available():
 
     @torch.library.register_fake("vaebm_fast::inverted_residual")
-    def _(x: Tensor, expand_weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    def _(x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor, with_h2: bool) -> tuple[Tensor, Tensor]:
         N, _, H, W = x.shape
-        shape = (N, expand_weight.shape[0], H, W)
-        h2 = x.new_empty(shape).to(memory_format=torch.channels_last) if others[-1] else x.new_empty(0)
+        shape = (N, CHUNK * weight.shape[0], H, W)
+        h2 = x.new_empty(shape).to(memory_format=torch.channels_last) if with_h2 else x.new_empty(0)
         return torch.empty_like(x, memory_format=torch.channels_last), h2
 
     @torch.library.register_fake("vaebm_fast::inverted_residual_backward")
-    def _(ds: Tensor, x: Tensor, *others: Tensor) -> Tensor:
+    def _(ds: Tensor, x: Tensor, h2: Tensor, weight_t: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.channels_last)
 
     def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, expand_weight, expand_bias, depthwise_weight, _, project_weight, _, ctx.with_h2 = inputs
+        x, _, weight_t, _, ctx.with_h2 = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # else h2 gets a gradient of zeros, as large as itself
-        ctx.save_for_backward(x, output[1], expand_weight, expand_bias, depthwise_weight, project_weight)
+        ctx.save_for_backward(x, output[1], weight_t)
 
     def _backward(ctx: Any, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if any(ctx.needs_input_grad[1:]):
             raise RuntimeError("inverted_residual has no gradient for its weights; detach them.")
         if not ctx.with_h2:
             raise RuntimeError("inverted_residual ran without h2, which its gradient needs; call it with with_h2=True.")
-        return torch.ops.vaebm_fast.inverted_residual_backward(ds, *ctx.saved_tensors), *(None,) * 7
+        return torch.ops.vaebm_fast.inverted_residual_backward(ds, *ctx.saved_tensors), *(None,) * 4
 
     def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
