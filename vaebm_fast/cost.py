@@ -40,6 +40,7 @@ UNREAD = {
     "aten::avg_pool2d_backward": (1,),
     "vaebm_fast::pointwise": (2,),
     "vaebm_triton::pointwise": (2,),
+    "vaebm_fast::inverted_residual": (2,),
 }
 # Whose sizes an op of several kernels moves once more inside, by (arguments, results): what one of its kernels writes
 # and another reads. Not counted: swish(h2), which few cells store beside h2.
