@@ -5,7 +5,7 @@ sm_90, reads registers, shared memory and spills; computes how many blocks fit o
 (`kernel_work`, `triton_work`) by the peak rates of an A100 and an H200. The prediction is a floor: the time of the
 busiest unit alone, which the table names.
 
-    python -m benchmarks.kernel_report      prints the tables, and writes them into docs/kernels.md between their marks
+    python -m benchmarks.kernel_report      prints the tables, and writes docs/kernel_tables.md
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from benchmarks.triton_work import Row
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENT = REPOSITORY / "docs" / "kernels.md"
+DOCUMENT = REPOSITORY / "docs" / "kernel_tables.md"
+HEAD = """# What the GPU kernels need
+
+Written by `python -m benchmarks.kernel_report`, for [kernels.md](kernels.md). **None has been timed on a GPU yet**:
+times are floors, computed from counted work and the peak rates of an A100 SXM 80 GB (2.04 TB/s, 19.5 TFLOP/s fp32) and an
+H200 (4.8 TB/s, 66.9 TFLOP/s fp32). A floor is the time of the busiest unit alone; launches, latency, instructions that
+are not arithmetic, and caches that do not hold are left out. Work and floors are of one launch at the shape beside it;
+TF32 products count twice: tensor cores take them at half the rate of bfloat16.
+"""
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-cubin")
 
 
@@ -161,27 +169,18 @@ def prediction_table(rows: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def with_tables(document: str, kind: str, tables: str) -> str:
-    """The document with `tables` between the marks of this kind. Raises ValueError where it lacks them."""
-    begin, end = f"<!-- kernel_report {kind}: begin -->", f"<!-- kernel_report {kind}: end -->"
-    if document.count(begin) != 1 or document.count(end) != 1:
-        raise ValueError(f"The document must hold {begin} and {end} once each.")
-    return f"{document[: document.index(begin) + len(begin)]}\n{tables}\n{document[document.index(end) :]}"
-
-
 def main() -> None:
     from benchmarks import triton_work  # here, because the rest works without Triton
 
     launches = list(triton_work.rows(without=triton_work.RARE))
     reports = {
-        "cuda": (kernels(), {device.name: compile_kernels(device.architecture) for device in DEVICES}),
-        "triton": ([row.kernel for row in launches], {d.name: compile_launches(launches, d) for d in DEVICES}),
+        "CUDA": (kernels(), {device.name: compile_kernels(device.architecture) for device in DEVICES}),
+        "Triton": ([row.kernel for row in launches], {d.name: compile_launches(launches, d) for d in DEVICES}),
     }
-    document = DOCUMENT.read_text(encoding="utf-8")
+    document = HEAD
     for kind, (rows, compiled) in reports.items():
-        tables = f"{resource_table(rows, compiled)}\n\n{prediction_table(rows)}"
-        print(tables)
-        document = with_tables(document, kind, tables)
+        document += f"\n## {kind}\n\n{resource_table(rows, compiled)}\n\n{prediction_table(rows)}\n"
+    print(document)
     DOCUMENT.write_text(document, encoding="utf-8")
 
 

@@ -133,7 +133,7 @@ def markdown(rows: Sequence[Row], columns: Columns) -> str:
 
 
 def by_case(rows: Sequence[Row]) -> str:
-    """A line per preset and N: milliseconds per image and step of every candidate, what the fastest frozen one gains."""
+    """A line per preset and N: ms per image and step of every candidate, and what the fastest frozen one gains."""
     candidates = list(dict.fromkeys(row["candidate"] for row in rows))
     cases: dict[tuple[str, int], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: (row["preset"], row["batch"])):
@@ -141,7 +141,7 @@ def by_case(rows: Sequence[Row]) -> str:
     head = ["preset, N", *candidates, f"x {PLAIN}", f"x {NHWC}", "% of ceiling"]
     lines = [head, ["---"] * len(head)]
     for (preset, batch), found in cases.items():
-        times = [f"{1e3 * found[name]['median_s'] / batch:.3g}" if name in found else "-" for name in candidates]
+        times = [f"{1e3 * found[name]['median_s'] / batch:,.0f}" if name in found else "-" for name in candidates]
         frozen = [row for name, row in found.items() if name.startswith("frozen")]
         gains = ["-"] * 3
         if frozen:

@@ -69,12 +69,28 @@ def test_the_report_writes_tables_and_plot_and_only_its_part_of_the_readme(tmp_p
         report.main(["--results", str(tmp_path), "--readme", str(readme)])
         text = readme.read_text()
         assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"\n{report.END}\nafter\n")
-        assert text.count("| digits, 2 | frozen, cpu | 0.100 |") == 1 and "old" not in text
+        assert text.count("| digits, 2 | 400 | 100 | 4.0 | - | 40 |") == 1 and "old" not in text
+    assert "| digits, 2 | frozen, cpu | 0.100 |" in (tmp_path / "pair_cpu.md").read_text()
     assert (tmp_path / "pair_cpu.png").read_bytes().startswith(b"\x89PNG")
     assert "| blur | 1x2 | cpu | 0.200 |" in (tmp_path / "ops_cpu.md").read_text()
     readme.write_text("no markers\n")
     with pytest.raises(ValueError, match="needs the line"):
         report.main(["--results", str(tmp_path), "--readme", str(readme)])
+
+
+def test_a_case_has_one_line_in_the_readme_with_the_gains_of_its_fastest_frozen_candidate() -> None:
+    rows = [
+        pair_row("frozen, cpu", 0.2, batch=4),
+        pair_row("frozen, reference", 0.4, batch=4),
+        pair_row(NHWC, 0.6, batch=4),
+        pair_row(PLAIN, 8.0, batch=4),
+        pair_row(PLAIN, 2.0, batch=1),
+    ]
+    header, _, *lines = report.by_case(report.derived(content(*rows))).splitlines()
+    candidates = "frozen, cpu | frozen, reference | plain NHWC | plain"
+    assert header == f"| preset, N | {candidates} | x plain | x plain NHWC | % of ceiling |"
+    assert lines[0] == "| digits, 1 | - | - | - | 2,000 | - | - | - |"
+    assert lines[1].startswith("| digits, 4 | 50 | 100 | 150 | 2,000 | 40.0 | 3.0 | ")
 
 
 def test_the_readme_has_the_markers() -> None:

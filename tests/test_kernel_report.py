@@ -14,7 +14,6 @@ from benchmarks.kernel_report import (
     compile_kernels,
     prediction_table,
     read_ptxas,
-    with_tables,
 )
 from benchmarks.kernel_work import Work, depthwise_windows, kernels
 
@@ -106,10 +105,3 @@ def test_work_of_a_tf32_product_is_twice_as_much_and_rounding() -> None:
     pixels = 16 * 64 * 64
     assert work.tensor_flop == 2 * 2 * pixels * 768 * 128
     assert work.integer == 2 * (pixels * 768 + 512 * 768 * 128)
-
-
-def test_tables_replace_what_stands_between_the_marks() -> None:
-    begin, end = "<!-- kernel_report cuda: begin -->", "<!-- kernel_report cuda: end -->"
-    assert with_tables(f"a\n{begin}\nold\n{end}\nb", "cuda", "new") == f"a\n{begin}\nnew\n{end}\nb"
-    with pytest.raises(ValueError, match="must hold"):
-        with_tables(f"a\n{begin}\n{end}", "triton", "new")
