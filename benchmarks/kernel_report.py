@@ -30,8 +30,8 @@ HEAD = """# What the GPU kernels need
 Written by `python -m benchmarks.kernel_report`, for [kernels.md](kernels.md). **None has been timed on a GPU yet**:
 times are floors, computed from counted work and the peak rates of an A100 SXM 80 GB (2.04 TB/s, 19.5 TFLOP/s fp32) and
 an H200 (4.8 TB/s, 66.9 TFLOP/s fp32). A floor is the time of the busiest unit alone; launches, latency, caches that do
-not hold and instructions that are not arithmetic are left out. Work and floors are of one launch at the shape beside it;
-TF32 products count twice: tensor cores take them at half the rate of bfloat16.
+not hold and instructions that are not arithmetic are left out. Work and floors are of one launch at the shape beside
+it; TF32 products count twice: tensor cores take them at half the rate of bfloat16.
 """
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-cubin")
 

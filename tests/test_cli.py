@@ -84,7 +84,7 @@ def test_a_training_in_place_of_a_network_is_told_in_a_sentence(
 ) -> None:
     save_training({"step": 1}, tmp_path / "training.safetensors")
     error = error_of(capsys, "convert", str(tmp_path / "training.safetensors"), str(tmp_path / "out"))
-    assert "the state of a training, not a network; those are nvae.safetensors" in error
+    assert "holds a training state, not a network; networks are in nvae.safetensors" in error
 
 
 @pytest.mark.parametrize("name", cli.PACKAGES)

@@ -23,7 +23,7 @@ OPS = (
 FILES = [str(TESTS / f"test_{op}.py") for op in OPS]
 
 
-def tests_on(capability: str) -> Any:
+def narrowed_to(capability: str) -> Any:
     """A case: the tests of the kernels, where torch and the compiled part see no more than this."""
     program = (
         "import sys, pytest, torch\n"
@@ -33,7 +33,7 @@ def tests_on(capability: str) -> Any:
     return pytest.param(marks=pytest.mark.ahead("-c", program, ATEN_CPU_CAPABILITY=capability), id=capability)
 
 
-@pytest.mark.parametrize((), [tests_on("avx2"), tests_on("default")])
+@pytest.mark.parametrize((), [narrowed_to("avx2"), narrowed_to("default")])
 def test_narrower_instruction_sets_pass_the_tests_of_the_kernels(compiled: None, ahead: Ran) -> None:
     if platform.machine() != "x86_64":
         pytest.skip("only x86-64 has several")

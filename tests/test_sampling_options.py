@@ -16,7 +16,7 @@ import torch
 from builders import TINY_NVAE
 from sampling_jobs import images_in, options_for, save_networks, tiny_model
 
-from vaebm_fast import _command, cli
+from vaebm_fast import _command
 from vaebm_fast.checkpoint import CheckpointError, content_sha256, load_energy, save_nvae
 from vaebm_fast.config import Likelihood
 from vaebm_fast.frozen import FrozenNVAE, StaleWeightsError
@@ -70,6 +70,7 @@ def of_bare_sampler(model: Any, **chain: Any) -> np.ndarray:
 def test_the_command_takes_a_schedule_and_a_start_temperature(
     networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cli = pytest.importorskip("vaebm_fast.cli")  # which needs tyro
     seen: list[SampleOptions] = []
     monkeypatch.setattr(cli, "run_job", lambda options: seen.append(options) or 0)
     arguments = ["sample", "--nvae", str(networks[0]), "--seeds", "0-9", "--out", str(tmp_path)]

@@ -217,8 +217,8 @@ def _from_ours(
     with store.naming(path):
         if meta["kind"] == "training":
             raise CheckpointError(
-                "this file holds the state of a training, not a network; those are nvae.safetensors and "
-                "energy.safetensors, which the training writes beside it."
+                f"this file holds {_CALLED['training']}, not {_CALLED[kind] if kind else 'a network'}; networks are in "
+                "nvae.safetensors and energy.safetensors, which a training writes beside it."
             )
         _require_kind(meta["kind"], kind)
         config: NVAEConfig | EnergyConfig
