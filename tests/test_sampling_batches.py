@@ -18,7 +18,7 @@ import torch
 from sampling_jobs import FORMATS, computed, expected_images, networks, options, pictures, pixels
 
 from vaebm_fast.langevin import Chains, LangevinSampler
-from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, run_job
+from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, job, run_job
 from vaebm_fast.sampling.blocks import BlockSampler, automatic_batch_size
 from vaebm_fast.sampling.telemetry import GpuMeter, gpu_meter
 
@@ -246,3 +246,12 @@ def test_the_meter_of_a_device_is_found_by_its_uuid_and_missing_without_nvml(mon
     assert gpu_meter(torch.device("cuda")) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
     assert gpu_meter(torch.device("cuda")) is None
+
+
+def test_a_job_has_cudnn_choose_without_a_clock_what_sums_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with job._reproducible():
+        assert cudnn.deterministic and not cudnn.benchmark
+    assert not cudnn.deterministic and cudnn.benchmark

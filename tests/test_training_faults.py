@@ -21,7 +21,7 @@ from vaebm_fast.config import ReplayBuffer
 from vaebm_fast.data.images import Pixels
 from vaebm_fast.data.torch_loader import plan_epoch
 from vaebm_fast.langevin import NonFiniteChainError
-from vaebm_fast.training import EnergyTrainer, RunOptions, train
+from vaebm_fast.training import EnergyTrainer, RunOptions, loop, train
 from vaebm_fast.training.figures import training_figure
 from vaebm_fast.training.guard import DivergedError
 from vaebm_fast.training.stepdata import UnreadableDataError
@@ -223,3 +223,10 @@ def test_where_stderr_is_no_terminal_each_report_is_a_line(tmp_path: Path, capsy
     assert "steps/s" in lines[0] and lines[-1].endswith("00:00 left")
     train(vae_trainer(), RunOptions(tmp_path / "silent", progress=False, **options))
     assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_from_before_a_setting_has_its_former_value() -> None:
+    now, before = {"stage": "vae", "random_crop": False}, {"stage": "vae"}
+    loop._require_same(now, before, Path("training.safetensors"))
+    with pytest.raises(CheckpointError, match="random_crop: False -> True"):
+        loop._require_same({**now, "random_crop": True}, before, Path("training.safetensors"))

@@ -18,7 +18,9 @@ LEAST_BLOCKS = 64  # of a job, where that leaves blocks of 16: so that no proces
 TOO_SMALL = (
     "The memory does not take even one image: free what else uses it, or use --dtype bfloat16; then " + AGAIN + "."
 )
-USED_SHARE = 0.45  # of the free memory: a captured chain keeps what it took, and a shorter batch takes its own
+USED_SHARE = (
+    0.45  # of the free memory: captured chains keep what the largest took, and one that runs eagerly takes its own
+)
 
 
 @dataclass(frozen=True)

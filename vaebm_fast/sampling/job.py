@@ -240,11 +240,12 @@ def _progress(
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """cuDNN without those of its algorithms that sum in no fixed order; afterwards everything is as it was."""
-    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
+    """cuDNN's algorithms not chosen by a clock, and none that sums in no fixed order; afterwards all is as it was."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.backends.cudnn.deterministic = deterministic
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark

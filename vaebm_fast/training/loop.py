@@ -29,6 +29,7 @@ from vaebm_fast.training.stepdata import UnreadableDataError
 Scalars = Mapping[str, Tensor | float]
 STATE_FILE = "training.safetensors"
 SHOWN = 3  # settings that differ, in an error
+OLDER = {"random_crop": False}  # what checkpoints do not say that were written before it was a setting
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def _require_same(settings: Mapping[str, Any], saved: Mapping[str, Any], path: P
             f"{path} belongs to a run of stage {saved['stage']}, and this is one of stage {settings['stage']}; use "
             "another output folder."
         )
+    saved = {**OLDER, **saved}
     differing = [name for name in sorted({*settings, *saved}) if settings.get(name) != saved.get(name)]
     if differing:
         changes = "; ".join(f"{name}: {saved.get(name)} -> {settings.get(name)}" for name in differing[:SHOWN])
