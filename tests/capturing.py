@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import vaebm_fast as vf
+from vaebm_fast import graphs
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.graphs import Function, Recording
 
@@ -81,6 +83,20 @@ def record(function: Function, inputs: Sequence[Tensor], pool: Any = None) -> Re
     with Tape() as tape:
         outputs = function(*kept)
     return Recording(kept, outputs, tape.replay, pool or object())
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Have `graphs` capture functions of CPU tensors, by tapes; the recordings that it makes from now on."""
+    made: list[Recording] = []
+
+    def recording(function: Function, inputs: Sequence[Tensor], pool: Any) -> Recording:
+        made.append(record(function, inputs, pool))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "_is_capturable", lambda tensor: True)
+    monkeypatch.setattr(graphs, "_warm_up", lambda function, inputs: function(*inputs))
+    monkeypatch.setattr(graphs, "_record", recording)
+    return made
 
 
 def launches(entries: Sequence[Entry]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from capturing import record
+from capturing import emulate
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -32,15 +32,7 @@ class CudaIsCpu(TorchFunctionMode):
 @pytest.fixture(name="gpu")
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graphs.Recording]]:
     """Makes `CUDA` a device of this process; gives the recordings that were made."""
-    made: list[graphs.Recording] = []
-
-    def recording(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
-        made.append(record(function, inputs, pool))
-        return made[-1]
-
-    monkeypatch.setattr(graphs, "_is_capturable", lambda tensor: True)
-    monkeypatch.setattr(graphs, "_warm_up", lambda function, inputs: function(*inputs))
-    monkeypatch.setattr(graphs, "_record", recording)
+    made = emulate(monkeypatch)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from capturing import Tape, launches, record, small_model
+from capturing import Tape, emulate, launches, record, small_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -170,16 +170,7 @@ def test_the_documented_numbers_of_operators_are_those_counted(form: str) -> Non
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> list[graphs.Recording]:
     """Graphs on CPU tensors, by tapes; the recordings that were made."""
-    made: list[graphs.Recording] = []
-
-    def recording(function: graphs.Function, inputs: Sequence[Tensor], pool: Any) -> graphs.Recording:
-        made.append(record(function, inputs, pool))
-        return made[-1]
-
-    monkeypatch.setattr(graphs, "_is_capturable", lambda tensor: True)
-    monkeypatch.setattr(graphs, "_warm_up", lambda function, inputs: function(*inputs))
-    monkeypatch.setattr(graphs, "_record", recording)
-    return made
+    return emulate(monkeypatch)
 
 
 def assert_same(one: Chains, other: Chains) -> None:

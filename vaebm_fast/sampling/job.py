@@ -54,7 +54,7 @@ def run_job(options: SampleOptions) -> int:
         if options.processes is not None:
             raise ValueError("torchrun has started the processes already; leave out --processes.")
         return run_rank(options, ranks)
-    on_gpus = _device_type(options) == "cuda"
+    on_gpus = _command.choose_device(options.device).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpus else 1
     processes = options.processes or gpus
     if on_gpus and processes > gpus:
@@ -143,7 +143,7 @@ def _ready_together(
 def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | None]:
     """The networks on this process's device, no energy for a chain of no steps. Raises ValueErrors for unfit files."""
     device = torch.device("cpu")
-    if _device_type(options) == "cuda":
+    if _command.choose_device(options.device).type == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"Process {ranks.local_rank} of this machine has no GPU, torch finds {torch.cuda.device_count()}; "
@@ -179,12 +179,6 @@ def _sampler(options: SampleOptions, vae: NVAE, energy: EnergyNetwork | None) ->
     form: tuple[torch.dtype, Backend] = getattr(torch, options.dtype), options.backend
     model = freeze(VAEBM(vae, energy), *form) if energy else FrozenNVAE(vae, *form)
     return LangevinSampler(model, **asdict(options.chain()))
-
-
-def _device_type(options: SampleOptions) -> str:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; `vaebm-fast info` says what is missing.")
-    return "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _share(
