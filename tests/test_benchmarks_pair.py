@@ -86,10 +86,10 @@ def test_what_multiplies_with_what_and_that_settings_come_back() -> None:
 def test_a_wrong_gradient_is_not_timed() -> None:
     truth = torch.ones(2, 3)
     right = pair.Candidate(lambda: None, lambda: truth + 1e-6, "reference", "float32")
-    pair._require_agreement(truth, {"right": right})
+    assert 0 < pair._agreement(truth, "right", right) < 1e-5
     wrong = pair.Candidate(lambda: None, lambda: truth + 1e-3, "reference", "float32")
     with pytest.raises(ValueError, match="The gradients of wrong and of the plain modules differ by 1.0e-03"):
-        pair._require_agreement(truth, {"right": right, "wrong": wrong})
+        pair._agreement(truth, "wrong", wrong)
 
 
 def test_what_memory_does_not_hold_is_left_out_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,132 @@
+"""What dominates a chain step of the frozen pair on a GPU?
+
+One eager step under torch.profiler gives the kernels by their total time; the time of the captured step beside their
+sum gives the gaps between launches.
+
+    python -m benchmarks.profile_step PRESET N BACKEND [--dtype bfloat16] [--results FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.captured import captured, launched_by
+from benchmarks.environment import RESULTS, environment
+from benchmarks.pair import plain_model
+from vaebm_fast.config import PRESETS
+from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
+from vaebm_fast.ops.langevin_update import langevin_update
+
+REPLAYS = 20
+LISTED = 30  # kernels of the printed table
+NAME_WIDTH = 90
+
+Row = dict[str, Any]
+
+
+def kernel_rows(step: Callable[[], object]) -> list[Row]:
+    """{kernel, calls, time_ms} of one call of `step`, longest first."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    times_ms: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times_ms[event.name].append(event.device_time_total / 1e3)
+    rows = [{"kernel": name, "calls": len(each), "time_ms": sum(each)} for name, each in times_ms.items()]
+    return sorted(rows, key=lambda row: -float(row["time_ms"]))
+
+
+def median_ms(step: Callable[[], object]) -> float:
+    """The median time of `step` on the device."""
+    times_ms = []
+    for _ in range(REPLAYS):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        step()
+        ended.record()
+        ended.synchronize()
+        times_ms.append(began.elapsed_time(ended))
+    return statistics.median(times_ms)
+
+
+def profile_step(preset: str, batch: int, backend: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernels of one eager step, their sum, and the time of the same step captured into a CUDA graph."""
+    device = torch.device("cuda")
+    pair = plain_model(preset, device, nhwc=True).freeze(dtype, backend)
+    layout = NoiseLayout(pair.latent_shapes, pair.image_shape)
+    seeds, draw = seed_tensor(range(batch), device), draw_tensor(1, device)
+    start = normal(seeds, 0, Stream.CHAIN, layout.dim)
+    eps, nonfinite_at = start.clone(), torch.full_like(seeds, -1)
+    step_size = PRESETS[preset].sampling.step_size
+
+    def step() -> None:
+        _, gradients = pair.energy_and_grad(*layout.split(start), "official")
+        gradient = layout.join(gradients[:-1], gradients[-1])
+        langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream=int(Stream.CHAIN), step_size=step_size)
+
+    step()  # compiles what is compiled late
+    rows, eager_ms = kernel_rows(step), median_ms(step)
+    replay = captured(step, device)
+    replay()
+    launched = launched_by(replay, device)
+    replay_ms, summed_ms = median_ms(replay), sum(float(row["time_ms"]) for row in rows)
+    return {
+        "preset": preset,
+        "batch": batch,
+        "backend": pair.backend,
+        "dtype": str(dtype).removeprefix("torch."),
+        "launched": launched,
+        "eager_ms": eager_ms,
+        "replay_ms": replay_ms,
+        "summed_ms": summed_ms,
+        "gap_fraction": 1 - summed_ms / replay_ms,
+        "launches": sum(int(row["calls"]) for row in rows),
+        "kernels": rows,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The longest kernels with their share of the sum, and the totals above them."""
+    lines = [
+        f"{found['preset']}, N = {found['batch']}, {found['backend']}, {found['dtype']}, {found['launched']}: "
+        f"replay {found['replay_ms']:.2f} ms, eager {found['eager_ms']:.2f} ms, kernels {found['summed_ms']:.2f} ms in "
+        f"{found['launches']} launches, gaps {100 * found['gap_fraction']:.0f}% of the replay; "
+        f"{found['replay_ms'] / found['batch']:.3f} ms per image"
+    ]
+    for row in found["kernels"][:LISTED]:
+        share = 100 * row["time_ms"] / found["summed_ms"]
+        lines.append(f"{row['time_ms']:9.3f} ms {share:5.1f}% {row['calls']:5d}  {row['kernel'][:NAME_WIDTH]}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Profile one pair, print its table, write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=list(PRESETS))
+    parser.add_argument("batch", type=int)
+    parser.add_argument("backend")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit(f"torch {torch.__version__} sees no GPU; a profile needs one.")
+    found = profile_step(options.preset, options.batch, options.backend, getattr(torch, options.dtype))
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"profile_{options.preset}_{options.batch}_{options.backend}_{options.dtype}.json"
+    path.write_text(json.dumps({"environment": environment(), **found}, indent=2) + "\n")
+    print(table(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

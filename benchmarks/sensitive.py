@@ -1,0 +1,46 @@
+"""Weights under which an error in any part of the frozen pair shows in the gradient of the whole pair.
+
+With default random weights the branch of a residual cell adds about 1% to its skip, and the energy network's gradient
+vanishes beside that of log p: a wrong cell, or no energy network at all, stays below every bfloat16 tolerance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vaebm_fast.models.layers import BatchNorm, Cell, InvertedResidual
+from vaebm_fast.models.vaebm import VAEBM
+from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
+
+BRANCH_SCALE = 300.0  # of the last batch norm of each inverted residual of the decoder
+
+
+@torch.no_grad()
+def make_sensitive(model: VAEBM) -> VAEBM:
+    """Scale weights in place so that each cell's branch, and the energy, matter in the official gradient.
+
+    The energy's gradient becomes as long as that of the rest, for one image of the model. Returns `model`.
+    """
+    for cell in decoder_cells(model):
+        if isinstance(cell._ops[0], InvertedResidual):
+            last = cell._ops[0].conv[-1]
+            assert isinstance(last, BatchNorm)
+            last.bn.weight.mul_(BRANCH_SCALE)
+    whole, of_energy = _gradient(model, "official"), _gradient(model, "energy")
+    model.energy.linear.weight.mul_((whole - of_energy).norm() / of_energy.norm())
+    return model
+
+
+def decoder_cells(model: VAEBM) -> list[Cell]:
+    """The residual cells of the decoder, in the order of the forward pass."""
+    towers = (model.vae.dec_tower, model.vae.post_process)
+    return [cell for tower in towers for cell in tower.modules() if isinstance(cell, Cell)]
+
+
+def _gradient(model: VAEBM, potential: str) -> Tensor:
+    """Of one image, at the start of the chain of seed 0."""
+    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    start = normal(seed_tensor(range(1), model.device), 0, Stream.CHAIN, layout.dim)
+    _, gradients = model.energy_and_grad(*layout.split(start), potential)
+    return layout.join(gradients[:-1], gradients[-1])
