@@ -27,7 +27,7 @@ bench: $(BUILT) ## Measure the ops and the whole pair on this machine; results i
 	@$(BIN)/python -m benchmarks.report
 
 # Installs nothing: GPU_PYTHON brings torch for CUDA, Triton, pytest and pytest-benchmark. GPU_OPTIONS: such as
-# --tested --stage tune, for what there was no time for.
+# --stage tune, for what there was no time for.
 GPU_PYTHON ?= python3
 gpu: ## Where a GPU is: build in place, tests, sanitisers and benchmarks within nine minutes
 	@$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)

@@ -6,7 +6,7 @@ falls on all of them. They are therefore timed by `measure`, and a timer replays
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cases in which torch.compile takes part; compiling takes minutes",
     )
     group.addoption("--op", action="append", metavar="NAME", help="ops to measure; all of them")
-    group.addoption("--without", metavar="BACKEND", help="left out, as its tests are red")
+    group.addoption("--without", action="append", default=[], metavar="BACKEND", help="left out, as its tests are red")
     group.addoption("--rounds", type=int, help="rounds; by default as many as the length of a call allows")
     group.addoption("--tested", action="store_true", help="the tests of this build passed just now: skip them")
     group.addoption("--into", default="pair", metavar="NAME", help="the whole pair's result file; pair")
@@ -85,12 +85,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def candidates_of(
-    text: str, compiled: list[str] | None, chosen: list[str] | None = None, without: str | None = None
+    text: str, compiled: list[str] | None, chosen: list[str] | None = None, without: Sequence[str] = ()
 ) -> list[str]:
-    """Those that run here, in the order chosen, none on the backend `without`; torch.compile only where asked for."""
+    """Those that run here, in the order chosen, none on a backend in `without`; torch.compile only where asked for."""
     device = measure.default_device()
     usable = [name for name in chosen or pair.CANDIDATES if pair.why_not(name, device) is None]
-    usable = [name for name in usable if name not in pair.FROZEN or pair.FROZEN[name][0] != without]
+    usable = [name for name in usable if name not in pair.FROZEN or pair.FROZEN[name][0] not in without]
     return [name for name in usable if name not in pair.TO_COMPILE or text in (compiled or ())]
 
 

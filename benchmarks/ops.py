@@ -384,9 +384,9 @@ CACHES, MOST_BUFFERS = 4, 32  # tensors of a GPU's case: so many times the cache
 GRAPH_BYTES, MOST_CALLS = 10**9, 128  # what a replay moves at least, some 0.3 ms, and in how many calls at most
 
 
-def backends_of(op: str, device: torch.device, without: str | None = None) -> list[str]:
-    """Who can run the op on this device here, its twin among them; not `without`."""
-    known = [name for name in _backend.OP_BACKENDS[op] if name != without]
+def backends_of(op: str, device: torch.device, without: Sequence[str] = ()) -> list[str]:
+    """Who can run the op on this device here, its twin among them; none of `without`."""
+    known = [name for name in _backend.OP_BACKENDS[op] if name not in without]
     return [name for name in known if _backend.why_not(op, device, name) is None]
 
 
@@ -406,7 +406,7 @@ class Timed:
 
 
 def measure_case(
-    case: Case, device: torch.device, *, rounds: int | None = None, without: str | None = None
+    case: Case, device: torch.device, *, rounds: int | None = None, without: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
     """A row per backend that can run the case, measured in turns; {"refused": why} for one that failed on a GPU."""
     facts = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "bytes": case.bytes_moved, "flops": case.flops}

@@ -6,27 +6,39 @@ vanishes beside that of log p: a wrong cell, or no energy network at all, stays 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from vaebm_fast.config import Potential
 from vaebm_fast.models.layers import BatchNorm, Cell, InvertedResidual
 from vaebm_fast.models.vaebm import VAEBM
 from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
 
 BRANCH_SCALE = 300.0  # of the last batch norm of each inverted residual of the decoder
+MEAN_SPREAD, LOG_SIGMA = 0.1, -1.5  # of the pixels: with sigma = 0.23, x = -1 and 1 are far away
 
 
 @torch.no_grad()
 def make_sensitive(model: VAEBM) -> VAEBM:
     """Scale weights in place so that each cell's branch, and the energy, matter in the official gradient.
 
-    The energy's gradient becomes as long as that of the rest, for one image of the model. Returns `model`.
+    The energy's gradient becomes as long as that of the rest, for one image of the model. Pixels stay clear of -1 and 1,
+    where a rounding error decides whether they are clamped and have a gradient. Returns `model`.
     """
     for cell in decoder_cells(model):
         if isinstance(cell._ops[0], InvertedResidual):
             last = cell._ops[0].conv[-1]
             assert isinstance(last, BatchNorm)
             last.bn.weight.mul_(BRANCH_SCALE)
+    last_conv = model.vae.image_conditional[1]
+    channels = model.image_shape[0]
+    eps_z, _ = _start(model)
+    means = model.vae.decode(eps_z).logits[:, :channels]
+    last_conv.log_weight_norm.add_(math.log(MEAN_SPREAD) - means.std().log())
+    last_conv.bias.zero_()
+    last_conv.bias[channels:] = LOG_SIGMA
     whole, of_energy = _gradient(model, "official"), _gradient(model, "energy")
     model.energy.linear.weight.mul_((whole - of_energy).norm() / of_energy.norm())
     return model
@@ -38,9 +50,13 @@ def decoder_cells(model: VAEBM) -> list[Cell]:
     return [cell for tower in towers for cell in tower.modules() if isinstance(cell, Cell)]
 
 
-def _gradient(model: VAEBM, potential: str) -> Tensor:
-    """Of one image, at the start of the chain of seed 0."""
+def _start(model: VAEBM) -> tuple[list[Tensor], Tensor]:
+    """Noise of one image, that of seed 0."""
     layout = NoiseLayout(model.latent_shapes, model.image_shape)
-    start = normal(seed_tensor(range(1), model.device), 0, Stream.CHAIN, layout.dim)
-    _, gradients = model.energy_and_grad(*layout.split(start), potential)
-    return layout.join(gradients[:-1], gradients[-1])
+    return layout.split(normal(seed_tensor(range(1), model.device), 0, Stream.CHAIN, layout.dim))
+
+
+def _gradient(model: VAEBM, potential: Potential) -> Tensor:
+    """Of one image, [D]."""
+    _, gradients = model.energy_and_grad(*_start(model), potential)
+    return torch.cat([gradient.flatten() for gradient in gradients])

@@ -192,18 +192,21 @@ def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pyt
 
 
 def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
+    def stage(name: str, limit_s: float, *command: str, needs: tuple[str, ...] = ("build",)) -> gpu.Stage:
+        return gpu.Stage(name, lambda sound: command, limit_s, needs)
+
     def python(program: str) -> tuple[str, ...]:
         return (sys.executable, "-c", program)
 
     hanging = "import subprocess, sys; print('on', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
     planned = [
-        gpu.Stage("build", python("print('built')"), 60, needs=()),
-        gpu.Stage("tests", python("raise SystemExit(3)"), 60),
-        gpu.Stage("memcheck", python(hanging.format("import time; time.sleep(60)")), 3),
-        gpu.Stage("racecheck", ("no-such-program",), 60),
-        gpu.Stage("pair", python("print('measured')"), 60),
+        stage("build", 60, *python("print('built')"), needs=()),
+        stage("tests", 60, *python("raise SystemExit(3)")),
+        stage("memcheck", 3, *python(hanging.format("import time; time.sleep(60)"))),
+        stage("racecheck", 60, "no-such-program"),
+        stage("pair", 60, *python("print('measured')")),
     ]
-    done = gpu.run_stages(planned, 300, tmp_path / "results" / "gpu_run.json")
+    done = gpu.run_stages(planned, 300, tmp_path / "results" / "gpu_run.json", tmp_path / "logs")
     outcomes = ["passed", "exit code 3", "stopped after 3 s", "no-such-program is not on this machine", "passed"]
     assert [stage["outcome"] for stage in done] == outcomes
     assert done[0]["last_lines"] == ["built"] and done[2]["last_lines"] == ["on"]
@@ -211,11 +214,11 @@ def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
 
 
 def test_nothing_that_needs_a_stage_follows_its_failure_nor_anything_the_end_of_the_time(tmp_path: Path) -> None:
-    failing = gpu.Stage("build", (sys.executable, "-c", "raise SystemExit(1)"), 60, needs=())
-    pair_stage = gpu.Stage("pair", (sys.executable, "-c", ""), 60, needs=("build", "tests"))
-    done = gpu.run_stages([failing, pair_stage], 300, tmp_path / "run.json")
-    assert done[1] == {"stage": "pair", "outcome": "not run: it needs build and tests"}
-    late = gpu.run_stages([failing], 1, tmp_path / "run.json")
+    failing = gpu.Stage("build", lambda sound: (sys.executable, "-c", "raise SystemExit(1)"), 60, needs=())
+    profile = gpu.Stage("profile, cuda", lambda sound: (sys.executable, "-c", ""), 60, ("build", "smoke, cuda"))
+    done = gpu.run_stages([failing, profile], 300, tmp_path / "run.json", tmp_path)
+    assert done[1] == {"stage": "profile, cuda", "outcome": "not run: it needs build and smoke, cuda"}
+    late = gpu.run_stages([failing], 1, tmp_path / "run.json", tmp_path)
     assert late == [{"stage": "build", "outcome": "no time left"}]
 
 
@@ -231,11 +234,11 @@ def test_gpu_stages_need_what_comes_before_them_and_are_understood(tmp_path: Pat
     names = [stage.name for stage in planned]
     for index, stage in enumerate(planned):
         assert set(stage.needs) <= set(names[:index]), stage.name
-    assert "tests" in next(stage.needs for stage in planned if stage.name == "pair")
     cases = [case for group in gpu.CASES for case in group]
     assert len(set(cases)) == len(cases) == 12 and set(gpu.COMPILED) <= set(cases)
     compiling = next(stage for stage in planned if stage.name == "pair, torch.compile")
-    done = subprocess.run([*compiling.command, "--collect-only"], cwd=gate.REPOSITORY, capture_output=True, text=True)
+    command = [*compiling.command(("triton", "cuda")), "--collect-only"]
+    done = subprocess.run(command, cwd=gate.REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0 and f"celeba_64-16-{NHWC}" in done.stdout, done.stdout + done.stderr
 
 

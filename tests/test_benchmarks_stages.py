@@ -13,73 +13,96 @@ import pytest
 from benchmarks import gpu, pair, sampling, targets
 from benchmarks.pair import COMPILED_BF16, PLAIN
 
+BOTH = ("triton", "cuda")
 
-def test_stages_put_chains_behind_the_pair_and_before_what_may_be_left_out(tmp_path: Path) -> None:
+
+def test_the_most_important_comes_first_and_the_plan_fits_its_time(tmp_path: Path) -> None:
     planned = {stage.name: stage for stage in gpu.stages(tmp_path)}
     names = list(planned)
-    assert names[:6] == ["build", "tests", "tests, cuda", "pair", "chain, celeba_256", "chain, celeba_64"]
+    assert names[:4] == ["build", "smoke, triton", "smoke, cuda", "pair"]
+    assert names.index("profile, cuda") < names.index("chain, celeba_256") < names.index("tests") < names.index("ops")
     assert names.index("chain, celeba_256, torch.compile") > names.index("memcheck") and names[-1] == "tune"
     assert all(stage.limit_s <= 300 for stage in planned.values() if stage.name != "tune")
-    passed = set(names)
-    for words in (stage.words(passed) for stage in planned.values() if stage.name.startswith("pair")):
+    for words in (stage.command(BOTH) for stage in planned.values() if stage.name.startswith("pair")):
         candidates = [word.removeprefix("--candidate=") for word in words if word.startswith("--candidate=")]
         assert candidates and set(candidates) <= set(pair.CANDIDATES)
     for name in (name for name in names if name.startswith("chain")):
-        options = sampling._parser().parse_args(planned[name].words(passed)[3:])
+        options = sampling._parser().parse_args(list(planned[name].command(BOTH))[3:])
         assert (options.dtype, options.backend, options.batch) == ("bfloat16", "cuda", 16)
         assert (
             options.results == tmp_path and options.preset in name and options.compile == (name != "chain, celeba_256")
         )
 
 
-def test_chains_run_on_the_backend_that_was_fastest_in_the_pair(tmp_path: Path) -> None:
-    assert gpu.fastest_backend(tmp_path, "celeba_64") == "cuda"
-    assert gpu.fastest_backend(tmp_path, "celeba_64", without="cuda") == "triton"
+def test_no_figure_needs_more_than_the_build_but_profiles_need_their_backend(tmp_path: Path) -> None:
+    for stage in gpu.stages(tmp_path):
+        if stage.name.startswith("profile"):
+            assert stage.needs == ("build", stage.name.replace("profile", "smoke"))
+        elif stage.name != "build":
+            assert stage.needs == ("build",)
+
+
+def test_chains_run_on_the_sound_backend_that_was_fastest_in_the_pair(tmp_path: Path) -> None:
+    assert gpu.fastest_backend(tmp_path, "celeba_64", BOTH) == "cuda"
+    assert gpu.fastest_backend(tmp_path, "celeba_64", ["triton"]) == "triton"
+    assert gpu.fastest_backend(tmp_path, "celeba_64", []) == "reference"
     rows = [
         step_row("frozen, cuda, bf16", 0.2, backend="cuda"),
         step_row("frozen, triton, bf16", 0.1, backend="triton"),
         step_row("frozen, triton", 0.01, backend="reference"),
-        step_row("frozen, cuda, bf16", 0.05, backend="cuda", preset="celeba_64"),
     ]
     write(tmp_path, "pair_cuda", "A GPU", *rows)
-    assert gpu.fastest_backend(tmp_path, "celeba_256") == "triton"
-    assert gpu.fastest_backend(tmp_path, "celeba_64") == "cuda"
-    assert gpu.fastest_backend(tmp_path, "celeba_64", without="cuda") == "triton"
+    write(tmp_path, "pair_presets_cuda", "A GPU", step_row("frozen, cuda, bf16", 0.05, preset="celeba_64"))
+    assert gpu.fastest_backend(tmp_path, "celeba_256", BOTH) == "triton"
+    assert gpu.fastest_backend(tmp_path, "celeba_256", ["cuda"]) == "cuda"
+    assert gpu.fastest_backend(tmp_path, "celeba_64", BOTH) == "cuda"
+    assert gpu.fastest_backend(tmp_path, "celeba_64", ["triton"]) == "triton"
 
 
-def test_cuda_kernels_whose_tests_are_red_are_not_measured_and_triton_is(tmp_path: Path) -> None:
+def test_backends_whose_smoke_tests_are_red_are_not_measured_and_the_others_are(tmp_path: Path) -> None:
     planned = {stage.name: stage for stage in gpu.stages(tmp_path)}
-    red, green = {"build", "tests"}, {"build", "tests", "tests, cuda"}
     for name in ("pair", "ops"):
-        assert planned[name].words(red) == [*planned[name].words(green), "--without", "cuda"]
-        assert planned[name].needs == ("build", "tests")
-    assert planned["chain, celeba_64"].words(red)[-2:] == ["--backend", "triton"]
-    assert planned["chain, celeba_64"].words(green)[-2:] == ["--backend", "cuda"]
+        every, one, none = (list(planned[name].command(sound)) for sound in (BOTH, ["triton"], []))
+        assert one == [*every, "--without=cuda"] and none == [*every, "--without=triton", "--without=cuda"]
 
 
-def test_stages_by_name_bring_what_they_need(tmp_path: Path) -> None:
+def test_a_red_stage_withholds_only_what_needs_it(tmp_path: Path) -> None:
+    def say(sound: Any) -> list[str]:
+        return [sys.executable, "-c", f"print({list(sound)!r})"]
+
+    def fail(sound: Any) -> list[str]:
+        return [sys.executable, "-c", "print('what was wrong'); raise SystemExit(3)"]
+
+    def outcomes(red: str) -> dict[str, Any]:
+        planned = [
+            gpu.Stage("smoke, triton", fail if red == "smoke, triton" else say, 60, ()),
+            gpu.Stage("smoke, cuda", fail if red == "smoke, cuda" else say, 60, ()),
+            gpu.Stage("tests", fail, 60, ()),
+            gpu.Stage("figures", say, 60, ()),
+            gpu.Stage("profile", say, 60, ("smoke, cuda",)),
+        ]
+        return {done["stage"]: done for done in gpu.run_stages(planned, 60, tmp_path / "run.json", tmp_path / "logs")}
+
+    found = outcomes("none")
+    assert found["tests"]["outcome"] == "exit code 3" and found["figures"]["last_lines"] == ["['triton', 'cuda']"]
+    assert (tmp_path / "logs" / "tests.log").read_text() == "what was wrong\n"
+    found = outcomes("smoke, cuda")
+    assert found["figures"]["last_lines"] == ["['triton']"]
+    assert found["profile"]["outcome"] == "not run: it needs smoke, cuda"
+    assert outcomes("smoke, triton")["figures"]["last_lines"] == ["[]"], "a pair on cuda has Triton's kernels too"
+
+
+def test_stages_by_name_come_after_the_build_and_the_smoke_tests(tmp_path: Path) -> None:
     planned = gpu.stages(tmp_path)
 
-    def names(*asked: str, tested: bool = False) -> list[str]:
-        return [stage.name for stage in gpu.chosen(planned, asked, tested=tested)]
+    def names(*asked: str) -> list[str]:
+        return [stage.name for stage in gpu.chosen(planned, asked)]
 
+    always = ["build", "smoke, triton", "smoke, cuda"]
     assert names() == [stage.name for stage in planned]
-    assert names("tune", "memcheck") == ["build", "tests", "memcheck", "tune"]
-    assert names("ops", tested=True) == ["build", "ops"] and "tests" not in names(tested=True)
-    assert names("ops") == ["build", "tests", "tests, cuda", "ops"]
-    with pytest.raises(ValueError, match="No stage is named dance; there are build; tests; tests, cuda; pair;"):
+    assert names("tune", "memcheck") == [*always, "memcheck", "tune"]
+    with pytest.raises(ValueError, match="No stage is named dance; there are build; smoke, triton; smoke, cuda; pair;"):
         names("dance")
-
-
-def test_tests_that_passed_before_need_not_run_again(tmp_path: Path) -> None:
-    said = (sys.executable, "-c", "import sys; print(sys.argv[1:])")
-    stage = gpu.Stage("ops", said, 60, ("tests",), "tests, cuda", ("--without", "cuda"))
-    (left,) = gpu.run_stages([stage], 60, tmp_path / "run.json")
-    assert left["outcome"] == "not run: it needs tests"
-    (one,) = gpu.run_stages([stage], 60, tmp_path / "run.json", ["tests"])
-    assert one["last_lines"] == ["['--without', 'cuda']"]
-    (both,) = gpu.run_stages([stage], 60, tmp_path / "run.json", gpu.TESTS)
-    assert both["last_lines"] == ["[]"] and both["outcome"] == "passed"
 
 
 def test_tables_of_chains_are_shown_too(tmp_path: Path) -> None:
