@@ -24,8 +24,8 @@ MEAN_SPREAD, LOG_SIGMA = 0.1, -1.5  # of the pixels: with sigma = 0.23, x = -1 a
 def make_sensitive(model: VAEBM) -> VAEBM:
     """Scale weights in place so that each cell's branch, and the energy, matter in the official gradient.
 
-    The energy's gradient becomes as long as that of the rest, for one image of the model. Pixels stay clear of -1 and 1,
-    where a rounding error decides whether they are clamped and have a gradient. Returns `model`.
+    The energy's gradient becomes as long as that of the rest, for one image of the model. Pixels stay clear of -1 and
+    1, where a rounding error decides whether they are clamped and have a gradient. Returns `model`.
     """
     for cell in decoder_cells(model):
         if isinstance(cell._ops[0], InvertedResidual):
