@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,13 @@ def kernel_rows(step: Callable[[], object]) -> list[Row]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
+    return rows_of(profiler.events() or ())
+
+
+def rows_of(events: Iterable[Any]) -> list[Row]:
+    """The rows of `kernel_rows` from a profiler's events."""
     times_ms: dict[str, list[float]] = defaultdict(list)
-    for event in profiler.events() or ():
+    for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             times_ms[event.name].append(event.device_time_total / 1e3)
     rows = [{"kernel": name, "calls": len(each), "time_ms": sum(each)} for name, each in times_ms.items()]
@@ -80,12 +85,20 @@ def profile_step(preset: str, batch: int, backend: Any, dtype: torch.dtype) -> d
     replay = captured(step, device)
     replay()
     launched = launched_by(replay, device)
-    replay_ms, summed_ms = median_ms(replay), sum(float(row["time_ms"]) for row in rows)
+    name = str(dtype).removeprefix("torch.")
+    return summary(preset, batch, pair.backend, name, launched, eager_ms, median_ms(replay), rows)
+
+
+def summary(
+    preset: str, batch: int, backend: str, dtype: str, launched: str, eager_ms: float, replay_ms: float, rows: list[Row]
+) -> dict[str, Any]:
+    """What the JSON holds: the kernels, their sum, and the part of a replay in which none runs."""
+    summed_ms = sum(float(row["time_ms"]) for row in rows)
     return {
         "preset": preset,
         "batch": batch,
-        "backend": pair.backend,
-        "dtype": str(dtype).removeprefix("torch."),
+        "backend": backend,
+        "dtype": dtype,
         "launched": launched,
         "eager_ms": eager_ms,
         "replay_ms": replay_ms,
