@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.captured import captured, launched_by
@@ -46,7 +47,7 @@ def rows_of(events: Iterable[Any]) -> list[Row]:
     """The rows of `kernel_rows` from a profiler's events."""
     times_ms: dict[str, list[float]] = defaultdict(list)
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             times_ms[event.name].append(event.device_time_total / 1e3)
     rows = [{"kernel": name, "calls": len(each), "time_ms": sum(each)} for name, each in times_ms.items()]
     return sorted(rows, key=lambda row: -float(row["time_ms"]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast.config import Potential
-from vaebm_fast.models.layers import BatchNorm, Cell, InvertedResidual
+from vaebm_fast.models.layers import BatchNorm, Cell, InvertedResidual, WNConv2d
 from vaebm_fast.models.vaebm import VAEBM
 from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
 
@@ -33,6 +33,7 @@ def make_sensitive(model: VAEBM) -> VAEBM:
             assert isinstance(last, BatchNorm)
             last.bn.weight.mul_(BRANCH_SCALE)
     last_conv = model.vae.image_conditional[1]
+    assert isinstance(last_conv, WNConv2d) and last_conv.bias is not None
     channels = model.image_shape[0]
     eps_z, _ = _start(model)
     means = model.vae.decode(eps_z).logits[:, :channels]

@@ -111,17 +111,17 @@ def test_each_rewrite_of_the_pair_moves_less() -> None:
 def test_whole_blocks_save_the_traffic_of_the_kernels_that_they_replace(
     compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those write or read h1 three times, h2 three times, each one's gradient twice, and dy once more for ds.
+    """Those move h1 and h2 three times each, swish(h2) twice, and the gradient of each of the three twice.
 
-    A whole block writes and reads h2 once, x once more, and ds, which they make where they read it, twice.
+    A whole block writes and reads h2 once, and reads x once more.
     """
     celeba = celeba_256()
-    fused = [c for c in celeba.cells if c.side >= 64 and not c.is_upsampled]
-    assert len(fused) == 17 and {c.in_channels for c in fused} == {32, 64, 128}
+    fused = [c for c in celeba.cells if c.side >= cells.FUSED_SIDE and not c.is_upsampled]
+    assert len(fused) == 9 and {c.in_channels for c in fused} == {32, 64}
     monkeypatch.setattr(cells, "FUSED_SIDE", 512)  # beyond the image: none
     apart = step_traffic(freeze(_without_values("celeba_256"), torch.bfloat16, "cuda"))
     whole = celeba.traffic["frozen, cuda, bfloat16"]
-    assert apart.per_image - whole.per_image == 2 * sum(8 * c.h2 - c.x - c.y for c in fused)
+    assert apart.per_image - whole.per_image == 2 * sum(12 * c.h2 - c.x for c in fused)
 
 
 def test_a_compiled_pair_reads_its_weights_once_each_way(compiled: None) -> None:
@@ -132,7 +132,7 @@ def test_a_compiled_pair_reads_its_weights_once_each_way(compiled: None) -> None
     """
     celeba = celeba_256()
     both_ways = next(iter(celeba.plans.values())).per_step
-    fused = [c for c in celeba.cells if c.side >= 64 and not c.is_upsampled]
+    fused = [c for c in celeba.cells if c.side >= cells.FUSED_SIDE and not c.is_upsampled]
     more = 2 * sum(c.hidden // 32 * (32 * c.in_channels + 2 * (1920 - 27 * 32)) for c in fused)
     for backend, packed in (("triton", 0), ("cuda", more)):
         read = celeba.traffic[f"frozen, {backend}, bfloat16"].per_step - packed

@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vaebm_fast as vf
 from vaebm_fast import _extension
-from vaebm_fast.config import CELL_PLANS, POTENTIALS, EnergyBlock, EnergyConfig, NVAEConfig, Potential
-from vaebm_fast.frozen import FrozenVAEBM, freeze
+from vaebm_fast.config import CELL_PLANS, POTENTIALS, EnergyBlock, EnergyConfig, NVAEConfig, Potential, parse_blocks
+from vaebm_fast.frozen import FrozenVAEBM, energy, fold, freeze
 from vaebm_fast.frozen.part import tensors_of
+from vaebm_fast.models import EnergyNetwork
 from vaebm_fast.models.vaebm import VAEBM as PlainVAEBM
 
 
@@ -237,3 +238,14 @@ def test_biases_and_elus_are_passes_of_their_own_at_the_image_s_head_alone() -> 
     with PassesBesideKernels() as passes:
         frozen.energy_and_grad(*noise_of(frozen), "official")
     assert passes.counts == {"bias": 1, "aten::elu": 1, "aten::elu_backward": 1}
+
+
+def test_a_pooled_skip_is_one_convolution_where_pooling_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, in float64: average pool and 1x1 are a 2x2 convolution at stride 2."""
+    network = EnergyNetwork(EnergyConfig(16, 3, 8, parse_blocks("1-1d 1-2 2-3d"))).double()
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    monkeypatch.setattr(energy, "pools_in_convolution", lambda device: True)
+    frozen = energy.FrozenEnergy(network, torch.float64, "reference")
+    skips = [part.weights.skip for part in frozen.parts[1:-1]]
+    assert [isinstance(skip, fold.Conv) for skip in skips] == [True, False, True]
+    torch.testing.assert_close(frozen(x), network(x))

@@ -20,6 +20,7 @@ from kernels import (
 from torch import Tensor
 
 from vaebm_fast import reference
+from vaebm_fast.ops import _backend, _checks
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise, pointwise_backward
 from vaebm_fast.reference import Activation
 
@@ -264,3 +265,34 @@ def test_bad_arguments_of_the_backward_are_refused(change: dict[str, Any], sente
         return dx
 
     assert_refused(lambda **given: pointwise_backward(weight=packed, **given), op, given, sentence)
+
+
+@pytest.mark.parametrize("activation", ["none", "swish", "elu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_product_of_cublas_is_the_references_both_ways(
+    activation: Any, with_residual: bool, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, in float64: what cuBLAS is given, and what becomes of it."""
+    monkeypatch.setattr(_backend, "why_not", lambda op, device, backend: None)
+    monkeypatch.setattr(_checks, "require_dtype", lambda op, backend, dtype: None)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    weight = pack_pointwise(torch.randn(7, 5, dtype=torch.float64), "cuda")
+    bias = torch.randn(7, dtype=torch.float64) if with_bias else None
+    residual = torch.randn(2, 7, 3, 4, dtype=torch.float64).requires_grad_() if with_residual else None
+    given = [tensor for tensor in (x, residual) if tensor is not None]
+    dy = torch.randn(2, 7, 3, 4, dtype=torch.float64)
+    results = []
+    for backend in ("cuda", "reference"):
+        y = pointwise(x, weight, bias, residual, activation=activation, backend=backend)
+        slope_of = None if activation == "none" else x.detach()
+        results.append(
+            [
+                y,
+                *torch.autograd.grad(y, given, dy),
+                pointwise_backward(dy, weight, slope_of, activation=activation, backend=backend),
+            ]
+        )
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

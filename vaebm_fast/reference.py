@@ -77,10 +77,18 @@ def _swish_slope(x: Tensor) -> Tensor:
     return sigmoid * (1 + x * (1 - sigmoid))
 
 
-def _activated(x: Tensor, activation: Activation) -> Tensor:
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    """f(x), element by element."""
     if activation == "none":
         return x
     return F.silu(x) if activation == "swish" else F.elu(x)
+
+
+def activation_slope(x: Tensor, activation: Activation) -> Tensor:
+    """f'(x), element by element."""
+    if activation == "none":
+        return torch.ones_like(x)
+    return _swish_slope(x) if activation == "swish" else x.clamp(max=0).exp()
 
 
 def pointwise(
@@ -92,7 +100,7 @@ def pointwise(
     activation: Activation = "none",
 ) -> Tensor:
     """1x1 convolution, weight [Cout, Cin]; see `vaebm_fast.ops.pointwise.pointwise`."""
-    y = F.conv2d(_activated(x, activation), weight[:, :, None, None], bias)
+    y = F.conv2d(activated(x, activation), weight[:, :, None, None], bias)
     return y if residual is None else y + residual
 
 
@@ -101,9 +109,7 @@ def pointwise_backward(
 ) -> Tensor:
     """Its gradient for the input; see `vaebm_fast.ops.pointwise.pointwise_backward`."""
     dx = F.conv2d(dy, weight.T[:, :, None, None])
-    if x is None or activation == "none":
-        return dx
-    return dx * (_swish_slope(x) if activation == "swish" else x.clamp(max=0).exp())
+    return dx if x is None else dx * activation_slope(x, activation)
 
 
 def bilinear_upsample(x: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ from vaebm_fast.ops.inverted_residual import (
     pack_inverted_residual,
 )
 
-FUSED_SIDE = 64  # from this side on a block's weights are small and its hidden tensor large: fuse all of it
+# From this side on one kernel for the whole block is faster than cuBLAS and the depthwise kernel. On an H200, bfloat16,
+# N = 16, forward and backward: 0.85 ms against 1.06 with 64 channels at 128x128, 0.84 against 0.57 with 128 at 64x64.
+FUSED_SIDE = 128
 
 
 class InvertedResidualWeights(NamedTuple):

@@ -35,11 +35,11 @@ class StemWeights(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """Both convolutions of a block, and its skip's where that is not the identity."""
+    """Both convolutions of a block, and its skip's where that is not the identity: a Conv where it pools too."""
 
     conv1: Conv
     conv2: Conv
-    skip: Pointwise | None
+    skip: Pointwise | Conv | None
 
 
 class HeadWeights(NamedTuple):
@@ -58,11 +58,20 @@ class Terms(NamedTuple):
     shift: Tensor | None
 
 
+def pools_in_convolution(device: torch.device) -> bool:
+    """Whether a skip's 2x2 average pool and 1x1 run as one 2x2 convolution at stride 2.
+
+    It is 4 times the multiplications and one pass less. On an H200 in bfloat16, both ways: 0.17 ms in place of 1.64 at
+    256x256, 0.12 in place of 0.41 at 128x128, because PyTorch's pool is slow in NHWC. On a CPU arithmetic decides.
+    """
+    return device.type == "cuda"
+
+
 class FrozenStem(Part[StemWeights]):
     """u = swish(conv1(x)) of images x in [0, 1]."""
 
     def __init__(self, conv: WNConv2d, dtype: torch.dtype, backend: Backend) -> None:
-        self._conv, self._backend = conv, backend
+        self._conv, self._backend = conv, backend_for("energy_epilogue", backend)
         super().__init__("energy.conv1", slots(conv), dtype)
 
     def fold(self) -> StemWeights:
@@ -77,7 +86,7 @@ class FrozenBlock(Part[BlockWeights]):
     """u -> swish([pool] (conv2(swish(conv1 u)) + skip(u))), every 1/1.1 in a weight or in the skip's scale."""
 
     def __init__(self, name: str, block: EnergyResidualBlock, dtype: torch.dtype, backend: Backend) -> None:
-        self._block, self._backend = block, backend
+        self._block, self._backend, self._epilogue = block, backend, backend_for("energy_epilogue", backend)
         self._downsample = block.downsample
         super().__init__(name, slots(block), dtype)
 
@@ -86,30 +95,36 @@ class FrozenBlock(Part[BlockWeights]):
         conv1, conv2 = (fold.of_scaled(fold.convolution(c), ACTIVATION_SCALE) for c in (block.conv1, block.conv2))
         if self._downsample:
             conv2 = Conv(fold.pooled(conv2.weight), conv2.bias)
-        skip = None
+        skip: Pointwise | Conv | None = None
         if len(block.skip) > 0:
             assert isinstance(block.skip[0], WNConv2d)
-            skip = Pointwise.of(fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE), self._backend)
+            skip = fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE)
+            if self._downsample and pools_in_convolution(skip.weight.device):
+                skip = Conv(fold.pooled(skip.weight), skip.bias)
+            else:
+                skip = Pointwise.of(skip, self._backend)
         return BlockWeights(conv1, conv2, skip)
 
     def before_activation(self, u: Tensor) -> Terms:
         """What the block's last swish is of."""
-        w, backend = self.weights, self._backend
-        h = energy_epilogue(F.conv2d(u, w.conv1.weight, padding=1), shift=w.conv1.bias, backend=backend)
+        w = self.weights
+        h = energy_epilogue(F.conv2d(u, w.conv1.weight, padding=1), shift=w.conv1.bias, backend=self._epilogue)
         y = F.conv2d(h, w.conv2.weight, stride=2 if self._downsample else 1, padding=1)
         if w.skip is None:
             return Terms(y, u, ACTIVATION_SCALE, w.conv2.bias)
-        return Terms(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, backend), 1.0, w.conv2.bias)
+        if isinstance(w.skip, Conv):
+            return Terms(y, F.conv2d(u, w.skip.weight, stride=2), 1.0, w.conv2.bias)
+        return Terms(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, self._backend), 1.0, w.conv2.bias)
 
     def __call__(self, u: Tensor) -> Tensor:
-        return energy_epilogue(*self.before_activation(u), backend=self._backend)
+        return energy_epilogue(*self.before_activation(u), backend=self._epilogue)
 
 
 class FrozenHead(Part[HeadWeights]):
     """E [N] = linear(sum_hw u / 1.1), in at least single precision, of the last block's u before its activation."""
 
     def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
-        self._linear, self._backend = energy.linear, backend
+        self._linear, self._backend = energy.linear, backend_for("energy_head", backend)
         super().__init__("energy.linear", slots(energy.linear), torch.promote_types(dtype, torch.float32))
 
     def fold(self) -> HeadWeights:
@@ -123,7 +138,7 @@ class FrozenEnergy:
     """E(x) [N] for images x [N, C, H, W] in [0, 1], differentiable in x alone."""
 
     def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
-        self._dtype, backend = dtype, backend_for("energy_epilogue", backend)
+        self._dtype = dtype
         self._stem = FrozenStem(energy.conv1, dtype, backend)
         self._blocks = [
             FrozenBlock(f"energy.blocks.{index}", block, dtype, backend)

@@ -198,7 +198,7 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
     if backend == "auto":
         is_compiled = dtype in dtypes("cpu") and why_not("pointwise", device, "cpu") is None
         return "cpu" if is_compiled else "reference"
-    for op in ("depthwise_swish", "pointwise"):  # one of each kind: with a kernel in CUDA C++, and without
+    for op in ("depthwise_swish", "energy_epilogue"):  # one of each kind: with a kernel in CUDA C++, and without
         chosen = choose(op, device, backend_for(op, backend))
         require_dtype("A frozen pair", chosen, dtype)
     return backend

@@ -84,7 +84,8 @@ def pointwise(
     2 Cin Cout FLOP per pixel; moves each element of x, residual, y and the weight once.
     Differentiable once (the reference as often as one likes), in x and the residual: x is saved where it is activated.
     Triton multiplies float32 as TF32, rounded to the nearest, where `torch.set_float32_matmul_precision` or
-    `torch.backends.cuda.matmul.fp32_precision` allows that.
+    `torch.backends.cuda.matmul.fp32_precision` allows that. cuda is cuBLAS on the rows of pixels, with the bias in its
+    epilogue and a pass of its own for an activation.
     Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
     """
     _check(x, weight, bias, residual)
@@ -92,6 +93,8 @@ def pointwise(
     chosen = _choose("pointwise", x, weight, backend)
     if chosen == "reference":
         return reference.pointwise(x, weight.forward, bias, residual, activation=activation)
+    if chosen == "cuda":
+        return _by_cublas(x, weight.forward, bias, residual, activation)
     op = _triton.ops_of(chosen).pointwise
     y: Tensor = op(x, weight.forward, weight.transposed, bias, residual, activation)
     return y
@@ -126,8 +129,33 @@ def pointwise_backward(
     chosen = _choose("pointwise_backward", dy, weight, backend)
     if chosen == "reference":
         return reference.pointwise_backward(dy, weight.forward, x, activation=activation)
+    if chosen == "cuda":
+        dx_of_rows = _image(_rows(dy) @ weight.forward, dy)
+        return dx_of_rows if x is None else dx_of_rows * reference.activation_slope(x, activation)
     dx: Tensor = _triton.ops_of(chosen).pointwise_backward(dy, weight.transposed, Cin, x, activation)
     return dx
+
+
+def _by_cublas(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
+) -> Tensor:
+    """One matrix product over all pixels, whose gradient is PyTorch's own."""
+    rows = _rows(reference.activated(x, activation))
+    if residual is None:
+        return _image(F.linear(rows, weight, bias), x)
+    y = torch.addmm(_rows(residual), rows, weight.T)
+    return _image(y if bias is None else y + bias, x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] as the matrix [N H W, C], without a copy where x is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_rows`: [N, channels, H, W] with the N, H, W of `like`, channels_last."""
+    N, _, H, W = like.shape
+    return rows.view(N, H, W, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> str:
