@@ -19,9 +19,9 @@ from benchmarks.captured import EAGER, GRAPH, launched_by
 from benchmarks.measure import synchronize
 from benchmarks.torch_compile import compiled
 from vaebm_fast import VAEBM
+from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
 from vaebm_fast.config import Potential, Sampling
 from vaebm_fast.frozen import FrozenVAEBM
-from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.sampling import SampleOptions, run_job
 

@@ -2,7 +2,7 @@
 
 Counted on the meta device: what reads or writes memory; views and allocations do not. A step is U, its gradient
 (official potential) and the update of all noise. One image; a batch dispatches the same. The baseline is the plain
-modules. On a CUDA device most operators are one kernel; a captured chain (`vaebm_fast.graphs`) is one launch in all.
+modules. On a CUDA device most operators are one kernel; a captured chain (`chain.graphs`) is one launch in all.
 
     python -m benchmarks.dispatches      prints the table, and writes it into docs/performance.md between its marks
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vaebm_fast.cost import UNMOVED
+from vaebm_fast.chain.langevin import ChainModel, LangevinSampler, langevin_chain
+from vaebm_fast.evaluation.cost import UNMOVED
 from vaebm_fast.frozen import freeze
-from vaebm_fast.langevin import ChainModel, LangevinSampler, langevin_chain
 from vaebm_fast.models import VAEBM
 from vaebm_fast.ops.langevin_update import langevin_update
 

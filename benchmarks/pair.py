@@ -30,9 +30,9 @@ from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
 from benchmarks.torch_compile import EnergyAndGrad, compiled
 from vaebm_fast import PRESETS, VAEBM
-from vaebm_fast.cost import least_traffic, pair_flops
+from vaebm_fast.chain.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
+from vaebm_fast.evaluation.cost import least_traffic, pair_flops
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.ops._backend import Backend, backend_for, why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
 
@@ -55,7 +55,7 @@ TORCHS_OWN = "tf32 in cuDNN"
 # Error of the gradient's norm above which a candidate is wrong and not to be timed; docs/performance.md on TF32.
 AGREEMENT = {"float32": 1e-4, TORCHS_OWN: 5e-2, "tf32": 5e-2, "bf16": 5e-2}
 CANDIDATES = (PLAIN, NHWC, NHWC_BF16, *FROZEN, *TO_COMPILE)
-TESTS = ("tests/test_frozen.py", "tests/test_frozen_refresh.py", "tests/test_golden.py")
+TESTS = ("tests/frozen/test_frozen.py", "tests/frozen/test_frozen_refresh.py", "tests/models/test_golden.py")
 GPU_SECONDS = 0.5  # of a candidate's rounds: nothing else runs on a GPU that measures
 
 Row = dict[str, Any]
@@ -315,7 +315,7 @@ flops_of, traffic_of = cache(pair_flops), cache(least_traffic)
 
 
 def least_bytes(preset: str, batch: int, element_size: int) -> float:
-    """What a step of N chains must move where every block is one kernel; `vaebm_fast.cost` counts in bfloat16."""
+    """What a step of N chains must move where every block is one kernel; `evaluation.cost` counts in bfloat16."""
     traffic = traffic_of(preset)
     return (batch * traffic.per_image + traffic.per_step) * element_size / 2
 

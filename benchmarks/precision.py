@@ -31,12 +31,11 @@ from benchmarks.report import Columns, markdown
 from benchmarks.results_file import ResultsFile
 from benchmarks.rounding import TF32Products, require_float32_sums
 from vaebm_fast import PRESETS, VAEBM, load_energy, load_nvae
+from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
 from vaebm_fast.config import Potential
 from vaebm_fast.data import digits
-from vaebm_fast.demo import SAMPLES, SAMPLING_SEEDS, Judge
-from vaebm_fast.evaluation.digit_features import everything, train_digit_classifier
+from vaebm_fast.evaluation.digit_features import SAMPLES, SAMPLING_SEEDS, Judge, everything, train_digit_classifier
 from vaebm_fast.frozen import FrozenVAEBM, freeze
-from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.ops._backend import Backend, why_absent
 
 Mode = Callable[[], AbstractContextManager[object]]
@@ -49,7 +48,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, Backend, Mode]] = {
     "tf32, cut off": (torch.float32, "reference", lambda: TF32Products(truncate=True)),
     "bf16": (torch.bfloat16, "reference", nullcontext),
 }
-GOLDEN = (REPOSITORY / "tests" / "data", REPOSITORY.parent / "shared" / "golden")
+GOLDEN = (REPOSITORY / "tests" / "golden", REPOSITORY.parent / "shared" / "golden")
 # Golden case -> the preset that it is a small copy of, whose number of steps its chains take, and how many chains.
 CASES = {
     "cifar_tiny": ("cifar10", 16),

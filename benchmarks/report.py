@@ -5,7 +5,7 @@
 Ratios are of medians, above 1 where the row is faster. A percentage is of the ceiling that the same run measured with
 the same threads: matrix product for FLOP/s, on a GPU in what the row multiplies with; a large copy for bytes, which
 what fits in caches may exceed. The roofline is the larger of the two; the whole pair's bytes are the least that a step
-moves where every block is one kernel (`vaebm_fast.cost`).
+moves where every block is one kernel (`vaebm_fast.evaluation.cost`).
 """
 
 from __future__ import annotations

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling_jobs import options_for, save_networks, tiny_model
 from torch import Tensor
 
 import vaebm_fast as vf
 from benchmarks import ops
+from tests.helpers.sampling_jobs import options_for, save_networks, tiny_model
+from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
+from vaebm_fast.chain.noise import NoiseLayout, draw_tensor, seed_tensor
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.frozen import cells
-from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models import EnergyNetwork
-from vaebm_fast.noise import NoiseLayout, draw_tensor, seed_tensor
 from vaebm_fast.ops._backend import why_not
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.ops.philox_normal import philox_normal, philox_words

@@ -3,11 +3,11 @@
 import torch as _torch
 
 from vaebm_fast import models as _models
+from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.checkpoint import load_energy, load_nvae, save_energy, save_nvae
 from vaebm_fast.config import PRESETS
 from vaebm_fast.frozen import FrozenVAEBM
 from vaebm_fast.frozen import freeze as _freeze
-from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models import NVAE, EnergyNetwork
 from vaebm_fast.ops._backend import Backend as _Backend
 

@@ -6,6 +6,7 @@ defaults and their validation; it knows nothing of tensors.
 """
 
 from vaebm_fast.config._fields import to_json
+from vaebm_fast.config.chain import POTENTIALS, Potential, Sampling
 from vaebm_fast.config.energy import (
     ENERGY_ARCHS,
     EnergyArch,
@@ -17,16 +18,7 @@ from vaebm_fast.config.energy import (
 )
 from vaebm_fast.config.nvae import CELL_PLANS, ArchInstance, CellPlan, Likelihood, NVAEConfig, nvae_from_json
 from vaebm_fast.config.presets import PRESETS, Preset
-from vaebm_fast.config.training import (
-    POTENTIALS,
-    EnergyTraining,
-    Placement,
-    Potential,
-    ReplayBuffer,
-    ReplayDtype,
-    Sampling,
-    VAETraining,
-)
+from vaebm_fast.config.training import EnergyTraining, Placement, ReplayBuffer, ReplayDtype, VAETraining
 
 __all__ = [
     "CELL_PLANS",

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from vaebm_fast.config.chain import Sampling
 from vaebm_fast.config.energy import ENERGY_ARCHS, EnergyConfig, parse_blocks
 from vaebm_fast.config.nvae import NVAEConfig
-from vaebm_fast.config.training import EnergyTraining, ReplayBuffer, Sampling, VAETraining
+from vaebm_fast.config.training import EnergyTraining, ReplayBuffer, VAETraining
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ What every format becomes is decided here alone. RGB is the inner form, and a si
   palette, 1-bit and grey: their RGB equivalents;
   RGB to one channel: (299 R + 587 G + 114 B) / 1000, ITU-R BT.601 luma;
   animations and multi-page files: the first picture.
-Which files there are, and how arrays become batches, is left to `folder` and `torch_loader`.
+Which files there are, and how arrays become batches, is left to `folder` and `loader`.
 """
 
 from __future__ import annotations

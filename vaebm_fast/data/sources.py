@@ -1,6 +1,6 @@
 """Sources of images: what a source is, the built-in digits, MNIST-like idx files, and which source a name means.
 
-A source hands out uint8 images by index and knows nothing of order, batches or devices: that is `torch_loader`'s.
+A source hands out uint8 images by index and knows nothing of order, batches or devices: that is `loader`'s.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vaebm_fast.chain.noise import NoiseLayout, Stream, normal, seed_tensor
 from vaebm_fast.config import NVAEConfig
 from vaebm_fast.data import ImageSource, quantise, to_tensor
 from vaebm_fast.models.nvae import NVAE, bits_per_dim
-from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
 
 
 @dataclass(frozen=True)

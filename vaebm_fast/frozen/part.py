@@ -99,7 +99,7 @@ def _own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def require_finite(parts: list[Part[Any]]) -> None:
     """Raise ValueError naming the parts whose weights are not finite; one wait for the device in all.
 
-    Weights on the meta device have no values and pass: such a pair is made to be counted (`vaebm_fast.cost`).
+    Weights on the meta device have no values and pass: such a pair is made to be counted (`evaluation.cost`).
     """
     parts = [part for part in parts if not any(tensor.is_meta for tensor in tensors_of(part.weights))]
     if not parts:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from vaebm_fast import _extension
+from vaebm_fast.runtime import extension
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
@@ -91,12 +91,12 @@ def require_dtype(op: str, backend: str, dtype: torch.dtype) -> None:
 def why_absent(backend: str) -> str | None:
     """What this machine lacks for a backend and how to get it, as a clause; None when it has everything."""
     if backend == "cpu":
-        return _extension.why_missing()
+        return extension.why_missing()
     if backend == "triton" and not _is_installed("triton"):
         return "Triton is not installed; `pip install triton` installs it"
-    if backend == "cuda" and not _extension.is_available():
-        return _extension.why_missing()
-    if backend == "cuda" and not _extension.has_cuda():
+    if backend == "cuda" and not extension.is_available():
+        return extension.why_missing()
+    if backend == "cuda" and not extension.has_cuda():
         return (
             "the compiled part holds no CUDA kernels; with a CUDA build of torch and nvcc on the PATH, "
             "`VAEBM_CUDA=1 pip install --no-build-isolation -e .` builds them"
@@ -109,7 +109,7 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     if backend not in OP_BACKENDS[op]:
         return f"{op} has no such implementation; it has {', '.join(OP_BACKENDS[op])}"
     if device.type == "meta":  # an op's fake answers, by which a plan is counted: no kernel is needed
-        return _extension.why_missing() if backend in ("cpu", "cuda") else None
+        return extension.why_missing() if backend in ("cpu", "cuda") else None
     absent = why_absent(backend)
     if absent or backend == "reference":
         return absent

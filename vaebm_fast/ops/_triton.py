@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from vaebm_fast import _extension
 from vaebm_fast.ops._backend import is_interpreting
+from vaebm_fast.runtime import extension
 
 _library = torch.library.Library("vaebm_triton", "DEF")
 
@@ -72,7 +72,7 @@ def register(
 
 
 def _namespaces() -> tuple[str, ...]:
-    return ("vaebm_fast", "vaebm_triton") if _extension.is_available() else ("vaebm_triton",)
+    return ("vaebm_fast", "vaebm_triton") if extension.is_available() else ("vaebm_triton",)
 
 
 def _run(module: str, name: str) -> Callable[..., Any]:

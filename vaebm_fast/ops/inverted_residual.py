@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
 from vaebm_fast.ops._backend import Backend, choose
 from vaebm_fast.ops._checks import check_image, check_tensor, refuse_weight_gradients
+from vaebm_fast.runtime import extension
 
 CHANNELS = (32, 64, 128)  # that the CUDA kernels are compiled for
 CHUNK = 32  # hidden channels that they take at a time
@@ -200,7 +201,7 @@ def _require_cuda(op: str, x: Tensor, backend: Backend) -> None:
         raise ValueError(f"{op} with backend={backend!r} takes plain weights, not those of pack_inverted_residual.")
 
 
-if _extension.is_available():
+if extension.is_available():
 
     @torch.library.register_fake("vaebm_fast::inverted_residual")
     def _(x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor, with_h2: bool) -> tuple[Tensor, Tensor]:

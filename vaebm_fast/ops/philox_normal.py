@@ -1,7 +1,7 @@
 """Counter-based noise: Philox4x32-10 words, and the normals and uniforms made of them.
 
 Element e of draw k for seed s is a function of (s, k, stream, e) alone and has the same bits on every backend;
-csrc/philox.h defines it. Which stream is for what, and how a flat vector is cut into tensors, is in `vaebm_fast.noise`.
+csrc/philox.h defines it. Which stream is for what, and how a flat vector is cut into tensors, is in `chain.noise`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
 from vaebm_fast.ops._backend import Backend, choose
+from vaebm_fast.runtime import extension
 
 
 def power_iteration(
@@ -60,7 +61,7 @@ def _check(weight: Tensor, u: Tensor, v: Tensor, iterations: int, eps: float) ->
         raise ValueError(f"eps is {eps}; it must be positive.")
 
 
-if _extension.is_available():
+if extension.is_available():
 
     @torch.library.register_fake("vaebm_fast::power_iteration")
     def _(weight: Tensor, u: Tensor, v: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -19,13 +19,13 @@ from pathlib import Path
 from uuid import uuid4
 
 from vaebm_fast.checkpoint.store import file_sha256, sync
+from vaebm_fast.runtime.errors import AGAIN, UserError
 
 STATE = ".job"
 PARTS = f"{STATE}/parts"
-AGAIN = "run the same command again to continue"
 
 
-class SamplingError(ValueError):
+class SamplingError(UserError):
     """A job that cannot start, go on, or end well; the message is one line for the user."""
 
 

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
+from vaebm_fast.runtime.errors import AGAIN
+from vaebm_fast.sampling.folder import Folder, SamplingError
 
 MERGED = "journal.jsonl"
 

@@ -11,9 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
+from vaebm_fast.chain.langevin import schedule
 from vaebm_fast.config import PRESETS, Potential
-from vaebm_fast.langevin import schedule
 from vaebm_fast.ops._backend import Backend
+from vaebm_fast.runtime.devices import DeviceName
 from vaebm_fast.sampling.outputs import Format
 
 MOST_SEEDS = 100_000_000  # of a job, which keeps a list of its blocks
@@ -66,7 +67,7 @@ class SampleOptions:
     """What the frozen networks run on; auto is cpu with the compiled part on a CPU, else reference."""
     batch_size: int | None = None
     """Images at a time; by default found from the memory, and kept for later runs in the same folder."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where to compute; auto is the GPUs where there are any."""
     processes: int | None = None
     """Processes to start; by default one per GPU, or one on a CPU."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from vaebm_fast.langevin import LangevinSampler
+from vaebm_fast.chain.langevin import LangevinSampler
+from vaebm_fast.runtime.errors import AGAIN
 from vaebm_fast.sampling import journal, manifest
 from vaebm_fast.sampling.assembly import intact_products, needs_part
 from vaebm_fast.sampling.blocks import automatic_batch_size
-from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
+from vaebm_fast.sampling.folder import Folder, SamplingError
 from vaebm_fast.sampling.options import SampleOptions, Seeds
 from vaebm_fast.sampling.outputs import Output
 

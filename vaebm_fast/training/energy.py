@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vaebm_fast.chain.langevin import LangevinSampler, NonFiniteChainError
+from vaebm_fast.chain.noise import Stream, step_seeds, uniform
 from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json
 from vaebm_fast.data import ImageSource
+from vaebm_fast.data.loader import StepData
 from vaebm_fast.frozen import FrozenVAEBM, freeze
-from vaebm_fast.langevin import LangevinSampler, NonFiniteChainError
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.noise import Stream, uniform
-from vaebm_fast.replay import ReplayRing
 from vaebm_fast.training.guard import DivergenceGuard
 from vaebm_fast.training.losses import finite, weight_norm
+from vaebm_fast.training.replay import ReplayRing
 from vaebm_fast.training.spectral import SpectralRegulariser
-from vaebm_fast.training.stepdata import StepData, step_seeds
 
 
 @torch.no_grad()

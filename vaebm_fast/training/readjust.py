@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vaebm_fast.chain.noise import NoiseLayout, Stream, normal, seed_tensor
 from vaebm_fast.checkpoint import CheckpointError, describe, load_nvae, save_nvae
 from vaebm_fast.models import NVAE
-from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
 
 
 @torch.no_grad()

@@ -1,0 +1,119 @@
+"""Counter-based noise for chains and training: seeds, streams, draws, and the layout of an image's noise.
+
+Image s is a function of (seed s, configuration), whatever the batch, the rank, the device or the backend. One flat
+float32 vector [D] holds all noise of an image; `NoiseLayout` cuts it into tensors. The numbers come from `ops`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops.philox_normal import philox_normal, philox_uniform
+
+
+class Stream(IntEnum):
+    """What noise is for. Draws of different streams are independent, so each use counts its own draws."""
+
+    CHAIN = 0  # a sampling chain: draw 0 its start, draw k its step k
+    TRAIN_POSTERIOR = 1  # eps_q while the NVAE trains
+    TRAIN_CHAIN = 2  # a chain that makes negatives: draw 0 its start, draw k its step k
+    REPLAY = 3  # which chains start from the replay buffer, and where
+    READJUST = 4  # latents of batch normalisation's readjustment
+
+
+def seed_tensor(seeds: Iterable[int], device: torch.device | str = "cpu") -> Tensor:
+    """Seeds 0..2^64-1 as int64 [N] on `device`; seeds from 2^63 on wrap to the negative number with the same bits.
+
+    Raises ValueError for a seed out of range, TypeError for one that is not an integer.
+    """
+    numbers = [operator.index(seed) for seed in seeds]
+    for number in numbers:
+        if not 0 <= number < 2**64:
+            raise ValueError(f"Seed {number} is out of range; seeds are whole numbers from 0 to 2^64-1.")
+    signed = [number - 2**64 if number >= 2**63 else number for number in numbers]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
+
+
+def draw_tensor(draw: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw number k in 0..2^32-1 as int64 [] on `device`; a captured graph adds to it in place. Raises ValueError."""
+    if not 0 <= draw < 2**32:
+        raise ValueError(f"Draw {draw} is out of range; draws are numbered from 0 to 2^32-1.")
+    return torch.tensor(draw, dtype=torch.int64, device=device)
+
+
+def normal(seeds: Tensor, draw: int | Tensor, stream: Stream, dim: int, *, backend: Backend = "auto") -> Tensor:
+    """Standard normals, float32 [N, dim], one row per seed of `seed_tensor`; `draw` counts the uses of a stream."""
+    return philox_normal(seeds, _as_draw(draw, seeds), stream=int(stream), numel=dim, backend=backend)
+
+
+def uniform(seeds: Tensor, draw: int | Tensor, stream: Stream, dim: int, *, backend: Backend = "auto") -> Tensor:
+    """Uniforms strictly within (0, 1), float32 [N, dim]; arguments of `normal`."""
+    return philox_uniform(seeds, _as_draw(draw, seeds), stream=int(stream), numel=dim, backend=backend)
+
+
+def _as_draw(draw: int | Tensor, seeds: Tensor) -> Tensor:
+    return draw if isinstance(draw, Tensor) else draw_tensor(draw, seeds.device)
+
+
+def step_seeds(seed: int, step: int, batch: int, device: torch.device) -> Tensor:
+    """A noise seed per image of a step, [N]: image j of step t is number t N + j of the run's 2^64 seeds.
+
+    Runs whose seeds differ by less than 2^24 share none within 2^40 images.
+    """
+    first = (seed << 40) + step * batch
+    return seed_tensor(((first + j) % 2**64 for j in range(batch)), device)
+
+
+@dataclass(frozen=True)
+class NoiseLayout:
+    """Where each tensor lies in an image's flat noise: latent groups, top first, then the image; NHWC inside each.
+
+    latent_shapes: (L, H, W) per group. image_shape: (C, H, W).
+    """
+
+    latent_shapes: Sequence[tuple[int, int, int]]
+    image_shape: tuple[int, int, int]
+
+    @property
+    def dim(self) -> int:
+        """D, the number of noise elements of an image."""
+        return sum(map(math.prod, self._shapes))
+
+    @property
+    def latent_dim(self) -> int:
+        """Noise elements of an image before eps_x, which comes last."""
+        return sum(map(math.prod, self.latent_shapes))
+
+    @property
+    def _shapes(self) -> list[tuple[int, int, int]]:
+        return [*self.latent_shapes, self.image_shape]
+
+    def split(self, flat: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(eps_z, eps_x) of flat [N, D]: [N, L, H, W] per group and [N, C, H, W], views without a copy.
+
+        Channels are innermost in memory (channels_last), images D apart. Raises ValueError for another D.
+        """
+        if flat.dim() != 2 or flat.shape[1] != self.dim:
+            raise ValueError(f"flat noise is {list(flat.shape)}; this layout takes [N, {self.dim}].")
+        pieces = flat.split([math.prod(shape) for shape in self._shapes], dim=1)
+        *eps_z, eps_x = (
+            piece.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
+            for piece, (channels, height, width) in zip(pieces, self._shapes, strict=True)
+        )
+        return eps_z, eps_x
+
+    def join(self, eps_z: Sequence[Tensor], eps_x: Tensor) -> Tensor:
+        """The flat [N, D] of which `split` gives these values; a copy. Raises ValueError for other shapes."""
+        tensors = [*eps_z, eps_x]
+        shapes = [tuple(tensor.shape[1:]) for tensor in tensors]
+        if shapes != [tuple(shape) for shape in self._shapes]:
+            raise ValueError(f"noise tensors are shaped {shapes}; this layout takes {self._shapes}, each behind [N].")
+        return torch.cat([tensor.permute(0, 2, 3, 1).flatten(1) for tensor in tensors], dim=1)
