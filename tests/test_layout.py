@@ -27,7 +27,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("frozen",),
     ("models",),
     ("ops",),
-    ("config", "reference", "triton_kernels", "runtime"),
+    ("config", "reference", "triton_kernels"),
+    ("runtime",),
     ("_C",),  # loaded by runtime/extension alone
 )
 ROW_OF = {unit: row for row, units in enumerate(ROWS) for unit in units}

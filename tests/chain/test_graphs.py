@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import vaebm_fast as vf
 from benchmarks import dispatches
 from tests.helpers.capturing import Tape, emulate, launches, record, small_model
-from vaebm_fast.chain import graphs
+from vaebm_fast.chain import graphs, langevin
 from vaebm_fast.chain.langevin import Chains, langevin_chain
 from vaebm_fast.chain.noise import Stream, seed_tensor
 from vaebm_fast.config import POTENTIALS, Potential
@@ -41,7 +41,7 @@ def sampler_of(backend: Any = "reference", **options: Any) -> vf.LangevinSampler
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_chain_traces_without_values(backend: Any, potential: Potential) -> None:
     sampler = sampler_of(backend, steps=2, potential=potential)
-    plan = vf.langevin._Plan(int(Stream.CHAIN), sampler.step_sizes, trace_every=1)
+    plan = langevin._Plan(int(Stream.CHAIN), sampler.step_sizes, trace_every=1)
     with FakeTensorMode(allow_non_fake_inputs=True), Tape() as tape:  # the weights are real
         keys, start = torch.empty(3, dtype=torch.int64), torch.empty(3, sampler.layout.dim)
         outcome = sampler._chains(keys, start, plan)

@@ -194,31 +194,6 @@ def test_ctrl_c_ends_with_130_and_no_traceback(
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-def test_what_the_package_raises_is_one_line_and_what_torch_raises_keeps_its_traceback(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def no_such_backend(_: Any) -> int:
-        _backend.choose("philox_normal", CPU, "cuda")
-        return 0
-
-    def misfit(_: Any) -> int:
-        torch.zeros(2) @ torch.zeros(3)
-        return 0
-
-    assert commands.run(no_such_backend, []) == 1
-    assert capsys.readouterr().err.startswith("error: philox_normal cannot run with backend='cuda'")
-    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        commands.run(misfit, [])
-
-
-def test_a_system_error_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def write(_: Any) -> int:
-        return tmp_path.joinpath("missing", "file").write_text("")
-
-    assert commands.run(write, []) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path}/missing/file: No such file or directory.\n"
-
-
 def test_a_reader_that_stops_early_is_no_error() -> None:
     """As in `vaebm-fast info | head -1`: nothing on stderr, neither from the command nor from Python's shutdown."""
     program = "import sys\nfrom vaebm_fast.cli import main\nsys.stdin.read()\nsys.exit(main(['info']))"

@@ -24,6 +24,7 @@ from vaebm_fast.data.loader import UnreadableDataError
 from vaebm_fast.data.plan import plan_epoch
 from vaebm_fast.report import save_grid
 from vaebm_fast.report.figures import training_figure
+from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.training import EnergyTrainer, RunOptions, loop, train
 from vaebm_fast.training.guard import DivergedError
 
@@ -169,7 +170,7 @@ class _Damaged:
 
     def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
         if self.unreadable in indices:
-            raise ValueError(f"{self.unreadable}.png cannot be read as an image.")
+            raise UserError(f"{self.unreadable}.png cannot be read as an image.")
         return SOURCE.read(indices)
 
 

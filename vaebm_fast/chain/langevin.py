@@ -19,6 +19,7 @@ from vaebm_fast.chain.graphs import Graphs
 from vaebm_fast.chain.noise import NoiseLayout, Stream, normal, seed_tensor
 from vaebm_fast.config import POTENTIALS, Potential
 from vaebm_fast.ops.langevin_update import langevin_update
+from vaebm_fast.runtime.errors import NonFiniteError, UserError
 
 OnNonFinite = Literal["raise", "redo"]
 ON_NON_FINITE: tuple[OnNonFinite, ...] = get_args(OnNonFinite)
@@ -64,7 +65,7 @@ class LiveModel(Protocol):
     def freeze(self) -> FrozenModel: ...
 
 
-class NonFiniteChainError(RuntimeError):
+class NonFiniteChainError(NonFiniteError, RuntimeError):
     """Some chains left the finite numbers: `images` are their positions among those asked for, `seeds` their seeds."""
 
     def __init__(self, images: list[int], seeds: list[int], circumstance: str) -> None:
@@ -210,10 +211,10 @@ class LangevinSampler:
         capture: bool = True,
     ) -> None:
         if potential not in POTENTIALS:
-            raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
         for name, value in (("temperature", temperature), ("start_temperature", start_temperature)):
             if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; it must be a number from 0 up.")
+                raise UserError(f"{name} is {value}; it must be a number from 0 up.")
         self.step_sizes = schedule(steps, step_size)
         self._followed: FrozenModel | None = None
         if isinstance(model, LiveModel):
@@ -347,15 +348,15 @@ class LangevinSampler:
 def schedule(steps: int, step_size: float | Sequence[float] | Tensor) -> tuple[float, ...]:
     """The sizes h_k of all steps. Raises ValueError for what makes no chain."""
     if steps < 0:
-        raise ValueError(f"steps is {steps}; a chain has 0 steps or more.")
+        raise UserError(f"steps is {steps}; a chain has 0 steps or more.")
     given: float | Sequence[float] = step_size.tolist() if isinstance(step_size, Tensor) else step_size
     is_one = isinstance(given, (int, float))
     sizes = (float(given),) if isinstance(given, (int, float)) else tuple(map(float, given))
     for size in sizes:
         if not (size > 0 and math.isfinite(size)):
-            raise ValueError(f"step_size is {size}; it must be a positive number.")
+            raise UserError(f"step_size is {size}; it must be a positive number.")
     if not is_one and len(sizes) != steps:
-        raise ValueError(f"step_size holds {len(sizes)} numbers; a chain of {steps} steps takes one, or {steps}.")
+        raise UserError(f"step_size holds {len(sizes)} numbers; a chain of {steps} steps takes one, or {steps}.")
     return sizes * steps if is_one else sizes
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops.philox_normal import philox_normal, philox_uniform
+from vaebm_fast.runtime.errors import UserError
 
 
 class Stream(IntEnum):
@@ -37,7 +38,7 @@ def seed_tensor(seeds: Iterable[int], device: torch.device | str = "cpu") -> Ten
     numbers = [operator.index(seed) for seed in seeds]
     for number in numbers:
         if not 0 <= number < 2**64:
-            raise ValueError(f"Seed {number} is out of range; seeds are whole numbers from 0 to 2^64-1.")
+            raise UserError(f"Seed {number} is out of range; seeds are whole numbers from 0 to 2^64-1.")
     signed = [number - 2**64 if number >= 2**63 else number for number in numbers]
     return torch.tensor(signed, dtype=torch.int64, device=device)
 

@@ -28,6 +28,8 @@ from vaebm_fast.frozen import freeze
 from vaebm_fast.models import VAEBM
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.report import save_grid
+from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.runtime.files import write
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
 
 KINDS = ("nvae", "vaebm", "floor")
@@ -65,7 +67,7 @@ def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[
 
     began = time.perf_counter()
     if train_seeds < 1:
-        raise ValueError(f"train_seeds is {train_seeds}; at least one training is needed.")
+        raise UserError(f"train_seeds is {train_seeds}; at least one training is needed.")
     _clear(out)
     preset, source, held_out = PRESETS["digits"], digits(split="train"), digits(split="held_out")
     classifier = train_digit_classifier(source)
@@ -84,9 +86,9 @@ def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[
         figures.energy_figure(energies, data_energy, folder / "energies.png")
         figures.training_figure(folder, folder / "training.png")
     metrics = {"frechet": frechet, "seconds": time.perf_counter() - began, "samples": SAMPLES}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     table = results_table(frechet)
-    (out / "results.md").write_text(table + "\n")
+    write(out / "results.md", table + "\n")
     print(f"\n{table}\n\n{metrics['seconds']:.0f} s in all; pictures, curves and metrics.json are in {out}/.")
     return metrics
 
@@ -97,7 +99,7 @@ def _clear(out: Path) -> None:
     found = sorted(out.iterdir()) if out.exists() else []
     foreign = [path.name for path in found if path.name not in own and not path.name.startswith("train_seed_")]
     if foreign:
-        raise ValueError(f"{out} holds {foreign[0]}, which no demo wrote; name another folder with --out.")
+        raise UserError(f"{out} holds {foreign[0]}, which no demo wrote; name another folder with --out.")
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)

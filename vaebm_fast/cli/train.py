@@ -30,6 +30,7 @@ from vaebm_fast.data import open_source
 from vaebm_fast.report import save_grid
 from vaebm_fast.runtime import command
 from vaebm_fast.runtime.devices import DeviceName, choose_device
+from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
 
 USAGE = """Train a VAEBM in two stages: first its NVAE, then its energy network against that NVAE.
@@ -119,7 +120,7 @@ def train_energy(arguments: Sequence[str], prog: str) -> int:
     training = options.training
     if not options.buffer:
         if training.buffer != shown.buffer:
-            raise ValueError("The replay buffer is off, so its values mean nothing; add --training.buffer to use it.")
+            raise UserError("The replay buffer is off, so its values mean nothing; add --training.buffer to use it.")
         training = replace(training, buffer=None)
     vae, energy = load_nvae(options.nvae), options.energy
     source = open_source(options.data, image_size=energy.image_size, image_channels=energy.image_channels)
@@ -140,7 +141,7 @@ def start_options(stage: str, arguments: Sequence[str]) -> tuple[Preset, dict[st
     finder.add_argument("--preset")
     name = finder.parse_known_args(arguments)[0].preset
     if name is not None and name not in PRESETS:
-        raise ValueError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
+        raise UserError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
     preset = PRESETS[name or SHOWN_PRESET]
     return preset, {
         "preset": name or tyro.MISSING,
@@ -206,7 +207,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         print(USAGE.format(prog=prog, presets=", ".join(PRESETS)))
         return 0
     if stage not in STAGES:
-        raise ValueError(f"{stage!r} is not a stage of training; begin with one of {', '.join(STAGES)}.")
+        raise UserError(f"{stage!r} is not a stage of training; begin with one of {', '.join(STAGES)}.")
     return STAGES[stage](arguments[1:], prog)
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vaebm_fast.config._fields import known_fields, require
+from vaebm_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def parse_blocks(text: str) -> tuple[EnergyBlock, ...]:
     for word in text.replace(",", " ").split():
         numbers = word.removesuffix("d").split("-")
         if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-            raise ValueError(f"Energy block {word!r} is not of the form IN-OUT or IN-OUTd, such as 1-2d.")
+            raise UserError(f"Energy block {word!r} is not of the form IN-OUT or IN-OUTd, such as 1-2d.")
         blocks.append(EnergyBlock(int(numbers[0]), int(numbers[1]), word.endswith("d")))
     return tuple(blocks)
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from vaebm_fast.data.images import Pixels
 from vaebm_fast.data.plan import batches_per_epoch, plan_epoch
 from vaebm_fast.data.sources import ImageSource
+from vaebm_fast.runtime.errors import UserError
 
 MOST_WORKERS = 8  # each keeps a batch in memory
 
 
-class UnreadableDataError(ValueError):
+class UnreadableDataError(UserError):
     """A step's images could not be read. They are read first, so nothing of that step has been done."""
 
 
@@ -70,7 +71,7 @@ class StepData:
         self._next_step = step + 1
         try:
             batch = next(self._batches)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             raise UnreadableDataError(str(error)) from error
         return quantise(batch, self._bits).to(self._device, memory_format=torch.channels_last)
 
@@ -94,9 +95,9 @@ def batches(
     """
     per_epoch = batches_per_epoch(source, batch_size)
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it must be in 0 .. 2^64 - 1.")
+        raise UserError(f"seed is {seed}; it must be in 0 .. 2^64 - 1.")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; at least one thread must read.")
+        raise UserError(f"workers is {workers}; at least one thread must read.")
     plan = lru_cache(maxsize=2)(partial(plan_epoch, seed, total_images=len(source)))
 
     def read(iteration: int) -> Tensor:
@@ -123,7 +124,7 @@ def quantise(x: Tensor, bits: int) -> Tensor:
     x is float32 in [0, 1], of any shape; eight bits leave it as it is. Raises ValueError for other than 1 to 8 bits.
     """
     if not 1 <= bits <= 8:
-        raise ValueError(f"bits is {bits}; images are quantised to 1 to 8 bits.")
+        raise UserError(f"bits is {bits}; images are quantised to 1 to 8 bits.")
     return x if bits == 8 else torch.floor(x * 255 / 2 ** (8 - bits)) / (2**bits - 1)
 
 

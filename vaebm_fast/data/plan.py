@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vaebm_fast.data.sources import ImageSource
+from vaebm_fast.runtime.errors import UserError
 
 ORDER, FLIP, CROP = range(3)  # the purposes of random words
 
@@ -43,7 +44,7 @@ def plan_epoch(seed: int, epoch: int, total_images: int) -> EpochPlan:
 def batches_per_epoch(source: ImageSource, batch_size: int) -> int:
     """len(source) // batch_size: the last, smaller batch is left out. Raises ValueError where that leaves none."""
     if not 1 <= batch_size <= len(source):
-        raise ValueError(
+        raise UserError(
             f"batch_size is {batch_size}; it must be at least 1 and at most {len(source)}, the images of {source.name}."
         )
     return len(source) // batch_size

@@ -27,6 +27,7 @@ from vaebm_fast.frozen.part import tensors_of
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import Cell, InvertedResidual
 from vaebm_fast.ops._backend import Backend, why_absent
+from vaebm_fast.runtime.errors import UserError
 
 META = torch.device("meta")
 BF16_BYTES = 2
@@ -260,7 +261,7 @@ def step_traffic(pair: ChainModel) -> Traffic:
 def _without_values(preset: str) -> VAEBM:
     """The preset's networks on the meta device."""
     if preset not in PRESETS:
-        raise ValueError(f"Preset {preset!r} is not known; there are {', '.join(PRESETS)}.")
+        raise UserError(f"Preset {preset!r} is not known; there are {', '.join(PRESETS)}.")
     with META:
         model = VAEBM(NVAE(PRESETS[preset].nvae), EnergyNetwork(PRESETS[preset].energy))
     return model.eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from vaebm_fast.chain.noise import NoiseLayout, Stream, normal, seed_tensor
 from vaebm_fast.config import NVAEConfig
 from vaebm_fast.data import ImageSource, quantise, to_tensor
 from vaebm_fast.models.nvae import NVAE, bits_per_dim
+from vaebm_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def evaluate_likelihood(
     """
     for name, value in (("importance_samples", importance_samples), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
+            raise UserError(f"{name} is {value}; it must be at least 1.")
     layout, device = NoiseLayout(vae.latent_shapes, vae.image_shape), vae.prior_ftr0.device
     elbos, bounds = [], []
     with tqdm(total=len(source), unit="image", disable=None if progress else True) as bar:

@@ -45,6 +45,7 @@ from vaebm_fast.ops.inverted_residual import (
     is_taken,
     pack_inverted_residual,
 )
+from vaebm_fast.runtime.errors import UserError
 
 FUSED_SIDE = 64  # from this side on a block's weights are small and its hidden tensor large: fuse all of it
 
@@ -155,7 +156,7 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
         self._cell, self._resample, self._backend = cell, _resample(cell), backend
         self._ops = [op for op in cell._ops if isinstance(op, ActivatedConv)]
         if self._resample == "up" and self._ops[0].primitive == "res_bnswish5":
-            raise ValueError(f"{name} upsamples before a dilated convolution, which no published decoder does.")
+            raise UserError(f"{name} upsamples before a dilated convolution, which no published decoder does.")
         self._activations = [F.elu if op.primitive in ("res_elu", "res_bnelu") else F.silu for op in self._ops]
         super().__init__(name, slots(cell), dtype)
 

@@ -21,6 +21,7 @@ from vaebm_fast.models.nvae import NVAE
 from vaebm_fast.models.vaebm import VAEBM
 from vaebm_fast.ops._backend import Backend, backend_for, choose, dtypes, require_dtype, why_not
 from vaebm_fast.ops.pixel_head import pixel_head
+from vaebm_fast.runtime.errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -49,7 +50,7 @@ class FrozenNVAE:
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend, within: VAEBM | None = None) -> None:
         if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
+            raise UserError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
         self._vae, self._model = vae, within or vae
         self.device = _require_foldable(self._vae, self._model)
         self.backend = choose_backend(backend, self.device, dtype)
@@ -162,7 +163,7 @@ class FrozenVAEBM(FrozenNVAE):
         it) is read as it is, anything else is copied. Works under `torch.no_grad` and `torch.inference_mode` too.
         """
         if potential not in POTENTIALS:
-            raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
         self._check(eps_z, eps_x)
         with reused_memory(self, self.device), torch.inference_mode(False), torch.enable_grad():
             noise = [eps.clone() if eps.is_inference() else eps.detach() for eps in _nhwc((*eps_z, eps_x))]

@@ -14,6 +14,7 @@ from vaebm_fast.config import POTENTIALS, PRESETS, Potential
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.energy import EnergyNetwork
 from vaebm_fast.models.nvae import NVAE
+from vaebm_fast.runtime.errors import UserError
 
 
 class VAEBM(nn.Module):
@@ -26,12 +27,12 @@ class VAEBM(nn.Module):
     def __init__(self, vae: NVAE, energy: EnergyNetwork) -> None:
         super().__init__()
         if vae.image_shape != energy.image_shape:
-            raise ValueError(
+            raise UserError(
                 f"The NVAE makes images of shape {vae.image_shape} (C, H, W) but the energy network takes "
                 f"{energy.image_shape}; load two files that belong together."
             )
         if vae.config.likelihood != "gaussian":
-            raise ValueError(
+            raise UserError(
                 "A VAEBM needs an NVAE with Gaussian pixels (num_mixture_dec = 1); this one has "
                 f"{vae.config.likelihood} pixels."
             )
@@ -42,7 +43,7 @@ class VAEBM(nn.Module):
     def from_preset(cls, name: str, seed: int = 0) -> VAEBM:
         """The preset's two networks with random weights that depend on `seed` alone, in eval mode."""
         if name not in PRESETS:
-            raise ValueError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
+            raise UserError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
         preset = PRESETS[name]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -87,7 +88,7 @@ class VAEBM(nn.Module):
         checkpoints were trained and sampled with.
         """
         if potential not in POTENTIALS:
-            raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
         needed = (self.vae.check_noise(eps_z), *self.image_shape)
         if tuple(eps_x.shape) != needed:
             raise ValueError(f"eps_x has shape {tuple(eps_x.shape)}; this model needs {needed} [N, C, H, W].")

@@ -17,6 +17,12 @@ from typing import Literal
 import torch
 
 from vaebm_fast.runtime import extension
+from vaebm_fast.runtime.errors import UserError
+
+
+class BackendError(UserError, RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why, and how to get it."""
+
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
@@ -85,7 +91,7 @@ def require_dtype(op: str, backend: str, dtype: torch.dtype) -> None:
     """Raise ValueError where `backend` does not take tensors of this dtype."""
     if backend != "reference" and dtype not in dtypes(backend):
         names = " or ".join(str(taken).removeprefix("torch.") for taken in dtypes(backend))
-        raise ValueError(f"{op} with backend={backend!r} takes {names}, not {dtype}; ask for backend='reference'.")
+        raise UserError(f"{op} with backend={backend!r} takes {names}, not {dtype}; ask for backend='reference'.")
 
 
 def why_absent(backend: str) -> str | None:
@@ -124,16 +130,16 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
 def choose(op: str, device: torch.device, backend: str) -> str:
     """The backend that runs `op` on tensors of `device`: the best one for "auto", else the one named.
 
-    Raises ValueError for a name that does not exist, RuntimeError when the named backend cannot run here.
+    Raises ValueError for a name that does not exist, BackendError when the named backend cannot run here.
     """
     if backend == "auto":
         usable = (name for name in _PREFERENCE.get(device.type, ()) if why_not(op, device, name) is None)
         return next(usable, "reference")
     if backend not in BACKENDS:
-        raise ValueError(f"Backend {backend!r} is not known; it is auto, {', '.join(BACKENDS)}.")
+        raise UserError(f"Backend {backend!r} is not known; it is auto, {', '.join(BACKENDS)}.")
     reason = why_not(op, device, backend)
     if reason is not None:
-        raise RuntimeError(f"{op} cannot run with backend={backend!r}: {reason}.")
+        raise BackendError(f"{op} cannot run with backend={backend!r}: {reason}.")
     return backend
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vaebm_fast.report.pictures import tile
+from vaebm_fast.runtime.files import replacing
 
 
 def chain_picture(rows: Mapping[str, Tensor], path: Path) -> None:
@@ -65,5 +66,6 @@ def training_figure(folder: Path, path: Path) -> None:
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
     plt.close(figure)

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vaebm_fast.runtime.files import replacing
+
 
 def tile(images: Tensor, columns: int, *, pad: int = 1) -> Tensor:
     """uint8 [N, H, W, C] laid out row by row on a white sheet with `columns` columns, uint8 [h, w, C]."""
@@ -29,4 +31,6 @@ def save_grid(images: Tensor, path: Path, *, columns: int | None = None, zoom: i
     picture = Image.fromarray(array)
     factor = zoom or max(1, 256 // (images.shape[1] * 4))
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(path)
+    magnified = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    with replacing(path) as temporary:
+        magnified.save(temporary, "PNG")

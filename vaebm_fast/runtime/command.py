@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-from vaebm_fast.runtime.errors import sentence
+from vaebm_fast.runtime.errors import UserError, sentence
 
 FAILED, INTERRUPTED = 1, 130  # as shells have it: 128 + SIGINT
 
@@ -19,8 +18,7 @@ FAILED, INTERRUPTED = 1, 130  # as shells have it: 128 + SIGINT
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """The exit code of command(arguments): its own, 130 after Ctrl-C, 1 after an error, told as `error: <sentence>`.
 
-    Errors told so are ValueError, OSError, FloatingPointError, and a RuntimeError that this package raised itself. Any
-    other is a bug, and keeps its traceback.
+    Errors told so are UserError, and OSError where it names a file. Any other is a bug, and keeps its traceback.
     """
     warnings.formatwarning = _one_line
     try:
@@ -34,8 +32,8 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
         # Whoever reads the output has had enough, as `head` does; Python's own flush on exit must not fail on it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_ours(error):
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and error.filename is None:
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
         return FAILED
@@ -43,9 +41,3 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     return f"warning: {message}\n"
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the package raised it: torch raises RuntimeError too, for what can only be a bug here."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).split(".")[0] == "vaebm_fast"

@@ -26,7 +26,7 @@ from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.runtime.command import FAILED, INTERRUPTED
 from vaebm_fast.runtime.devices import choose_device
-from vaebm_fast.runtime.errors import AGAIN, sentence
+from vaebm_fast.runtime.errors import AGAIN, UserError, sentence
 from vaebm_fast.runtime.ranks import ProcessLostError, Ranks, joined, of_torchrun, start
 from vaebm_fast.runtime.signals import interruptible
 from vaebm_fast.sampling import journal
@@ -55,13 +55,13 @@ def run_job(options: SampleOptions) -> int:
     ranks = of_torchrun()
     if ranks is not None:
         if options.processes is not None:
-            raise ValueError("torchrun has started the processes already; leave out --processes.")
+            raise UserError("torchrun has started the processes already; leave out --processes.")
         return run_rank(options, ranks)
     on_gpus = choose_device(options.device).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpus else 1
     processes = options.processes or gpus
     if on_gpus and processes > gpus:
-        raise ValueError(f"{processes} processes need as many GPUs, and torch finds {gpus}; ask for no more than that.")
+        raise UserError(f"{processes} processes need as many GPUs, and torch finds {gpus}; ask for no more than that.")
     if processes == 1:
         return run_rank(options, Ranks())
     with interruptible():
@@ -148,7 +148,7 @@ def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | N
     device = torch.device("cpu")
     if choose_device(options.device).type == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"Process {ranks.local_rank} of this machine has no GPU, torch finds {torch.cuda.device_count()}; "
                 "start one process per GPU."
             )
@@ -156,7 +156,7 @@ def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | N
         torch.cuda.set_device(device)
     vae = load_nvae(options.nvae, device=device)
     if options.preset and vae.image_shape != PRESETS[options.preset].nvae.image_shape:
-        raise ValueError(
+        raise UserError(
             f"{options.nvae} makes images of shape {vae.image_shape} (C, H, W), and preset {options.preset} is for "
             f"{PRESETS[options.preset].nvae.image_shape}; name another preset, or give the chain by its own options."
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaebm_fast.chain.langevin import LangevinSampler, NonFiniteChainError
+from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.chain.noise import Stream, step_seeds, uniform
 from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json
@@ -26,6 +26,7 @@ from vaebm_fast.data.loader import StepData
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import channels_last
+from vaebm_fast.runtime.errors import NonFiniteError
 from vaebm_fast.training.guard import DivergenceGuard
 from vaebm_fast.training.losses import finite, weight_norm
 from vaebm_fast.training.replay import ReplayRing
@@ -221,13 +222,10 @@ class EnergyTrainer:
     def negatives(self, step: int) -> Tensor:
         """Images [N, C, H, W] at the end of a step's chains; their latents go into the replay buffer.
 
-        Raises FloatingPointError or NonFiniteChainError where the energy network does not allow for chains any more.
+        Raises NonFiniteError where the energy network does not allow for chains any more.
         """
         layout = self.sampler.layout
-        try:
-            self._frozen.refresh()
-        except ValueError as error:  # the VAE stays in evaluation mode: the only reason left is a weight
-            raise FloatingPointError(str(error)) from error
+        self._frozen.refresh()
         chains = self.sampler.run(self._seeds(step), start=self.start(step), stream=Stream.TRAIN_CHAIN)
         if self.buffer is not None:
             self.buffer.push(chains.eps[:, : layout.latent_dim])
@@ -250,7 +248,7 @@ class EnergyTrainer:
         try:
             scalars = finite(self.update(images, self.negatives(step)), step + 1)
             gap, cause = float(scalars["loss"]), ""
-        except (FloatingPointError, NonFiniteChainError) as error:
+        except NonFiniteError as error:
             gap, cause = math.inf, str(error)
         if self._guard.after_step(step, gap, cause):
             self._recover(step, cause or f"energy gap {gap:.4g}")

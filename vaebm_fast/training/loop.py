@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from vaebm_fast.chain.langevin import NonFiniteChainError
 from vaebm_fast.checkpoint import CheckpointError, load_training, save_training
 from vaebm_fast.data.loader import UnreadableDataError
+from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.runtime.files import write
 from vaebm_fast.runtime.signals import noted
 from vaebm_fast.training.guard import DivergedError
 from vaebm_fast.training.losses import finite
@@ -44,7 +45,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "grid_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it counts steps and must be at least 1.")
+                raise UserError(f"{name} is {getattr(self, name)}; it counts steps and must be at least 1.")
 
 
 class Trainee(Protocol):
@@ -120,7 +121,7 @@ def _draw(draw: DrawSamples, trainee: Trainee, path: Path) -> None:
     """A grid of samples; a network that is about to be rolled back may have none, of which a warning tells."""
     try:
         images = trainee.sample_images()
-    except (NonFiniteChainError, ValueError) as error:
+    except UserError as error:
         warnings.warn(f"{path.name} was not drawn: {error}", stacklevel=2)
         return
     draw(images, path)
@@ -162,7 +163,7 @@ class _Log:
 
         path = out / "metrics.jsonl"
         kept = [record for record in _records(path) if record["step"] <= start]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 

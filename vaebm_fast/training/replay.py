@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast.config import Placement
+from vaebm_fast.runtime.errors import UserError
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -38,7 +39,7 @@ class ReplayRing:
         world_size: int = 1,
     ) -> None:
         if capacity < 1:
-            raise ValueError(f"capacity is {capacity}; a replay buffer keeps at least one state.")
+            raise UserError(f"capacity is {capacity}; a replay buffer keeps at least one state.")
         self.device, self._rank, self._world_size = torch.device(device), rank, world_size
         self._states = _allocate(capacity, dim, dtype, self.device, pinned=placement == "host")
         self._pushed = 0
@@ -114,16 +115,16 @@ class ReplayRing:
         """Continue from `state_dict()`'s state. Raises ValueError where it does not fit this ring."""
         kept = state["states"]
         if (state["rank"], state["world_size"]) != (self._rank, self._world_size):
-            raise ValueError(
+            raise UserError(
                 f"The saved replay buffer is that of rank {state['rank']} of {state['world_size']}, this one that of "
                 f"rank {self._rank} of {self._world_size}; continue with as many processes as before."
             )
         if kept.shape[0] != min(state["pushed"], self.capacity) or kept.shape[1:] != self._states.shape[1:]:
-            raise ValueError(
+            raise UserError(
                 f"The saved replay buffer holds {tuple(kept.shape)}; this one takes {tuple(self._states.shape)}."
             )
         if kept.dtype != self._states.dtype:
-            raise ValueError(
+            raise UserError(
                 f"The saved replay buffer is in {kept.dtype}, this one in {self._states.dtype}; "
                 "continue with the dtype of before."
             )
@@ -135,7 +136,7 @@ class ReplayRing:
 def _allocate(capacity: int, dim: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
     """Zeros [capacity, dim] for a ring that serves `device`, all their memory there from the start."""
     if pinned and device.type != "cuda":
-        raise ValueError(
+        raise UserError(
             "The replay buffer's placement is host, which is memory pinned for a GPU, but the device is "
             f"{device.type}; use placement device."
         )
@@ -145,7 +146,7 @@ def _allocate(capacity: int, dim: int, dtype: torch.dtype, device: torch.device,
         size = 1 << (size - 1).bit_length()  # torch takes pinned memory by powers of two
     free = free_memory(kept_on)
     if size > free:
-        raise ValueError(
+        raise UserError(
             f"A replay buffer of {capacity} states [{dim}] in {dtype} takes {size / 1e9:.1f} GB of "
             f"{'pinned ' if pinned else ''}{kept_on.type} memory, of which {free / 1e9:.1f} GB are free; lower its "
             "size, keep it in bfloat16, or change its placement."
