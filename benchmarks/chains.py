@@ -50,7 +50,7 @@ class OtherPair:
         """Of the model."""
         return self.model.image_shape
 
-    def energy_and_grad(
+    def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
     ) -> tuple[Tensor, list[Tensor]]:
         """By `call`; a chain keeps U of all steps, over which torch.compile's next replay would write."""
@@ -158,7 +158,7 @@ class Bench:
 
 def official(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     """U and its gradient by the plain modules."""
-    return model.energy_and_grad(eps_z, eps_x, "official")
+    return model.potential_and_grad(eps_z, eps_x, "official")
 
 
 def time_of_chain(sampler: LangevinSampler, batch: int, blocks: int) -> float:

@@ -62,7 +62,7 @@ def _chain_dispatches(model: ChainModel, update_backend: Any, steps: int) -> int
     keys, start = torch.empty(1, dtype=torch.int64, device=META), torch.empty(1, sampler.layout.dim, device=META)
     update = partial(langevin_update, seeds=keys, stream=0, backend=update_backend)
     with DispatchCount() as count:
-        langevin_chain(sampler._energy_and_grad, start, update, step_sizes=sampler.step_sizes)
+        langevin_chain(sampler._potential_and_grad, start, update, step_sizes=sampler.step_sizes)
     return count.total
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.captured import EAGER, GRAPH, captured, launched_by
 from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
-from benchmarks.torch_compile import EnergyAndGrad, compiled
+from benchmarks.torch_compile import PotentialAndGrad, compiled
 from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.chain.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.evaluation.cost import least_traffic, pair_flops
@@ -100,7 +100,7 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
     start = normal(seeds, 0, Stream.CHAIN, layout.dim)
     products = products_of(candidate, device)
     with multiplying(products):
-        call, backend, compile_s = energy_and_grad(candidate, model, *layout.split(start))
+        call, backend, compile_s = potential_and_grad(candidate, model, *layout.split(start))
 
     def gradient() -> Tensor:
         with multiplying(products):
@@ -136,14 +136,14 @@ def is_captured(candidate: str, device: torch.device) -> bool:
     return device.type == "cuda" and candidate in FROZEN and not candidate.endswith(EAGER)
 
 
-def energy_and_grad(
+def potential_and_grad(
     candidate: str, model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor
-) -> tuple[EnergyAndGrad, str, float | None]:
+) -> tuple[PotentialAndGrad, str, float | None]:
     """What the candidate calls, what that is, and the seconds it took to compile it for noise like this, if it was."""
     if candidate in FROZEN:
         name, dtype = FROZEN[candidate]
         pair = model.freeze(dtype, name)
-        return lambda eps_z, eps_x: pair.energy_and_grad(eps_z, eps_x, "official"), str(pair.backend), None
+        return lambda eps_z, eps_x: pair.potential_and_grad(eps_z, eps_x, "official"), str(pair.backend), None
     if candidate in TO_COMPILE:
         call, compile_s = compiled(model, eps_z, eps_x, is_bf16=candidate == COMPILED_BF16)
         return call, "torch.compile", compile_s
@@ -151,7 +151,7 @@ def energy_and_grad(
 
     def plain(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         with torch.autocast(eps_x.device.type, torch.bfloat16, enabled=is_bf16):
-            return model.energy_and_grad(eps_z, eps_x, "official")
+            return model.potential_and_grad(eps_z, eps_x, "official")
 
     return plain, "plain modules, autocast" if is_bf16 else "plain modules", None
 
@@ -307,7 +307,7 @@ def true_gradient(preset: str, batch: int, device: torch.device, model: VAEBM) -
     layout = NoiseLayout(model.latent_shapes, model.image_shape)
     start = normal(seed_tensor(range(batch), device), 0, Stream.CHAIN, layout.dim)
     with multiplying("float32"):
-        each = [model.energy_and_grad(*layout.split(row), "official")[1] for row in start.split(1)]
+        each = [model.potential_and_grad(*layout.split(row), "official")[1] for row in start.split(1)]
     return torch.cat([layout.join(gradients[:-1], gradients[-1]) for gradients in each])
 
 

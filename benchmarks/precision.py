@@ -110,7 +110,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     require_float32_sums()
     exact = freeze(copy.deepcopy(subject.model).double(), torch.float64, "reference")
     truths: dict[Potential, tuple[Tensor, Tensor]] = {
-        potential: energy_and_grad(subject, exact, potential) for potential in ("energy", subject.potential)
+        potential: potential_and_grad(subject, exact, potential) for potential in ("energy", subject.potential)
     }
     rows: list[dict[str, Any]] = []
     baseline: Finished | None = None
@@ -119,7 +119,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
             continue
         pair = freeze(subject.model, dtype, backend)
         with mode():
-            found = {potential: energy_and_grad(subject, pair, potential) for potential in truths}
+            found = {potential: potential_and_grad(subject, pair, potential) for potential in truths}
             finished = run_chains(subject, pair)
         baseline = baseline or finished
         row: dict[str, Any] = {"subject": subject.name, "precision": precision, "potential": subject.potential}
@@ -135,11 +135,11 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
-def energy_and_grad(subject: Subject, pair: FrozenVAEBM, potential: Potential) -> tuple[Tensor, Tensor]:
+def potential_and_grad(subject: Subject, pair: FrozenVAEBM, potential: Potential) -> tuple[Tensor, Tensor]:
     """U [N] and its gradient [N, D] at the start of the first batch of chains, in float64."""
     sampler = _sampler(subject, pair)
     eps_z, eps_x = sampler.layout.split(sampler.start(subject.batches[0]).to(pair.noise_dtype))
-    u, gradients = pair.energy_and_grad(eps_z, eps_x, potential)
+    u, gradients = pair.potential_and_grad(eps_z, eps_x, potential)
     if any(tensor.dtype != pair.noise_dtype for tensor in (u, *gradients)):
         raise TypeError(f"A pair in {pair.dtype} gave energies or gradients that are not {pair.noise_dtype}.")
     return u.double(), sampler.layout.join(gradients[:-1], gradients[-1]).double()

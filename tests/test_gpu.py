@@ -129,7 +129,7 @@ def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(
     eps = torch.randn(3, layout.dim)
 
     def gradient(fast: Any, eps: Tensor) -> Tensor:
-        _, gradients = fast.energy_and_grad(*layout.split(eps), "official")
+        _, gradients = fast.potential_and_grad(*layout.split(eps), "official")
         return layout.join(gradients[:-1], gradients[-1])
 
     truth = gradient(vf.VAEBM(model.vae.double(), model.energy.double()), eps.double())
@@ -152,7 +152,7 @@ def test_a_frozen_step_has_the_same_bits_every_time(
     model = vf.VAEBM(vf.NVAE(PLAIN).eval(), EnergyNetwork(EnergyConfig(16, 3, 16, parse_blocks("1-1d 1-2d 2-2"))))
     layout, fast = NoiseLayout(model.latent_shapes, model.image_shape), model.to(DEVICE).freeze(dtype, backend)
     eps = torch.randn(32, layout.dim, device=DEVICE)
-    first, *others = [fast.energy_and_grad(*layout.split(eps), "official")[1] for _ in range(8)]
+    first, *others = [fast.potential_and_grad(*layout.split(eps), "official")[1] for _ in range(8)]
     for gradients in others:
         assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))
 

@@ -17,7 +17,7 @@ class VAEBM(_models.VAEBM):
 
     # Here, and not in `models`, because the compiled pair is built from the models and not the other way round.
     def freeze(self, dtype: _torch.dtype = _torch.float32, backend: _Backend = "auto") -> FrozenVAEBM:
-        """The compiled pair, with the same `energy_and_grad`, `image` and `mean_image`; see `vaebm_fast.frozen`."""
+        """The compiled pair, with the same `potential_and_grad`, `image` and `mean_image`; see `vaebm_fast.frozen`."""
         return _freeze(self, dtype, backend)
 
 

@@ -146,7 +146,7 @@ def timed_jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def compiled(model: Any, eps_z: Any, eps_x: Any, *, is_bf16: bool) -> tuple[Any, float]:
         asked.append(is_bf16)
-        return lambda eps_z, eps_x: model.energy_and_grad(eps_z, eps_x, "official"), 0.0
+        return lambda eps_z, eps_x: model.potential_and_grad(eps_z, eps_x, "official"), 0.0
 
     monkeypatch.setattr(chains, "time_of_job", job)
     monkeypatch.setattr(chains, "compiled", compiled)

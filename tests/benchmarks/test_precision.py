@@ -92,9 +92,9 @@ class CountedCalls(TorchFunctionMode):
 def test_every_product_of_the_frozen_pair_is_reached_in_both_directions(subject: precision.Subject) -> None:
     pair = freeze(subject.model, backend="reference")
     with CountedCalls() as counted:
-        precision.energy_and_grad(subject, pair, "energy")
+        precision.potential_and_grad(subject, pair, "energy")
     with TF32Products() as mode:
-        precision.energy_and_grad(subject, pair, "energy")
+        precision.potential_and_grad(subject, pair, "energy")
     assert counted.calls[False] > 20 and counted.calls[True] > 5
     assert mode.rounded.total() == 2 * counted.calls[False] and mode.left.total() == 2 * counted.calls[True]
 

@@ -77,12 +77,12 @@ def steps_of(sampler: vf.LangevinSampler, update: Callable[..., None] = langevin
     ends: list[int] = []
     with Tape() as tape:
 
-        def energy_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
+        def potential_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
             begins.append(len(tape.entries))
-            return sampler._energy_and_grad(eps)
+            return sampler._potential_and_grad(eps)
 
         langevin_chain(
-            energy_and_grad,
+            potential_and_grad,
             start,
             partial(update, seeds=keys, stream=0, prior=sampler._has_prior),
             step_sizes=sampler.step_sizes,
@@ -180,7 +180,7 @@ def assert_same(one: Chains, other: Chains) -> None:
     assert (one.trace is None) == (other.trace is None)
     if one.trace is not None and other.trace is not None:
         assert one.trace.steps == other.trace.steps
-        for name in ("energies", "gradient_norms", "images"):
+        for name in ("potentials", "gradient_norms", "images"):
             assert torch.equal(getattr(one.trace, name), getattr(other.trace, name)), name
 
 
@@ -309,8 +309,8 @@ class Asking:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pair, name)
 
-    def energy_and_grad(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
-        u, gradients = self._pair.energy_and_grad(*args)
+    def potential_and_grad(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
+        u, gradients = self._pair.potential_and_grad(*args)
         return u * (1 if float(u.sum()) < math.inf else 2), gradients
 
 

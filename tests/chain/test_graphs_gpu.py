@@ -45,7 +45,7 @@ def assert_equal(one: Chains, other: Chains, tolerance: float) -> None:
     assert one.trace is not None and other.trace is not None
     for name in ("eps", "potentials", "images"):
         assert_close(getattr(one, name), getattr(other, name), tolerance)
-    for name in ("energies", "gradient_norms", "images"):
+    for name in ("potentials", "gradient_norms", "images"):
         assert_close(getattr(one.trace, name), getattr(other.trace, name), tolerance)
 
 
@@ -114,8 +114,8 @@ class Asking:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pair, name)
 
-    def energy_and_grad(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
-        u, gradients = self._pair.energy_and_grad(*args)
+    def potential_and_grad(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
+        u, gradients = self._pair.potential_and_grad(*args)
         return u * (1 if float(u.sum()) < 1e30 else 2), gradients
 
 

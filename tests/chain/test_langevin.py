@@ -25,7 +25,7 @@ class Bowl:
     latent_shapes = [(3, 4, 5), (2, 8, 10)]
     image_shape = (1, 60, 64)
 
-    def energy_and_grad(
+    def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
     ) -> tuple[Tensor, list[Tensor]]:
         noise = [*eps_z, eps_x]
@@ -101,7 +101,7 @@ def test_a_given_start_replaces_the_seeds_own() -> None:
 def test_a_chain_notes_the_first_step_after_which_each_state_was_not_finite(bad: float) -> None:
     calls = 0
 
-    def energy_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
+    def potential_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
         gradient = torch.zeros_like(eps)
@@ -110,7 +110,7 @@ def test_a_chain_notes_the_first_step_after_which_each_state_was_not_finite(bad:
         return eps.sum(1), gradient
 
     update = partial(langevin_update, seeds=seed_tensor(range(6)), stream=0)
-    course = langevin_chain(energy_and_grad, torch.zeros(6, 3), update, step_sizes=[0.1] * 5)
+    course = langevin_chain(potential_and_grad, torch.zeros(6, 3), update, step_sizes=[0.1] * 5)
     assert course.nonfinite_at.tolist() == [-1, 2, -1, -1, 3, -1]
     assert calls == 5, "nobody looks before all steps are done"
 
@@ -122,7 +122,7 @@ class Quartic(Bowl):
     latent_shapes = [(1, 2, 2)]
     image_shape = (1, 2, 2)
 
-    def energy_and_grad(
+    def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
     ) -> tuple[Tensor, list[Tensor]]:
         noise = [*eps_z, eps_x]
@@ -160,7 +160,7 @@ def test_chains_that_leave_the_numbers_run_again_from_their_starts_with_a_tenth_
         assert torch.equal(chains.eps[rows], alone.eps) and torch.equal(chains.images[rows], alone.images)
         assert torch.equal(chains.potentials[:, rows], alone.potentials)
         assert chains.trace is not None and alone.trace is not None
-        for name in ("energies", "gradient_norms", "images"):
+        for name in ("potentials", "gradient_norms", "images"):
             assert torch.equal(getattr(chains.trace, name)[:, rows], getattr(alone.trace, name))
 
 
@@ -214,7 +214,7 @@ def test_start_temperature_scales_the_chains_own_start_and_no_given_one() -> Non
 
 @pytest.mark.parametrize("every", [1, 2, 9])
 @pytest.mark.parametrize("potential", POTENTIALS)
-def test_a_trace_holds_energies_gradient_norms_and_images_before_every_kth_step(
+def test_a_trace_holds_potentials_gradient_norms_and_images_before_every_kth_step(
     potential: Potential, every: int
 ) -> None:
     model = tiny_grey_model()
@@ -226,9 +226,9 @@ def test_a_trace_holds_energies_gradient_norms_and_images_before_every_kth_step(
     assert torch.equal(chains.eps, sampler.run([4, 5]).eps)
     for t, step in enumerate(trace.steps):
         eps_z, eps_x = sampler.layout.split(states[step - 1])
-        u, gradients = model.energy_and_grad(eps_z, eps_x, potential, 0.7)
+        u, gradients = model.potential_and_grad(eps_z, eps_x, potential, 0.7)
         norms = sampler.layout.join(gradients[:-1], gradients[-1]).norm(dim=1)
-        torch.testing.assert_close(trace.energies[t], u)
+        torch.testing.assert_close(trace.potentials[t], u)
         torch.testing.assert_close(trace.gradient_norms[t], norms)
         torch.testing.assert_close(trace.images[t], model.mean_image(eps_z, 0.7).detach())
 
@@ -237,7 +237,7 @@ def test_no_trace_where_none_is_asked_for_and_an_empty_one_of_no_steps() -> None
     assert LangevinSampler(Bowl(), steps=2, step_size=0.1).run([1]).trace is None
     trace = LangevinSampler(Bowl(), steps=0, step_size=0.1).run([1], trace_every=1).trace
     assert trace is not None and trace.steps == [] and trace.images.shape == (0, 1, *Bowl.image_shape)
-    assert trace.energies.shape == trace.gradient_norms.shape == (0, 1)
+    assert trace.potentials.shape == trace.gradient_norms.shape == (0, 1)
 
 
 # The sampler.
@@ -287,7 +287,7 @@ def test_the_sampler_descends_its_potential_at_its_temperature(potential: Potent
     sampler = LangevinSampler(model, steps=1, step_size=1e-2, potential=potential, temperature=0.7)
     chains = sampler.run([4, 5])
     start = sampler.start([4, 5])
-    u, gradients = model.energy_and_grad(*sampler.layout.split(start), potential, 0.7)
+    u, gradients = model.potential_and_grad(*sampler.layout.split(start), potential, 0.7)
     noise = normal(seed_tensor([4, 5]), 1, Stream.CHAIN, 26)
     expected = start - 0.5e-2 * sampler.layout.join(gradients[:-1], gradients[-1]) + 0.1 * noise
     torch.testing.assert_close(chains.potentials, u[None])

@@ -46,7 +46,7 @@ def small() -> vf.VAEBM:
 def gradient(pair: vf.VAEBM | FrozenVAEBM, eps: Tensor) -> Tensor:
     """Of the official potential, [N, D]."""
     layout = NoiseLayout(pair.latent_shapes, pair.image_shape)
-    _, gradients = pair.energy_and_grad(*layout.split(eps), "official")
+    _, gradients = pair.potential_and_grad(*layout.split(eps), "official")
     return layout.join(gradients[:-1], gradients[-1])
 
 

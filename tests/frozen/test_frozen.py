@@ -46,12 +46,12 @@ def golden_model(case: str) -> vf.VAEBM:
 def test_golden_gradients(case: str, potential: Potential) -> None:
     model, golden = golden_model(case), load_expected(case)
     expected, noise = golden[f"grad_{potential}"], golden["decode"]
-    u, gradients = freeze(model).energy_and_grad(noise["eps_z"], noise["eps_x"], potential)
+    u, gradients = freeze(model).potential_and_grad(noise["eps_z"], noise["eps_x"], potential)
     assert largest_error(gradients, [*expected["eps_z"], expected["eps_x"]]) < 1e-4  # measured in float32
     if potential == "energy":
         noise64 = double((noise["eps_z"], noise["eps_x"]))
-        truth_u, truth = copy.deepcopy(model).double().energy_and_grad(*noise64, potential)
-        plain_u, _ = model.energy_and_grad(noise["eps_z"], noise["eps_x"], potential)
+        truth_u, truth = copy.deepcopy(model).double().potential_and_grad(*noise64, potential)
+        plain_u, _ = model.potential_and_grad(noise["eps_z"], noise["eps_x"], potential)
         # E is a sum that cancels: in hq_tiny float32 puts the plain modules off by up to 6e-5, so they are the measure.
         assert relative_error(u, truth_u) < max(1e-6, relative_error(plain_u, truth_u))
         assert largest_error(gradients, truth) < FLOAT32_ERROR
@@ -121,10 +121,10 @@ def test_any_configuration(
 def test_bfloat16_is_no_further_from_the_truth_than_the_plain_modules_in_bfloat16() -> None:
     model = tiny()
     noise = noise_of(model, batch=4)
-    _, truth = model.energy_and_grad(*noise)
+    _, truth = model.potential_and_grad(*noise)
     with torch.autocast("cpu", torch.bfloat16):
-        _, plain = model.energy_and_grad(*noise)
-    u, gradients = model.freeze(torch.bfloat16).energy_and_grad(*noise)
+        _, plain = model.potential_and_grad(*noise)
+    u, gradients = model.freeze(torch.bfloat16).potential_and_grad(*noise)
     assert u.dtype == gradients[0].dtype == torch.float32
     for actual, autocast, expected in zip(gradients, plain, truth, strict=True):
         assert relative_error(actual, expected) < 2 * relative_error(autocast, expected) + 1e-2
@@ -133,15 +133,15 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_plain_modules_in_bfloat1
 def test_noise_may_lie_in_memory_in_any_order() -> None:
     frozen = tiny().freeze()
     eps_z, eps_x = noise_of(frozen)
-    u, gradients = frozen.energy_and_grad(eps_z, eps_x)
+    u, gradients = frozen.potential_and_grad(eps_z, eps_x)
     assert all(gradient.stride(1) == 1 for gradient in gradients), "gradients are NHWC, as the flat state is"
-    other_u, other = frozen.energy_and_grad([eps.contiguous() for eps in eps_z], eps_x.contiguous())
+    other_u, other = frozen.potential_and_grad([eps.contiguous() for eps in eps_z], eps_x.contiguous())
     assert torch.equal(u, other_u) and largest_error(other, gradients) == 0
 
 
 def test_an_empty_batch_is_a_batch() -> None:
     frozen = tiny().freeze()
-    u, gradients = frozen.energy_and_grad(*noise_of(frozen, batch=0), "official")
+    u, gradients = frozen.potential_and_grad(*noise_of(frozen, batch=0), "official")
     assert u.shape == (0,) and [tuple(g.shape[1:]) for g in gradients] == [*frozen.latent_shapes, frozen.image_shape]
 
 
@@ -149,12 +149,12 @@ def test_an_empty_batch_is_a_batch() -> None:
 def test_gradients_come_under_no_grad_and_inference_mode_and_reach_nothing_else(mode: Any) -> None:
     model = tiny()
     frozen = model.freeze()
-    expected_u, expected = frozen.energy_and_grad(*noise_of(model))
+    expected_u, expected = frozen.potential_and_grad(*noise_of(model))
     torch.manual_seed(0)
     model = tiny()
     with mode():
         frozen = model.freeze()
-        u, gradients = frozen.energy_and_grad(*noise_of(model))
+        u, gradients = frozen.potential_and_grad(*noise_of(model))
     assert torch.equal(u, expected_u) and largest_error(gradients, expected) == 0
     assert not any(tensor.requires_grad for part in frozen._parts for tensor in tensors_of(part.weights))
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -196,7 +196,7 @@ def test_a_step_reads_nothing_back_to_the_host(potential: Potential) -> None:
     frozen = tiny().freeze()
     noise = noise_of(frozen)
     with ForbidReadback():
-        frozen.energy_and_grad(*noise, potential)
+        frozen.potential_and_grad(*noise, potential)
         with pytest.raises(AssertionError):
             noise[1].sum().item()
 
@@ -218,8 +218,8 @@ def test_compiled_and_reference_pairs_agree(arch: str) -> None:
     model = vf.VAEBM(vf.NVAE(config), vf.EnergyNetwork(EnergyConfig(16, 3, 4, blocks))).eval()
     eps_z = [torch.randn(2, *shape) for shape in model.latent_shapes]
     eps_x = torch.randn(2, *model.image_shape)
-    u, gradients = model.freeze(backend="cpu").energy_and_grad(eps_z, eps_x, "official")
-    expected_u, expected = model.freeze(backend="reference").energy_and_grad(eps_z, eps_x, "official")
+    u, gradients = model.freeze(backend="cpu").potential_and_grad(eps_z, eps_x, "official")
+    expected_u, expected = model.freeze(backend="reference").potential_and_grad(eps_z, eps_x, "official")
     torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=1e-3)
     for gradient, reference in zip(gradients, expected, strict=True):
         assert relative_error(gradient, reference) < 1e-5
@@ -244,5 +244,5 @@ class PassesBesideKernels(TorchDispatchMode):
 def test_biases_and_elus_are_passes_of_their_own_at_the_image_s_head_alone() -> None:
     frozen = tiny().freeze(backend="cpu")
     with PassesBesideKernels() as passes:
-        frozen.energy_and_grad(*noise_of(frozen), "official")
+        frozen.potential_and_grad(*noise_of(frozen), "official")
     assert passes.counts == {"bias": 1, "aten::elu": 1, "aten::elu_backward": 1}

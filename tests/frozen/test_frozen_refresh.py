@@ -34,7 +34,7 @@ def test_refresh_after_an_optimiser_step_is_a_new_freeze_in_the_old_memory(kind:
     frozen = model.freeze()
     before = memory(frozen)
     noise = noise_of(model)
-    u, _ = frozen.energy_and_grad(*noise)
+    u, _ = frozen.potential_and_grad(*noise)
     optimizer = torch.optim.Adam(
         model.energy.train().parameters(), lr=1e-2, foreach=kind == "foreach", fused=kind == "fused"
     )
@@ -44,11 +44,11 @@ def test_refresh_after_an_optimiser_step_is_a_new_freeze_in_the_old_memory(kind:
         if kind == "fused":  # writes without counting
             torch.autograd.graph.increment_version(model.energy.parameters())
         with pytest.raises(StaleWeightsError, match=r"call refresh\(\)"):
-            frozen.energy_and_grad(*noise)
+            frozen.potential_and_grad(*noise)
         frozen.refresh()
         assert memory(frozen) == before
         assert_same_weights(frozen, model.freeze())
-    assert relative_error(frozen.energy_and_grad(*noise)[0], u) > 1e-3
+    assert relative_error(frozen.potential_and_grad(*noise)[0], u) > 1e-3
 
 
 def test_refresh_folds_nothing_but_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_stale_weights_are_refused_until_refreshed(edit: str) -> None:
         edits()[edit](model)
     assert frozen.is_stale
     calls = (
-        lambda: frozen.energy_and_grad(eps_z, eps_x),
+        lambda: frozen.potential_and_grad(eps_z, eps_x),
         lambda: frozen.mean_image(eps_z),
         lambda: frozen.image(eps_z, eps_x),
     )
@@ -108,8 +108,8 @@ def test_stale_weights_are_refused_until_refreshed(edit: str) -> None:
     frozen.refresh()
     assert_same_weights(frozen, model.freeze())
     assert memory(frozen) == before
-    u, _ = frozen.energy_and_grad(eps_z, eps_x)
-    assert relative_error(u, model.energy_and_grad(eps_z, eps_x)[0]) < FLOAT32_ERROR
+    u, _ = frozen.potential_and_grad(eps_z, eps_x)
+    assert relative_error(u, model.potential_and_grad(eps_z, eps_x)[0]) < FLOAT32_ERROR
 
 
 # Bad use
@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_and_stay_stale(value: f
     with pytest.raises(ValueError, match=r"energy\.blocks\.0 are not finite"):
         frozen.refresh()
     with pytest.raises(StaleWeightsError):
-        frozen.energy_and_grad(*noise_of(model))
+        frozen.potential_and_grad(*noise_of(model))
 
 
 def test_precisions_backends_and_potentials_that_do_not_exist_are_refused() -> None:
@@ -156,7 +156,7 @@ def test_precisions_backends_and_potentials_that_do_not_exist_are_refused() -> N
     with pytest.raises(ValueError, match="float32"):
         model.freeze(dtype=torch.bfloat16, backend="cpu")
     with pytest.raises(ValueError, match="Potential 'kinetic' is not known"):
-        model.freeze().energy_and_grad(*noise_of(model), "kinetic")
+        model.freeze().potential_and_grad(*noise_of(model), "kinetic")
 
 
 def test_live_weights_in_low_precision_or_inference_mode_are_refused() -> None:
@@ -183,12 +183,12 @@ def test_noise_of_another_shape_precision_or_device_is_refused() -> None:
     frozen = tiny().freeze()
     eps_z, eps_x = noise_of(frozen)
     with pytest.raises(ValueError, match="eps_z has 3 tensors; this NVAE has 4"):
-        frozen.energy_and_grad(eps_z[:3], eps_x)
+        frozen.potential_and_grad(eps_z[:3], eps_x)
     with pytest.raises(ValueError, match=r"group 1 needs \(2, 2, 2, 2\) \[N, L, H, W\]"):
-        frozen.energy_and_grad([eps_z[0], eps_z[1][:, :1], *eps_z[2:]], eps_x)
+        frozen.potential_and_grad([eps_z[0], eps_z[1][:, :1], *eps_z[2:]], eps_x)
     with pytest.raises(ValueError, match=r"eps_x has shape \(2, 8, 8, 3\); this model needs \(2, 3, 8, 8\)"):
-        frozen.energy_and_grad(eps_z, eps_x.permute(0, 2, 3, 1))
+        frozen.potential_and_grad(eps_z, eps_x.permute(0, 2, 3, 1))
     with pytest.raises(ValueError, match=r"torch\.float64 on cpu; this pair takes noise in torch\.float32 on cpu"):
-        frozen.energy_and_grad(eps_z, eps_x.double())
+        frozen.potential_and_grad(eps_z, eps_x.double())
     with pytest.raises(ValueError, match="on meta; this pair takes noise in torch.float32 on cpu"):
         frozen.mean_image([eps_z[0].to("meta"), *eps_z[1:]])

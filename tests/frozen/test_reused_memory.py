@@ -107,11 +107,11 @@ def test_the_last_frozen_pair_takes_its_memory_with_it(owner: Owner) -> None:
     pairs = [model.freeze(), model.freeze()]
     noise = [torch.randn(64, *shape) for shape in [*model.latent_shapes, model.image_shape]]
     for pair in pairs:
-        pair.energy_and_grad(noise[:-1], noise[-1])
+        pair.potential_and_grad(noise[:-1], noise[-1])
     del pair
     gc.collect()
     pairs.pop()
-    pairs[0].energy_and_grad(noise[:-1], noise[-1])
+    pairs[0].potential_and_grad(noise[:-1], noise[-1])
     pairs.clear()
     gc.collect()
     assert torch.ops.vaebm_fast.release_memory() == 0

@@ -75,10 +75,10 @@ def assert_equals_plain_modules(
     noise64 = double(noise)
     for potential in potentials:
         for temperature in temperatures:
-            u, gradients = truth.energy_and_grad(*noise64, potential, temperature)
-            u64, gradients64 = frozen64.energy_and_grad(*noise64, potential, temperature)
+            u, gradients = truth.potential_and_grad(*noise64, potential, temperature)
+            u64, gradients64 = frozen64.potential_and_grad(*noise64, potential, temperature)
             assert relative_error(u64, u) < FLOAT64_ERROR
             assert largest_error(gradients64, gradients) < FLOAT64_ERROR, (potential, temperature)
-            u32, gradients32 = frozen32.energy_and_grad(*noise, potential, temperature)
+            u32, gradients32 = frozen32.potential_and_grad(*noise, potential, temperature)
             assert relative_error(u32, u) < FLOAT32_ERROR
             assert largest_error(gradients32, gradients) < FLOAT32_ERROR, (potential, temperature)

@@ -152,7 +152,7 @@ def test_energies_and_their_spectral_norms(case: str) -> None:
 @pytest.mark.parametrize("case", ENERGY_CASES)
 def test_gradients_of_the_potential_in_noise_space(case: str, potential: Any) -> None:
     noise, expected = expected_of(case)["decode"], expected_of(case)[f"grad_{potential}"]
-    _, gradients = model_of(case).energy_and_grad(noise["eps_z"], noise["eps_x"], potential=potential)
+    _, gradients = model_of(case).potential_and_grad(noise["eps_z"], noise["eps_x"], potential=potential)
     assert largest_error(gradients, [*expected["eps_z"], expected["eps_x"]]) < 1e-4
 
 
@@ -169,14 +169,14 @@ def test_chain_on_given_noise(case: str, potential: Any, monkeypatch: pytest.Mon
     update = partial(langevin_update, seeds=seeds, stream=0, backend="reference")
     energies: list[Tensor] = []
 
-    def energy_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
+    def potential_and_grad(eps: Tensor) -> tuple[Tensor, Tensor]:
         eps_z, eps_x = layout.split(eps)
-        energies.append(model.energy_and_grad(eps_z, eps_x, potential="energy")[0])
-        u, gradients = model.energy_and_grad(eps_z, eps_x, potential=potential)
+        energies.append(model.potential_and_grad(eps_z, eps_x, potential="energy")[0])
+        u, gradients = model.potential_and_grad(eps_z, eps_x, potential=potential)
         return u, layout.join(gradients[:-1], gradients[-1])
 
     eps = langevin_chain(
-        energy_and_grad,
+        potential_and_grad,
         layout.join(start["eps_z"], start["eps_x"]),
         update,
         step_sizes=[expected["step_size"]] * expected["num_steps"],

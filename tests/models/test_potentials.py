@@ -30,10 +30,10 @@ def test_potentials_pass_gradcheck_in_noise_space(potential: Potential) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("potential", POTENTIALS)
-def test_energy_and_grad_gives_the_potential_and_its_gradients(potential: Potential, temperature: float) -> None:
+def test_potential_and_grad_gives_the_potential_and_its_gradients(potential: Potential, temperature: float) -> None:
     model = tiny_grey_model().double()
     eps_z, eps_x = noise_of(model, 3, seed=1)
-    u, gradients = model.energy_and_grad(eps_z, eps_x, potential, temperature)
+    u, gradients = model.potential_and_grad(eps_z, eps_x, potential, temperature)
     leaves = [eps.requires_grad_() for eps in (*eps_z, eps_x)]
     expected = model.potential(leaves[:-1], leaves[-1], potential, temperature)
     torch.testing.assert_close(u, expected.detach())
@@ -43,8 +43,8 @@ def test_energy_and_grad_gives_the_potential_and_its_gradients(potential: Potent
 def test_paper_is_energy_plus_half_the_squared_noise() -> None:
     model = tiny_grey_model().double()
     eps_z, eps_x = noise_of(model, 3)
-    u, gradients = model.energy_and_grad(eps_z, eps_x, "energy")
-    u_paper, gradients_paper = model.energy_and_grad(eps_z, eps_x, "paper")
+    u, gradients = model.potential_and_grad(eps_z, eps_x, "energy")
+    u_paper, gradients_paper = model.potential_and_grad(eps_z, eps_x, "paper")
     noise = [*eps_z, eps_x]
     torch.testing.assert_close(u_paper, u + sum(eps.square().flatten(1).sum(1) / 2 for eps in noise))
     torch.testing.assert_close(gradients_paper, [g + eps for g, eps in zip(gradients, noise, strict=True)])
@@ -72,8 +72,8 @@ def test_temperature_scales_the_latents_noise_and_its_gradient_but_not_the_pixel
     model = tiny_grey_model().double()
     eps_z, eps_x = noise_of(model, 2)
     scaled = [0.6 * eps for eps in eps_z]
-    u, gradients = model.energy_and_grad(eps_z, eps_x, "energy", temperature=0.6)
-    u_scaled, gradients_scaled = model.energy_and_grad(scaled, eps_x, "energy")
+    u, gradients = model.potential_and_grad(eps_z, eps_x, "energy", temperature=0.6)
+    u_scaled, gradients_scaled = model.potential_and_grad(scaled, eps_x, "energy")
     torch.testing.assert_close(u, u_scaled)
     torch.testing.assert_close(gradients, [*(0.6 * g for g in gradients_scaled[:-1]), gradients_scaled[-1]])
 
@@ -81,19 +81,21 @@ def test_temperature_scales_the_latents_noise_and_its_gradient_but_not_the_pixel
 def test_u_and_gradient_of_an_image_do_not_depend_on_the_others() -> None:
     model = tiny_grey_model().double()
     eps_z, eps_x = noise_of(model, 4)
-    u, gradients = model.energy_and_grad(eps_z, eps_x, "official")
+    u, gradients = model.potential_and_grad(eps_z, eps_x, "official")
     for i in range(4):
-        alone, gradients_alone = model.energy_and_grad([eps[i : i + 1] for eps in eps_z], eps_x[i : i + 1], "official")
+        alone, gradients_alone = model.potential_and_grad(
+            [eps[i : i + 1] for eps in eps_z], eps_x[i : i + 1], "official"
+        )
         torch.testing.assert_close(alone, u[i : i + 1])
         torch.testing.assert_close(gradients_alone, [g[i : i + 1] for g in gradients])
 
 
-def test_energy_and_grad_leaves_no_trace() -> None:
+def test_potential_and_grad_leaves_no_trace() -> None:
     model = tiny_grey_model().double()
     eps_z, eps_x = noise_of(model, 2)
     noise = [eps.requires_grad_() for eps in (*eps_z, eps_x)]
     before = [eps.detach().clone() for eps in noise]
-    u, gradients = model.energy_and_grad(noise[:-1], noise[-1], "official")
+    u, gradients = model.potential_and_grad(noise[:-1], noise[-1], "official")
     assert not u.requires_grad and not any(g.requires_grad for g in gradients)
     assert all(tensor.grad is None for tensor in (*noise, *model.parameters()))
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -112,9 +114,9 @@ def test_noise_that_does_not_fit_is_refused_by_name() -> None:
     model = tiny_grey_model().double()
     eps_z, eps_x = noise_of(model, 2)
     with pytest.raises(ValueError, match=r"'exact' is not known; it is one of energy, paper, official\."):
-        model.energy_and_grad(eps_z, eps_x, "exact")
+        model.potential_and_grad(eps_z, eps_x, "exact")
     for wrong in (eps_x[:1], eps_x[:, :, :3], eps_x[0]):
         with pytest.raises(ValueError, match=r"eps_x has shape .*; this model needs \(2, 1, 4, 4\) \[N, C, H, W\]\."):
-            model.energy_and_grad(eps_z, wrong)
+            model.potential_and_grad(eps_z, wrong)
     with pytest.raises(ValueError, match=r"eps_z has 0 tensors; this NVAE has 2 latent groups\."):
-        model.energy_and_grad([], eps_x)
+        model.potential_and_grad([], eps_x)

@@ -430,9 +430,9 @@ def test_the_frozen_pair_runs_on_triton(bands: pytest.MonkeyPatch) -> None:
     model = vf.VAEBM(vf.NVAE(config).eval(), energy)
     layout = NoiseLayout(model.latent_shapes, model.image_shape)
     eps_z, eps_x = layout.split(torch.randn(2, layout.dim))
-    u, gradients = model.energy_and_grad(eps_z, eps_x, "official")
+    u, gradients = model.potential_and_grad(eps_z, eps_x, "official")
     fast = model.freeze(backend="triton")
-    fast_u, fast_gradients = fast.energy_and_grad(eps_z, eps_x, "official")
+    fast_u, fast_gradients = fast.potential_and_grad(eps_z, eps_x, "official")
     assert fast.backend == "triton"
     torch.testing.assert_close(fast_u, u, rtol=1e-5, atol=1e-5)
     for fast_gradient, gradient in zip(fast_gradients, gradients, strict=True):

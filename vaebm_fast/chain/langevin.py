@@ -27,7 +27,7 @@ ON_NON_FINITE: tuple[OnNonFinite, ...] = get_args(OnNonFinite)
 # as curved, and noise of sqrt(h) strays a third as far; much less, and the chain would not leave its start.
 REDO_STEP_SCALE = 0.1
 
-EnergyAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+PotentialAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class ChainModel(Protocol):
@@ -42,7 +42,7 @@ class ChainModel(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
 
-    def energy_and_grad(
+    def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
     ) -> tuple[Tensor, list[Tensor]]: ...
 
@@ -100,7 +100,7 @@ class Course(NamedTuple):
 
 
 def langevin_chain(
-    energy_and_grad: EnergyAndGrad,
+    potential_and_grad: PotentialAndGrad,
     start: Tensor,
     update: Update,
     *,
@@ -120,7 +120,7 @@ def langevin_chain(
     nonfinite_at = torch.full((eps.shape[0],), -1, dtype=torch.int64, device=eps.device)
     potentials = []
     for k, step_size in enumerate(step_sizes, start=1):
-        u, gradient = energy_and_grad(eps)
+        u, gradient = potential_and_grad(eps)
         if before_step is not None:
             before_step(k, eps, gradient)
         with torch.no_grad():
@@ -135,12 +135,12 @@ def langevin_chain(
 class Trace:
     """What the chains were like before the steps 1, 1 + every, 1 + 2 every, ..., T' of them.
 
-    steps: these numbers. energies: U [T', N]. gradient_norms: |dU/deps| [T', N]. images: the mean images
+    steps: these numbers. potentials: U [T', N]. gradient_norms: |dU/deps| [T', N]. images: the mean images
     [T', N, C, H, W].
     """
 
     steps: list[int]
-    energies: Tensor
+    potentials: Tensor
     gradient_norms: Tensor
     images: Tensor
 
@@ -304,18 +304,18 @@ class LangevinSampler:
 
         update = partial(langevin_update, seeds=keys, stream=plan.stream, prior=self._has_prior)
         course = langevin_chain(
-            self._energy_and_grad, start, update, step_sizes=plan.step_sizes, before_step=look, on_step=on_step
+            self._potential_and_grad, start, update, step_sizes=plan.step_sizes, before_step=look, on_step=on_step
         )
         final = self._mean_images(course.eps)
         traced_norms = torch.stack(norms) if norms else course.potentials.new_empty(0, len(keys))
         traced_images = torch.stack(images) if images else final.new_empty(0, *final.shape)
         return _Outcome(*course, final, traced_norms, traced_images)
 
-    def _energy_and_grad(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def _potential_and_grad(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """U, and its gradient without the prior's part, which `langevin_update` adds on its way."""
         eps_z, eps_x = self.layout.split(eps)
         potential = "energy" if self._has_prior else self.potential
-        u, gradients = self.model.energy_and_grad(eps_z, eps_x, potential, self.temperature)
+        u, gradients = self.model.potential_and_grad(eps_z, eps_x, potential, self.temperature)
         if self._has_prior:
             u = u + torch.linalg.vector_norm(eps, dim=1).square() / 2
         return u, self.layout.join(gradients[:-1], gradients[-1])

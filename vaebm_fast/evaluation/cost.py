@@ -1,6 +1,6 @@
 """What one chain step costs per image: FLOPs, memory traffic, and the least time these take on a GPU.
 
-A step is `energy_and_grad` of the official potential: forward, and backward to the noise. Everything is counted on the
+A step is `potential_and_grad` of the official potential: forward, and backward to the noise. Everything is counted on the
 meta device, where shapes flow and nothing is computed, or follows from the shapes of the decoder's cells.
 """
 
@@ -269,7 +269,7 @@ def _without_values(preset: str) -> VAEBM:
 
 def _step(pair: ChainModel, batch: int) -> None:
     layout = NoiseLayout(pair.latent_shapes, pair.image_shape)
-    pair.energy_and_grad(*layout.split(torch.empty(batch, layout.dim, device=META)), "official", 1.0)
+    pair.potential_and_grad(*layout.split(torch.empty(batch, layout.dim, device=META)), "official", 1.0)
 
 
 def _bytes_moved(run: Callable[[], object]) -> int:

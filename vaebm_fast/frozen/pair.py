@@ -104,7 +104,7 @@ class FrozenNVAE:
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
             return self._vae.pixels(logits.to(self.noise_dtype)).mean_image()
 
-    def energy_and_grad(
+    def potential_and_grad(
         self,
         eps_z: Sequence[Tensor],
         eps_x: Tensor,
@@ -133,7 +133,7 @@ class FrozenNVAE:
 class FrozenVAEBM(FrozenNVAE):
     """A VAEBM whose decoder and energy network are folded for input gradients alone; made by `freeze`.
 
-    As `FrozenNVAE`, with the energy. Weights get no gradients. `energy_and_grad` never waits for the device.
+    As `FrozenNVAE`, with the energy. Weights get no gradients. `potential_and_grad` never waits for the device.
     """
 
     def __init__(self, model: VAEBM, dtype: torch.dtype, backend: Backend) -> None:
@@ -150,7 +150,7 @@ class FrozenVAEBM(FrozenNVAE):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
             return pixel_head(logits, eps_x, with_log_p=False, backend=backend_for("pixel_head", self.backend))[0]
 
-    def energy_and_grad(
+    def potential_and_grad(
         self,
         eps_z: Sequence[Tensor],
         eps_x: Tensor,

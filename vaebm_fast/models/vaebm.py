@@ -103,7 +103,7 @@ class VAEBM(nn.Module):
             u = u - decoded.log_p_z - pixels.log_prob(x)
         return u
 
-    def energy_and_grad(
+    def potential_and_grad(
         self,
         eps_z: Sequence[Tensor],
         eps_x: Tensor,
