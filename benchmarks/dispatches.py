@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def step_dispatches(model: ChainModel, update_backend: Any) -> int:
 
 def _chain_dispatches(model: ChainModel, update_backend: Any, steps: int) -> int:
     sampler = LangevinSampler(model, steps=steps, step_size=1e-3)
-    keys, start = torch.empty(1, dtype=torch.int64, device=META), torch.empty(1, sampler.layout.dim, device=META)
+    keys, start = torch.empty(1, dtype=torch.int64, device=META), torch.empty(1, sampler.noise_layout.dim, device=META)
     update = partial(langevin_update, seeds=keys, stream=0, backend=update_backend)
     with DispatchCount() as count:
         langevin_chain(sampler._potential_and_grad, start, update, step_sizes=sampler.step_sizes)
@@ -71,7 +72,10 @@ def form_of(preset: str, form: str) -> ChainModel:
     backend, dtype, _ = FORMS[form]
     with META:
         model = VAEBM.from_preset(preset).requires_grad_(False)
-    return model if backend is None else freeze(model, dtype, backend)
+    if backend is not None:
+        return freeze(model, dtype, backend)
+    modules = {name: getattr(model, name) for name in ("device", "noise_layout", "potential_and_grad", "mean_image")}
+    return cast(ChainModel, SimpleNamespace(**modules))  # without `freeze`, which a sampler would call
 
 
 def table() -> str:

@@ -30,7 +30,7 @@ from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
 from benchmarks.torch_compile import PotentialAndGrad, compiled
 from vaebm_fast import PRESETS, VAEBM
-from vaebm_fast.chain.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
+from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.evaluation.cost import least_traffic, pair_flops
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.ops._backend import Backend, backend_for, why_absent
@@ -95,7 +95,7 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
     """The candidate's step on N chains; from `model`, a plain one in the candidate's layout, where that is there."""
     if model is None:
         model = plain_model(preset, device, nhwc=candidate != PLAIN)
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     seeds = seed_tensor(range(batch), device)
     start = normal(seeds, 0, Stream.CHAIN, layout.dim)
     products = products_of(candidate, device)
@@ -304,7 +304,7 @@ def release(device: torch.device, *, compiled: bool) -> None:
 
 def true_gradient(preset: str, batch: int, device: torch.device, model: VAEBM) -> Tensor:
     """That of the plain modules without TF32, [N, D]; image by image, which takes the least memory."""
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     start = normal(seed_tensor(range(batch), device), 0, Stream.CHAIN, layout.dim)
     with multiplying("float32"):
         each = [model.potential_and_grad(*layout.split(row), "official")[1] for row in start.split(1)]

@@ -138,11 +138,11 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
 def potential_and_grad(subject: Subject, pair: FrozenVAEBM, potential: Potential) -> tuple[Tensor, Tensor]:
     """U [N] and its gradient [N, D] at the start of the first batch of chains, in float64."""
     sampler = _sampler(subject, pair)
-    eps_z, eps_x = sampler.layout.split(sampler.start(subject.batches[0]).to(pair.noise_dtype))
+    eps_z, eps_x = sampler.noise_layout.split(sampler.start(subject.batches[0]).to(pair.noise_dtype))
     u, gradients = pair.potential_and_grad(eps_z, eps_x, potential)
     if any(tensor.dtype != pair.noise_dtype for tensor in (u, *gradients)):
         raise TypeError(f"A pair in {pair.dtype} gave energies or gradients that are not {pair.noise_dtype}.")
-    return u.double(), sampler.layout.join(gradients[:-1], gradients[-1]).double()
+    return u.double(), sampler.noise_layout.join(gradients[:-1], gradients[-1]).double()
 
 
 def run_chains(subject: Subject, pair: FrozenVAEBM) -> Finished:
@@ -153,7 +153,7 @@ def run_chains(subject: Subject, pair: FrozenVAEBM) -> Finished:
         chains = sampler.run(seeds)
         means.append(to_uint8(chains.images))
         with torch.no_grad():
-            samples.append(pair.image(*sampler.layout.split(chains.eps)))
+            samples.append(pair.image(*sampler.noise_layout.split(chains.eps)))
     return Finished(torch.cat(means), samples)
 
 

@@ -19,7 +19,7 @@ import vaebm_fast as vf
 from benchmarks import ops
 from tests.helpers.sampling_jobs import options_for, save_networks, tiny_model
 from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
-from vaebm_fast.chain.noise import NoiseLayout, draw_tensor, seed_tensor
+from vaebm_fast.chain.noise import draw_tensor, seed_tensor
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.frozen import cells
 from vaebm_fast.models import EnergyNetwork
@@ -125,7 +125,7 @@ def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(
     """float32 to rounding; bfloat16 within twice the error of the same pair in plain PyTorch, and 1%."""
     monkeypatch.setattr(cells, "FUSED_SIDE", 8)  # for a small pair to have whole blocks, of 64 and 32 channels
     model = vf.VAEBM(vf.NVAE(PLAIN).eval(), EnergyNetwork(EnergyConfig(16, 3, 16, parse_blocks("1-1d 1-2d 2-2"))))
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     eps = torch.randn(3, layout.dim)
 
     def gradient(fast: Any, eps: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def test_a_frozen_step_has_the_same_bits_every_time(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(cells, "FUSED_SIDE", 8)
     model = vf.VAEBM(vf.NVAE(PLAIN).eval(), EnergyNetwork(EnergyConfig(16, 3, 16, parse_blocks("1-1d 1-2d 2-2"))))
-    layout, fast = NoiseLayout(model.latent_shapes, model.image_shape), model.to(DEVICE).freeze(dtype, backend)
+    layout, fast = model.noise_layout, model.to(DEVICE).freeze(dtype, backend)
     eps = torch.randn(32, layout.dim, device=DEVICE)
     first, *others = [fast.potential_and_grad(*layout.split(eps), "official")[1] for _ in range(8)]
     for gradients in others:

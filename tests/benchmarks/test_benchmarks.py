@@ -16,8 +16,7 @@ from benchmarks.conftest import Replay
 from benchmarks.pair import COMPILED, NHWC, PLAIN
 from benchmarks.results_file import ResultsFile
 from tests.helpers.benchmark_rows import CEILINGS, CPU, content, op_row, pair_row, run_python
-from vaebm_fast.chain.noise import NoiseLayout
-from vaebm_fast.config import ReplayBuffer, Sampling
+from vaebm_fast.config import NoiseLayout, ReplayBuffer, Sampling
 from vaebm_fast.ops._backend import OP_BACKENDS
 
 

@@ -43,7 +43,7 @@ def test_a_chain_traces_without_values(backend: Any, potential: Potential) -> No
     sampler = sampler_of(backend, steps=2, potential=potential)
     plan = langevin._Plan(int(Stream.CHAIN), sampler.step_sizes, trace_every=1)
     with FakeTensorMode(allow_non_fake_inputs=True), Tape() as tape:  # the weights are real
-        keys, start = torch.empty(3, dtype=torch.int64), torch.empty(3, sampler.layout.dim)
+        keys, start = torch.empty(3, dtype=torch.int64), torch.empty(3, sampler.noise_layout.dim)
         outcome = sampler._chains(keys, start, plan)
     assert len(tape.entries) > 100
     assert all(isinstance(tensor, FakeTensor) for tensor in outcome)

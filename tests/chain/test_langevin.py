@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.helpers.builders import tiny_grey_model
 from vaebm_fast.chain.langevin import LangevinSampler, NonFiniteChainError, langevin_chain, to_uint8
 from vaebm_fast.chain.noise import Stream, normal, seed_tensor
-from vaebm_fast.config import POTENTIALS, Potential
+from vaebm_fast.config import POTENTIALS, NoiseLayout, Potential
 from vaebm_fast.ops.langevin_update import langevin_update
 
 
@@ -22,8 +22,7 @@ class Bowl:
     """U = |eps|^2 / 2 in every potential: a chain model without networks."""
 
     device = torch.device("cpu")
-    latent_shapes = [(3, 4, 5), (2, 8, 10)]
-    image_shape = (1, 60, 64)
+    noise_layout = NoiseLayout([(3, 4, 5), (2, 8, 10)], (1, 60, 64))
 
     def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
@@ -32,7 +31,7 @@ class Bowl:
         return torch.stack([0.5 * (eps * eps).flatten(1).sum(1) for eps in noise]).sum(0), noise
 
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor:
-        return eps_z[0].flatten(1).mean(1).sigmoid().reshape(-1, 1, 1, 1).expand(-1, *self.image_shape)
+        return eps_z[0].flatten(1).mean(1).sigmoid().reshape(-1, 1, 1, 1).expand(-1, *self.noise_layout.image_shape)
 
 
 # The update.
@@ -72,9 +71,9 @@ def test_draw_k_of_a_seed_is_the_noise_of_step_k_and_draw_zero_its_start() -> No
     sampler = LangevinSampler(Bowl(), steps=2, step_size=0.5)
     keys = seed_tensor([5, 2**64 - 1])
     for stream in (Stream.CHAIN, Stream.TRAIN_CHAIN):
-        expected = normal(keys, 0, stream, sampler.layout.dim)
+        expected = normal(keys, 0, stream, sampler.noise_layout.dim)
         for k in (1, 2):
-            expected = expected - 0.25 * expected + math.sqrt(0.5) * normal(keys, k, stream, sampler.layout.dim)
+            expected = expected - 0.25 * expected + math.sqrt(0.5) * normal(keys, k, stream, sampler.noise_layout.dim)
         for seeds in ([5, 2**64 - 1], keys):
             assert torch.equal(sampler.run(seeds, stream=stream).eps, expected)
 
@@ -119,8 +118,7 @@ def test_a_chain_notes_the_first_step_after_which_each_state_was_not_finite(bad:
 class Quartic(Bowl):
     """U = sum eps^4 / 4, where a step of h diverges from |eps| = 2 / sqrt(h) on."""
 
-    latent_shapes = [(1, 2, 2)]
-    image_shape = (1, 2, 2)
+    noise_layout = NoiseLayout([(1, 2, 2)], (1, 2, 2))
 
     def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
@@ -225,9 +223,9 @@ def test_a_trace_holds_potentials_gradient_norms_and_images_before_every_kth_ste
     assert trace is not None and trace.steps == list(range(1, 6, every))
     assert torch.equal(chains.eps, sampler.run([4, 5]).eps)
     for t, step in enumerate(trace.steps):
-        eps_z, eps_x = sampler.layout.split(states[step - 1])
+        eps_z, eps_x = sampler.noise_layout.split(states[step - 1])
         u, gradients = model.potential_and_grad(eps_z, eps_x, potential, 0.7)
-        norms = sampler.layout.join(gradients[:-1], gradients[-1]).norm(dim=1)
+        norms = sampler.noise_layout.join(gradients[:-1], gradients[-1]).norm(dim=1)
         torch.testing.assert_close(trace.potentials[t], u)
         torch.testing.assert_close(trace.gradient_norms[t], norms)
         torch.testing.assert_close(trace.images[t], model.mean_image(eps_z, 0.7).detach())
@@ -236,7 +234,7 @@ def test_a_trace_holds_potentials_gradient_norms_and_images_before_every_kth_ste
 def test_no_trace_where_none_is_asked_for_and_an_empty_one_of_no_steps() -> None:
     assert LangevinSampler(Bowl(), steps=2, step_size=0.1).run([1]).trace is None
     trace = LangevinSampler(Bowl(), steps=0, step_size=0.1).run([1], trace_every=1).trace
-    assert trace is not None and trace.steps == [] and trace.images.shape == (0, 1, *Bowl.image_shape)
+    assert trace is not None and trace.steps == [] and trace.images.shape == (0, 1, *Bowl.noise_layout.image_shape)
     assert trace.potentials.shape == trace.gradient_norms.shape == (0, 1)
 
 
@@ -275,7 +273,7 @@ def test_zero_steps_give_the_means_of_the_nvae_itself() -> None:
     chains = sampler.run([1, 2, 3])
     assert torch.equal(chains.eps, normal(seed_tensor([1, 2, 3]), 0, Stream.CHAIN, 26))
     assert chains.potentials.shape == (0, 3)
-    eps_z, _ = sampler.layout.split(chains.eps)
+    eps_z, _ = sampler.noise_layout.split(chains.eps)
     mean = model.vae.pixels(model.vae.decode(eps_z).logits).mean
     torch.testing.assert_close(chains.images, mean.clamp(-1, 1) / 2 + 0.5)
     assert not chains.images.requires_grad
@@ -287,12 +285,12 @@ def test_the_sampler_descends_its_potential_at_its_temperature(potential: Potent
     sampler = LangevinSampler(model, steps=1, step_size=1e-2, potential=potential, temperature=0.7)
     chains = sampler.run([4, 5])
     start = sampler.start([4, 5])
-    u, gradients = model.potential_and_grad(*sampler.layout.split(start), potential, 0.7)
+    u, gradients = model.potential_and_grad(*sampler.noise_layout.split(start), potential, 0.7)
     noise = normal(seed_tensor([4, 5]), 1, Stream.CHAIN, 26)
-    expected = start - 0.5e-2 * sampler.layout.join(gradients[:-1], gradients[-1]) + 0.1 * noise
+    expected = start - 0.5e-2 * sampler.noise_layout.join(gradients[:-1], gradients[-1]) + 0.1 * noise
     torch.testing.assert_close(chains.potentials, u[None])
     torch.testing.assert_close(chains.eps, expected)
-    eps_z, _ = sampler.layout.split(chains.eps)
+    eps_z, _ = sampler.noise_layout.split(chains.eps)
     torch.testing.assert_close(chains.images, model.mean_image([0.7 * eps for eps in eps_z]).detach())
 
 

@@ -14,8 +14,8 @@ from tests.helpers import philox_numpy
 from tests.helpers.kernels import device_of
 from vaebm_fast import reference
 from vaebm_fast.chain import noise
-from vaebm_fast.chain.noise import NoiseLayout, Stream, draw_tensor, seed_tensor
-from vaebm_fast.config import PRESETS
+from vaebm_fast.chain.noise import Stream, draw_tensor, seed_tensor
+from vaebm_fast.config import PRESETS, NoiseLayout
 from vaebm_fast.ops._backend import Backend, why_not
 from vaebm_fast.ops.philox_normal import philox_normal, philox_uniform, philox_words
 
@@ -289,7 +289,7 @@ def test_gradients_reach_the_flat_vector_through_split() -> None:
 
 def test_layout_of_a_preset_has_its_published_size() -> None:
     config = PRESETS["cifar10"].nvae
-    assert NoiseLayout(config.latent_shapes, config.image_shape).dim == 153_600 + 3 * 32 * 32
+    assert config.noise_layout.dim == 153_600 + 3 * 32 * 32
 
 
 def test_noise_of_another_layout_is_rejected() -> None:

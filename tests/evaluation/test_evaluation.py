@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.trainers import TINY
-from vaebm_fast.chain.noise import NoiseLayout, Stream, normal, seed_tensor
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.config import PRESETS
 from vaebm_fast.data import digits
 from vaebm_fast.evaluation.digit_features import everything, train_digit_classifier
@@ -85,7 +85,7 @@ def test_the_importance_weighted_bound_is_the_elbo_at_one_sample_and_never_worse
 
 def test_the_likelihood_is_the_elbo_of_its_noise_whatever_the_batch_size() -> None:
     vae, source = NVAE(replace(TINY, num_nf=1)).eval(), digits(split="held_out")  # with flows the KL is at the sample
-    layout = NoiseLayout(vae.latent_shapes, vae.image_shape)
+    layout = vae.noise_layout
     noise = layout.split(normal(seed_tensor(range(9, 908), "cpu"), 0, Stream.TRAIN_POSTERIOR, layout.dim))[0]
     with torch.no_grad():
         elbo = vae.elbo(everything(source)[0], noise, log_sigma_floor=None)

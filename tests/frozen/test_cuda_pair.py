@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import vaebm_fast as vf
 from tests.helpers.golden import relative_error
 from tests.helpers.stand_ins import StandIns, inverted_residual, pretend_a_gpu
-from vaebm_fast.chain.noise import NoiseLayout
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.frozen import FrozenVAEBM, cells
 from vaebm_fast.models import EnergyNetwork
@@ -45,13 +44,13 @@ def small() -> vf.VAEBM:
 
 def gradient(pair: vf.VAEBM | FrozenVAEBM, eps: Tensor) -> Tensor:
     """Of the official potential, [N, D]."""
-    layout = NoiseLayout(pair.latent_shapes, pair.image_shape)
+    layout = pair.noise_layout
     _, gradients = pair.potential_and_grad(*layout.split(eps), "official")
     return layout.join(gradients[:-1], gradients[-1])
 
 
 def noise(model: vf.VAEBM, batch: int = 2) -> Tensor:
-    return torch.randn(batch, NoiseLayout(model.latent_shapes, model.image_shape).dim)
+    return torch.randn(batch, model.noise_layout.dim)
 
 
 @cache

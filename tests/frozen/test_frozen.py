@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vaebm_fast as vf
+import vaebm_fast.models.vaebm
 from tests.helpers.frozen_pairs import (
     FLOAT32_ERROR,
     TINY,
@@ -32,7 +33,6 @@ from tests.helpers.golden import ENERGY_CASES, case_path, load_expected, relativ
 from vaebm_fast.config import CELL_PLANS, POTENTIALS, EnergyBlock, EnergyConfig, NVAEConfig, Potential
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.frozen.part import tensors_of
-from vaebm_fast.models.vaebm import VAEBM as PlainVAEBM
 from vaebm_fast.runtime import extension
 
 
@@ -160,17 +160,27 @@ def test_gradients_come_under_no_grad_and_inference_mode_and_reach_nothing_else(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class PlainModules:
+    """A model without its compiled form, so that a sampler runs on the modules themselves."""
+
+    def __init__(self, model: vf.VAEBM) -> None:
+        self.device, self.noise_layout = model.device, model.noise_layout
+        self.potential_and_grad, self.mean_image = model.potential_and_grad, model.mean_image
+
+
 def test_a_chain_runs_on_the_frozen_pair_and_ends_where_the_plain_one_does() -> None:
     model = tiny()
     options: dict[str, Any] = dict(steps=3, step_size=1e-3, potential="paper")
-    plain = vf.LangevinSampler(PlainVAEBM(model.vae, model.energy), **options).run(range(3))
+    plain = vf.LangevinSampler(PlainModules(model), **options).run(range(3))
     fast = vf.LangevinSampler(model.freeze(), **options).run(range(3))
     assert relative_error(fast.eps, plain.eps) < FLOAT32_ERROR
     assert relative_error(fast.images, plain.images) < FLOAT32_ERROR
 
 
-def test_a_sampler_freezes_a_live_model_and_follows_its_weights() -> None:
-    model = tiny()
+@pytest.mark.parametrize("kind", [vf.VAEBM, vaebm_fast.models.vaebm.VAEBM])
+def test_a_sampler_freezes_a_live_model_and_follows_its_weights(kind: Any) -> None:
+    model = kind(tiny().vae, tiny().energy)
+    assert isinstance(model, vf.VAEBM)  # there is one class, by whatever path
     sampler = vf.LangevinSampler(model, steps=2, step_size=1e-3)
     assert isinstance(sampler.model, FrozenVAEBM)
     before = sampler.run(range(2))

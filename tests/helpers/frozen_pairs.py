@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import vaebm_fast as vf
 from tests.helpers.golden import relative_error
-from vaebm_fast.chain.noise import NoiseLayout
 from vaebm_fast.config import POTENTIALS, EnergyBlock, EnergyConfig, NVAEConfig, Potential
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 
@@ -52,7 +51,7 @@ def tiny() -> vf.VAEBM:
 
 def noise_of(model: vf.VAEBM | FrozenVAEBM, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Any, Tensor]:
     """(eps_z, eps_x) as a chain's flat state gives them."""
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     return layout.split(torch.randn(batch, layout.dim).to(dtype))
 
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers.builders import swish, wn, written_out_wn
-from vaebm_fast.chain.noise import NoiseLayout
 from vaebm_fast.config import ENERGY_ARCHS, PRESETS, EnergyConfig, parse_blocks
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import Cell
@@ -22,7 +21,7 @@ from vaebm_fast.models.layers import Cell
 def test_presets_have_the_published_noise(preset: str, latents: int) -> None:
     with torch.device("meta"):
         model = VAEBM.from_preset(preset)
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     assert layout.latent_dim == latents
     assert layout.dim == latents + 3 * model.image_shape[1] ** 2
     assert not model.training

@@ -14,7 +14,7 @@ import vaebm_fast as vf
 from tests.helpers.golden import CASES, ENERGY_CASES, REPOSITORY, case_path, load_expected, relative_error
 from vaebm_fast import reference
 from vaebm_fast.chain.langevin import langevin_chain
-from vaebm_fast.chain.noise import NoiseLayout, seed_tensor
+from vaebm_fast.chain.noise import seed_tensor
 from vaebm_fast.config import EnergyTraining, NVAEConfig, VAETraining
 from vaebm_fast.data import quantise
 from vaebm_fast.models.distributions import GaussianPixels, LogisticMixturePixels
@@ -162,7 +162,7 @@ def test_chain_on_given_noise(case: str, potential: Any, monkeypatch: pytest.Mon
     """The twin of the update with recorded noise in place of its own."""
     golden, model = expected_of(case), model_of(case)
     expected, start = golden[f"chain_{potential}"], golden["decode"]
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     noise = [layout.join([eps.float() for eps in eps_z], eps_x.float()) for *eps_z, eps_x in golden["chain_noise"]]
     monkeypatch.setattr(reference, "philox_normal", lambda seeds, draw, **_: noise[int(draw) - 1])
     seeds = seed_tensor(range(noise[0].shape[0]))

@@ -19,7 +19,7 @@ from tests.helpers.kernels import (
     ulps,
 )
 from vaebm_fast import reference
-from vaebm_fast.chain.noise import NoiseLayout
+from vaebm_fast.config import NoiseLayout
 from vaebm_fast.models.distributions import Normal
 from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_backward
 

@@ -18,7 +18,7 @@ from tests.helpers.kernels import (
     strided,
 )
 from vaebm_fast import reference
-from vaebm_fast.chain.noise import NoiseLayout
+from vaebm_fast.config import NoiseLayout
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.ops.gaussian_latent import gaussian_latent
 from vaebm_fast.ops.pixel_head import pixel_head, pixel_head_backward

@@ -48,7 +48,9 @@ def test_an_automatic_batch_size_is_kept_when_the_job_is_completed(options: Samp
     ("side", "total", "expected"), [(256, 50_000, 1), (64, 50_000, 4), (8, 50_000, 256), (8, 1000, 16), (8, 3000, 32)]
 )
 def test_an_automatic_batch_is_a_power_of_two_by_pixels_and_images(side: int, total: int, expected: int) -> None:
-    sampler: Any = SimpleNamespace(layout=SimpleNamespace(image_shape=(3, side, side)), device=torch.device("cpu"))
+    sampler: Any = SimpleNamespace(
+        noise_layout=SimpleNamespace(image_shape=(3, side, side)), device=torch.device("cpu")
+    )
     assert automatic_batch_size(sampler, total) == expected
 
 
@@ -56,7 +58,7 @@ def test_on_a_gpu_the_free_memory_bounds_an_automatic_batch(monkeypatch: pytest.
     """One step takes 100 bytes, and 10 more for each image."""
     taken = {"peak": 0, "free": 0}
     sampler: Any = SimpleNamespace(
-        layout=SimpleNamespace(image_shape=(3, 16, 16)), device=torch.device("cuda"),
+        noise_layout=SimpleNamespace(image_shape=(3, 16, 16)), device=torch.device("cuda"),
         model=None, step_sizes=(0.1, 0.1), potential="paper",
     )  # fmt: skip
 

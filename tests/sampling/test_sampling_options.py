@@ -17,7 +17,6 @@ import torch
 from tests.helpers.builders import TINY_NVAE
 from tests.helpers.sampling_jobs import images_in, options_for, save_networks, tiny_model
 from vaebm_fast.chain.langevin import Chains, LangevinSampler, to_uint8
-from vaebm_fast.chain.noise import NoiseLayout
 from vaebm_fast.checkpoint import CheckpointError, content_sha256, load_energy, save_nvae
 from vaebm_fast.config import Likelihood
 from vaebm_fast.frozen import FrozenNVAE, StaleWeightsError
@@ -149,7 +148,7 @@ def test_of_all_kinds_of_pixels_the_nvaes_own_samples_are_the_plain_modules_mean
         vae = NVAE(replace(TINY_NVAE, likelihood=likelihood, image_channels=channels)).eval()
     save_nvae(vae, tmp_path / "nvae")
     sampler = LangevinSampler(FrozenNVAE(vae, torch.float32, "auto"), steps=0, step_size=())
-    eps_z, _ = NoiseLayout(vae.latent_shapes, vae.image_shape).split(sampler.start(range(10)))
+    eps_z, _ = vae.noise_layout.split(sampler.start(range(10)))
     with torch.no_grad():
         plain = vae.pixels(vae.decode(eps_z, 1.2).logits).mean_image()
     made = images(replace(alone, nvae=tmp_path / "nvae", temperature=1.2)).astype(int)
@@ -168,7 +167,7 @@ def test_a_frozen_nvae_knows_when_it_is_stale_and_that_it_has_no_energy() -> Non
     frozen.refresh()
     assert not torch.equal(sampler.run([0]).images, before)
     with pytest.raises(ValueError, match="steps need an energy network, and this is an NVAE alone"):
-        LangevinSampler(frozen, steps=1, step_size=0.1).run([0])
+        LangevinSampler(frozen, steps=1, step_size=0.1)
 
 
 def test_an_energy_arch_of_no_blocks_is_refused_and_blocks_are_for_the_nvaes_side(
@@ -299,7 +298,7 @@ def test_a_block_is_halved_for_a_gpus_memory_and_for_the_hosts_and_for_nothing_e
 
 def test_where_not_even_the_probe_fits_an_automatic_batch_is_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler: Any = SimpleNamespace(
-        layout=SimpleNamespace(image_shape=(3, 256, 256)), device=torch.device("cuda"),
+        noise_layout=SimpleNamespace(image_shape=(3, 256, 256)), device=torch.device("cuda"),
         model=None, step_sizes=(0.1,), potential="paper",
     )  # fmt: skip
     monkeypatch.setattr(blocks, "LangevinSampler", lambda *_, **__: SimpleNamespace(run=out_of_memory))

@@ -265,7 +265,7 @@ def test_energy_training_rolls_back_a_diverging_run() -> None:
 def test_chains_start_from_the_buffer_with_the_annealed_probability() -> None:
     trainer = energy_trainer(buffer=ReplayBuffer(size=64, max_probability=0.6, anneal_steps=100))
     assert trainer.buffer is not None
-    latent = trainer.sampler.layout.latent_dim
+    latent = trainer.sampler.noise_layout.latent_dim
     trainer.buffer.push(torch.full((64, latent), 100.0))
     steps = range(50, 450)
     reused = [(trainer.start(step)[:, :latent] == 100).all(dim=1) for step in steps]
@@ -283,7 +283,7 @@ def test_a_chain_starts_as_its_own_seed_says_whatever_the_batch() -> None:
     large.training = replace(large.training, batch_size=16)
     for trainer in (small, large):
         assert trainer.buffer is not None
-        trainer.buffer.push(torch.arange(64.0)[:, None].expand(-1, trainer.sampler.layout.latent_dim))
+        trainer.buffer.push(torch.arange(64.0)[:, None].expand(-1, trainer.sampler.noise_layout.latent_dim))
     halves = torch.cat([small.start(2), small.start(3)])
     assert torch.equal(halves, large.start(1))
     assert 0 < int((halves[:, 0] == halves[:, 0].round()).sum()) < 16  # some, not all, are the buffer's

@@ -15,8 +15,7 @@ from torch import Tensor
 
 import vaebm_fast as vf
 from vaebm_fast import reference
-from vaebm_fast.chain.noise import NoiseLayout
-from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
+from vaebm_fast.config import EnergyConfig, NoiseLayout, NVAEConfig, parse_blocks
 from vaebm_fast.models import EnergyNetwork
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.bilinear_upsample import bilinear_upsample, bilinear_upsample_backward
@@ -428,7 +427,7 @@ def test_the_frozen_pair_runs_on_triton(bands: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     energy = EnergyNetwork(EnergyConfig(8, 3, 4, parse_blocks("1-1d 1-2d")))
     model = vf.VAEBM(vf.NVAE(config).eval(), energy)
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     eps_z, eps_x = layout.split(torch.randn(2, layout.dim))
     u, gradients = model.potential_and_grad(eps_z, eps_x, "official")
     fast = model.freeze(backend="triton")

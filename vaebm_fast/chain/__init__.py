@@ -2,13 +2,12 @@
 
 from vaebm_fast.chain.graphs import Graphs
 from vaebm_fast.chain.langevin import Chains, LangevinSampler, NonFiniteChainError, Trace, langevin_chain, to_uint8
-from vaebm_fast.chain.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor, step_seeds, uniform
+from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor, step_seeds, uniform
 
 __all__ = [
     "Chains",
     "Graphs",
     "LangevinSampler",
-    "NoiseLayout",
     "NonFiniteChainError",
     "Stream",
     "Trace",

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vaebm_fast.chain.graphs import Graphs
-from vaebm_fast.chain.noise import NoiseLayout, Stream, normal, seed_tensor
-from vaebm_fast.config import POTENTIALS, Potential
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
+from vaebm_fast.config import POTENTIALS, NoiseLayout, Potential
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
 
@@ -30,27 +30,29 @@ REDO_STEP_SCALE = 0.1
 PotentialAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class ChainModel(Protocol):
-    """What a chain needs of a model; `VAEBM` and its frozen form both have it."""
+class Decoder(Protocol):
+    """What a chain of no steps needs of a model."""
 
     @property
     def device(self) -> torch.device: ...
 
     @property
-    def latent_shapes(self) -> list[tuple[int, int, int]]: ...
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-
-    def potential_and_grad(
-        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
-    ) -> tuple[Tensor, list[Tensor]]: ...
+    def noise_layout(self) -> NoiseLayout: ...
 
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor: ...
 
 
 @runtime_checkable
-class FrozenModel(ChainModel, Protocol):
+class ChainModel(Decoder, Protocol):
+    """What a chain needs of a model; a `VAEBM` and its frozen form both have it."""
+
+    def potential_and_grad(
+        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+
+@runtime_checkable
+class FrozenModel(Decoder, Protocol):
     """A compiled form of a live model, whose weights stay at one place in memory."""
 
     def refresh(self) -> None: ...
@@ -60,7 +62,7 @@ class FrozenModel(ChainModel, Protocol):
 
 @runtime_checkable
 class LiveModel(Protocol):
-    """A model that has a compiled form, as `vaebm_fast.VAEBM` has."""
+    """A model that has a compiled form, as `VAEBM` has."""
 
     def freeze(self) -> FrozenModel: ...
 
@@ -201,7 +203,7 @@ class LangevinSampler:
 
     def __init__(
         self,
-        model: ChainModel | LiveModel,
+        model: Decoder | LiveModel,
         *,
         steps: int,
         step_size: float | Sequence[float] | Tensor,
@@ -219,19 +221,23 @@ class LangevinSampler:
         self._followed: FrozenModel | None = None
         if isinstance(model, LiveModel):
             model = self._followed = model.freeze()
-        self.model: ChainModel = model
+        if steps > 0 and not isinstance(model, ChainModel):
+            raise UserError(
+                "A chain's steps need an energy network, and this is an NVAE alone; use no steps, or a VAEBM."
+            )
+        self.model: Decoder = model
         self.steps = steps
         self.potential: Potential = potential
         self._has_prior = potential == "paper"
         self.temperature = temperature
         self.start_temperature = start_temperature
         self.device = self.model.device
-        self.layout = NoiseLayout(self.model.latent_shapes, self.model.image_shape)
+        self.noise_layout = self.model.noise_layout
         self._graphs = Graphs() if capture else None
 
     def start(self, seeds: Iterable[int] | Tensor, stream: Stream = Stream.CHAIN) -> Tensor:
         """The seeds' own starting states, N(0, start_temperature^2 I), [N, D]: draw 0 of their noise."""
-        return normal(self._keys(seeds), 0, stream, self.layout.dim).mul_(self.start_temperature)
+        return normal(self._keys(seeds), 0, stream, self.noise_layout.dim).mul_(self.start_temperature)
 
     def _keys(self, seeds: Iterable[int] | Tensor) -> Tensor:
         return seeds if isinstance(seeds, Tensor) else seed_tensor(seeds, self.device)
@@ -259,7 +265,7 @@ class LangevinSampler:
         if trace_every is not None and trace_every < 1:
             raise ValueError(f"trace_every is {trace_every}; it must be at least 1.")
         keys = self._keys(seeds)
-        needed = (keys.shape[0], self.layout.dim)
+        needed = (keys.shape[0], self.noise_layout.dim)
         if start is not None and tuple(start.shape) != needed:
             raise ValueError(f"start has shape {tuple(start.shape)}; {needed[0]} seeds of this model need {needed}.")
 
@@ -313,16 +319,17 @@ class LangevinSampler:
 
     def _potential_and_grad(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """U, and its gradient without the prior's part, which `langevin_update` adds on its way."""
-        eps_z, eps_x = self.layout.split(eps)
+        eps_z, eps_x = self.noise_layout.split(eps)
         potential = "energy" if self._has_prior else self.potential
-        u, gradients = self.model.potential_and_grad(eps_z, eps_x, potential, self.temperature)
+        model = cast(ChainModel, self.model)  # __init__ refuses steps without an energy network
+        u, gradients = model.potential_and_grad(eps_z, eps_x, potential, self.temperature)
         if self._has_prior:
             u = u + torch.linalg.vector_norm(eps, dim=1).square() / 2
-        return u, self.layout.join(gradients[:-1], gradients[-1])
+        return u, self.noise_layout.join(gradients[:-1], gradients[-1])
 
     @torch.no_grad()
     def _mean_images(self, eps: Tensor) -> Tensor:
-        return self.model.mean_image(self.layout.split(eps)[0], self.temperature)
+        return self.model.mean_image(self.noise_layout.split(eps)[0], self.temperature)
 
     def sample(self, seeds: Iterable[int], batch_size: int = 64) -> Tensor:
         """Images uint8 [N, H, W, C], one per seed; image i depends on seed i alone, whatever the batch.
@@ -333,7 +340,7 @@ class LangevinSampler:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         everything = list(seeds)
-        channels, height, width = self.model.image_shape
+        channels, height, width = self.noise_layout.image_shape
         images = []
         for at in range(0, len(everything), batch_size):
             chains = self.run(everything[at : at + batch_size], nonfinite="redo")

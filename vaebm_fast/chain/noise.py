@@ -1,15 +1,14 @@
-"""Counter-based noise for chains and training: seeds, streams, draws, and the layout of an image's noise.
+"""Counter-based noise for chains and training: seeds, streams, draws.
 
-Image s is a function of (seed s, configuration), whatever the batch, the rank, the device or the backend. One flat
-float32 vector [D] holds all noise of an image; `NoiseLayout` cuts it into tensors. The numbers come from `ops`.
+Image s is a function of (seed s, configuration), whatever the batch, the rank, the device or the backend. One
+float32 vector eps [D] holds all noise of an image; a model's `noise_layout` cuts it into tensors. The numbers come
+from `ops`.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from enum import IntEnum
 
 import torch
@@ -71,50 +70,3 @@ def step_seeds(seed: int, step: int, batch: int, device: torch.device) -> Tensor
     """
     first = (seed << 40) + step * batch
     return seed_tensor(((first + j) % 2**64 for j in range(batch)), device)
-
-
-@dataclass(frozen=True)
-class NoiseLayout:
-    """Where each tensor lies in an image's flat noise: latent groups, top first, then the image; NHWC inside each.
-
-    latent_shapes: (L, H, W) per group. image_shape: (C, H, W).
-    """
-
-    latent_shapes: Sequence[tuple[int, int, int]]
-    image_shape: tuple[int, int, int]
-
-    @property
-    def dim(self) -> int:
-        """D, the number of noise elements of an image."""
-        return sum(map(math.prod, self._shapes))
-
-    @property
-    def latent_dim(self) -> int:
-        """Noise elements of an image before eps_x, which comes last."""
-        return sum(map(math.prod, self.latent_shapes))
-
-    @property
-    def _shapes(self) -> list[tuple[int, int, int]]:
-        return [*self.latent_shapes, self.image_shape]
-
-    def split(self, flat: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(eps_z, eps_x) of flat [N, D]: [N, L, H, W] per group and [N, C, H, W], views without a copy.
-
-        Channels are innermost in memory (channels_last), images D apart. Raises ValueError for another D.
-        """
-        if flat.dim() != 2 or flat.shape[1] != self.dim:
-            raise ValueError(f"flat noise is {list(flat.shape)}; this layout takes [N, {self.dim}].")
-        pieces = flat.split([math.prod(shape) for shape in self._shapes], dim=1)
-        *eps_z, eps_x = (
-            piece.unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)
-            for piece, (channels, height, width) in zip(pieces, self._shapes, strict=True)
-        )
-        return eps_z, eps_x
-
-    def join(self, eps_z: Sequence[Tensor], eps_x: Tensor) -> Tensor:
-        """The flat [N, D] of which `split` gives these values; a copy. Raises ValueError for other shapes."""
-        tensors = [*eps_z, eps_x]
-        shapes = [tuple(tensor.shape[1:]) for tensor in tensors]
-        if shapes != [tuple(shape) for shape in self._shapes]:
-            raise ValueError(f"noise tensors are shaped {shapes}; this layout takes {self._shapes}, each behind [N].")
-        return torch.cat([tensor.permute(0, 2, 3, 1).flatten(1) for tensor in tensors], dim=1)

@@ -135,7 +135,7 @@ def _judge(model: VAEBM, preset: Preset, source: ArraySource, judge: Judge, samp
     """Frechet distances of one sampling seed: chain starts (the NVAE's samples), chain ends, and real digits."""
     sampler = _sampler(model, preset)
     seeds = range(sampling_seed * SAMPLES, (sampling_seed + 1) * SAMPLES)
-    layout = sampler.layout
+    layout = sampler.noise_layout
     with torch.no_grad():
         start, end = sampler.start(seeds), sampler.run(seeds)
         nvae_z, nvae_x = layout.split(start)
@@ -161,7 +161,7 @@ def _course(model: VAEBM, preset: Preset, held_out: ArraySource) -> tuple[dict[s
 
     @torch.no_grad()
     def look(step: int, eps: Tensor) -> None:
-        x = model.image(*sampler.layout.split(eps))
+        x = model.image(*sampler.noise_layout.split(eps))
         energies.append(model.energy(x))
         if step == 0 or step in shown:
             name = "NVAE" if step == 0 else f"step {step}" if step < preset.sampling.steps else "VAEBM"

@@ -1,7 +1,7 @@
 """What one chain step costs per image: FLOPs, memory traffic, and the least time these take on a GPU.
 
-A step is `potential_and_grad` of the official potential: forward, and backward to the noise. Everything is counted on the
-meta device, where shapes flow and nothing is computed, or follows from the shapes of the decoder's cells.
+A step is `potential_and_grad` of the official potential: forward, and backward to the noise. Everything is counted on
+the meta device, where shapes flow and nothing is computed, or follows from the shapes of the decoder's cells.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vaebm_fast.chain.langevin import ChainModel
-from vaebm_fast.chain.noise import NoiseLayout
 from vaebm_fast.config import PRESETS
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.frozen.cells import FUSED_SIDE, freeze_cell
@@ -179,7 +178,7 @@ def cost(preset: str) -> Cost:
     weights = _weights_of(halved)
     rest = traffic["frozen, reference, bfloat16"].per_image - dispatched
     plans = _plans(shapes, rest, weights)
-    dim = NoiseLayout(model.latent_shapes, model.image_shape).dim
+    dim = model.noise_layout.dim
     return Cost(preset, dim, step_flops(model), step_flops(reference), traffic, plans, rest, tuple(shapes), weights)
 
 
@@ -268,7 +267,7 @@ def _without_values(preset: str) -> VAEBM:
 
 
 def _step(pair: ChainModel, batch: int) -> None:
-    layout = NoiseLayout(pair.latent_shapes, pair.image_shape)
+    layout = pair.noise_layout
     pair.potential_and_grad(*layout.split(torch.empty(batch, layout.dim, device=META)), "official", 1.0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaebm_fast.config import POTENTIALS, Potential
+from vaebm_fast.config import POTENTIALS, NoiseLayout, Potential
 from vaebm_fast.frozen.decoder import FrozenDecoder
 from vaebm_fast.frozen.energy import FrozenEnergy
 from vaebm_fast.frozen.memory import reused_memory
@@ -45,6 +45,7 @@ class FrozenNVAE:
 
     It holds its own weights, at fixed addresses, and remembers the live ones: after these changed, every call raises
     StaleWeightsError until `refresh()`. dtype and backend, and what is raised, are as in `freeze`.
+    It has no energy, so only chains of no steps run on it.
     within: the VAEBM that it is part of, all of which is then checked.
     """
 
@@ -70,6 +71,11 @@ class FrozenNVAE:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self._vae.image_shape
+
+    @property
+    def noise_layout(self) -> NoiseLayout:
+        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        return self._vae.noise_layout
 
     @property
     def is_stale(self) -> bool:
@@ -103,16 +109,6 @@ class FrozenNVAE:
         with reused_memory(self, self.device):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
             return self._vae.pixels(logits.to(self.noise_dtype)).mean_image()
-
-    def potential_and_grad(
-        self,
-        eps_z: Sequence[Tensor],
-        eps_x: Tensor,
-        potential: Potential = "energy",
-        temperature: float = 1.0,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Raises ValueError: there is no energy here."""
-        raise ValueError("A chain's steps need an energy network, and this is an NVAE alone; use no steps, or a VAEBM.")
 
     def _check(self, eps_z: Sequence[Tensor], eps_x: Tensor | None = None) -> None:
         """Raise unless the weights are fresh and the noise has this pair's shapes, precision and device."""
@@ -154,7 +150,7 @@ class FrozenVAEBM(FrozenNVAE):
         self,
         eps_z: Sequence[Tensor],
         eps_x: Tensor,
-        potential: Potential = "energy",
+        potential: Potential = "official",
         temperature: float = 1.0,
     ) -> tuple[Tensor, list[Tensor]]:
         """U [N] and its gradients, one tensor per latent group, then that of `eps_x`; see `VAEBM.potential`.

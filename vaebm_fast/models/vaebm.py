@@ -6,15 +6,20 @@ Owns the three potentials and their gradients in plain PyTorch: the slow twin of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from vaebm_fast.config import POTENTIALS, PRESETS, Potential
+from vaebm_fast.config import POTENTIALS, PRESETS, NoiseLayout, Potential
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.energy import EnergyNetwork
 from vaebm_fast.models.nvae import NVAE
+from vaebm_fast.ops._backend import Backend
 from vaebm_fast.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from vaebm_fast.frozen import FrozenVAEBM
 
 
 class VAEBM(nn.Module):
@@ -50,6 +55,12 @@ class VAEBM(nn.Module):
             model = cls(NVAE(preset.nvae), EnergyNetwork(preset.energy))
         return model.eval()
 
+    def freeze(self, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
+        """`vaebm_fast.freeze(self, ...)`: the compiled pair, with the same `potential_and_grad`, `image`, `mean_image`."""
+        from vaebm_fast.frozen import freeze  # the one import from a row above, for the sake of this short form
+
+        return freeze(self, dtype, backend)
+
     @property
     def device(self) -> torch.device:
         """Where the NVAE's weights are."""
@@ -65,6 +76,11 @@ class VAEBM(nn.Module):
         """(C, H, W) of one image."""
         return self.vae.image_shape
 
+    @property
+    def noise_layout(self) -> NoiseLayout:
+        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        return self.vae.noise_layout
+
     def _pixels(self, logits: Tensor) -> GaussianPixels:
         pixels = self.vae.pixels(logits)
         assert isinstance(pixels, GaussianPixels)
@@ -79,7 +95,7 @@ class VAEBM(nn.Module):
         return self._pixels(self.vae.decode(eps_z, temperature).logits).sample(eps_x)
 
     def potential(
-        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential = "energy", temperature: float = 1.0
+        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential = "official", temperature: float = 1.0
     ) -> Tensor:
         """U [N], differentiable in the noise.
 
@@ -107,7 +123,7 @@ class VAEBM(nn.Module):
         self,
         eps_z: Sequence[Tensor],
         eps_x: Tensor,
-        potential: Potential = "energy",
+        potential: Potential = "official",
         temperature: float = 1.0,
     ) -> tuple[Tensor, list[Tensor]]:
         """U [N] and its gradients: one tensor per latent group, then that of `eps_x`; nothing is added to `.grad`.

@@ -110,7 +110,7 @@ def automatic_batch_size(sampler: LangevinSampler, total: int) -> int:
 
     The number of processes is not asked, so that it changes no image.
     """
-    _, height, width = sampler.layout.image_shape
+    _, height, width = sampler.noise_layout.image_shape
     most = min(MOST_PIXELS[sampler.device.type] // (height * width), MOST_IMAGES, max(16, total // LEAST_BLOCKS))
     if sampler.device.type == "cuda" and most > 1:
         most = min(most, _that_fit(sampler))

@@ -92,7 +92,7 @@ def _work(options: SampleOptions, ranks: Ranks) -> int:
         if ready is None:
             return 0
         sampler, plan = ready
-        output = Output(options.format, seeds.largest, sampler.layout.image_shape)
+        output = Output(options.format, seeds.largest, sampler.noise_layout.image_shape)
         with _progress(options, ranks, folder, len(seeds), plan.images_done) as look:
             report = _share(ranks, folder, seeds, sampler, plan, output, look)
             ranks.wait(look)

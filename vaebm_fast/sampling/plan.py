@@ -56,7 +56,7 @@ def make_plan(
         },
     )
     batch_size = settings["batch_size"]
-    output = Output(options.format, seeds.largest, sampler.layout.image_shape)
+    output = Output(options.format, seeds.largest, sampler.noise_layout.image_shape)
     products, whole = output.products(len(seeds)), intact_products(folder, output, len(seeds))
     records = journal.read(folder)
     done = journal.intact(folder, records)

@@ -163,7 +163,7 @@ class EnergyTrainer:
         )
         self._frozen = freeze(self.model)
         self.sampler = self._sampler_of(self._frozen)
-        latent_dim = self.sampler.layout.latent_dim
+        latent_dim = self.sampler.noise_layout.latent_dim
         self.buffer = self._ring_of(training.buffer, latent_dim) if training.buffer else None
         self._guard = DivergenceGuard(
             self.update, max_gap=training.max_energy_gap, max_rollbacks=training.max_rollbacks
@@ -213,7 +213,7 @@ class EnergyTrainer:
         annealed = min(1.0, step / max(buffer.anneal_steps, 1))
         chosen = (chance < buffer.max_probability * annealed).nonzero().flatten()
         kept = self.buffer.gather((place[chosen] * len(self.buffer)).long())
-        eps[chosen.to(self.device), : self.sampler.layout.latent_dim] = kept
+        eps[chosen.to(self.device), : self.sampler.noise_layout.latent_dim] = kept
         return eps
 
     def _seeds(self, step: int) -> Tensor:
@@ -224,7 +224,7 @@ class EnergyTrainer:
 
         Raises NonFiniteError where the energy network does not allow for chains any more.
         """
-        layout = self.sampler.layout
+        layout = self.sampler.noise_layout
         self._frozen.refresh()
         chains = self.sampler.run(self._seeds(step), start=self.start(step), stream=Stream.TRAIN_CHAIN)
         if self.buffer is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vaebm_fast.chain.noise import NoiseLayout, Stream, normal, seed_tensor
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.checkpoint import CheckpointError, describe, load_nvae, save_nvae
 from vaebm_fast.models import NVAE
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
@@ -38,7 +38,7 @@ def readjust_batch_norm(
     for name, value in (("batches", batches), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
-    layout, device = NoiseLayout(vae.latent_shapes, vae.image_shape), vae.prior_ftr0.device
+    layout, device = vae.noise_layout, vae.prior_ftr0.device
     before = {name: buffer.clone() for name, buffer in vae.named_buffers()}
     vae.train()
     try:

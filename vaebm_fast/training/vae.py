@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast.chain.langevin import to_uint8
-from vaebm_fast.chain.noise import NoiseLayout, Stream, normal, step_seeds
+from vaebm_fast.chain.noise import Stream, normal, step_seeds
 from vaebm_fast.checkpoint import save_nvae
 from vaebm_fast.config import NVAEConfig, VAETraining, to_json
 from vaebm_fast.data import ImageSource, batches_per_epoch
@@ -129,7 +129,7 @@ class VAETrainer:
             **self._augmentation,
             device=self.device,
         )
-        self._layout = NoiseLayout(config.latent_shapes, config.image_shape)
+        self._layout = config.noise_layout
 
     def settings(self) -> dict[str, Any]:
         """What a continuation must share with its checkpoint."""
