@@ -33,8 +33,8 @@ META = torch.device("meta")
 FORMS: dict[str, tuple[Any, torch.dtype, Any]] = {
     "plain modules": (None, torch.float32, "reference"),
     "frozen, reference": ("reference", torch.float32, "reference"),
-    "frozen, cpu": ("cpu", torch.float32, "cpu"),
-    "frozen, triton, bfloat16": ("triton", torch.bfloat16, "cpu"),  # the update is one operator on cuda too
+    "frozen, cpp": ("cpp", torch.float32, "cpp"),
+    "frozen, triton, bfloat16": ("triton", torch.bfloat16, "cpp"),  # the update is one operator on cuda too
 }
 
 

@@ -392,7 +392,7 @@ def backends_of(op: str, device: torch.device, without: str | None = None) -> li
 
 def has_kernel(op: str, device: torch.device) -> bool:
     """Whether there is something to hold beside the op's twin on such devices, present here or not."""
-    kinds = {"cpu"} if device.type == "cpu" else {"triton", "cuda"}
+    kinds = {"cpp"} if device.type == "cpu" else {"triton", "cuda"}
     return not kinds.isdisjoint(_backend.OP_BACKENDS[op])
 
 

@@ -41,7 +41,7 @@ NHWC_BF16, COMPILED_BF16 = "plain NHWC, bf16", "plain NHWC, bf16, torch.compile"
 TO_COMPILE = (COMPILED, COMPILED_BF16)
 FROZEN: dict[str, tuple[Backend, torch.dtype]] = {
     "frozen, reference": ("reference", torch.float32),
-    "frozen, cpu": ("cpu", torch.float32),
+    "frozen, cpp": ("cpp", torch.float32),
     "frozen, triton": ("triton", torch.float32),
     "frozen, cuda": ("cuda", torch.float32),
     "frozen, triton, tf32": ("triton", torch.float32),
@@ -82,7 +82,7 @@ def why_not(candidate: str, device: torch.device) -> str | None:
     if candidate not in CANDIDATES:
         raise ValueError(f"Candidate {candidate!r} is not known; there are {', '.join(CANDIDATES)}.")
     backend, dtype = FROZEN.get(candidate, ("reference", torch.float32))
-    if (backend == "cpu") != (device.type == "cpu") and backend != "reference":
+    if (backend == "cpp") != (device.type == "cpu") and backend != "reference":
         return f"{backend} does not run on {device.type}"
     if (dtype == torch.bfloat16 or candidate in (NHWC_BF16, COMPILED_BF16)) and device.type == "cpu":
         return "half precision is for GPUs"

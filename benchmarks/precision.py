@@ -2,7 +2,7 @@
 
 Subjects are the golden cases that have an energy network, with random weights, and the demo's trained model. The truth
 is the frozen pair in float64; the baseline of a chain is the same chain, noise and all, in float32. "fp32, C++" is that
-chain on the cpu backend: how far another order of summation alone leads. In every precision noise, latents, pixels,
+chain on the cpp backend: how far another order of summation alone leads. In every precision noise, latents, pixels,
 energies and the update are float32. bf16 is the frozen pair in bfloat16 on the reference backend: weights and features
 are rounded where they are stored, and sums are float32. TF32 is `benchmarks.rounding`.
 
@@ -43,7 +43,7 @@ Mode = Callable[[], AbstractContextManager[object]]
 # The frozen pair's precision and backend, and what its products go through.
 PRECISIONS: dict[str, tuple[torch.dtype, Backend, Mode]] = {
     "fp32": (torch.float32, "reference", nullcontext),
-    "fp32, C++": (torch.float32, "cpu", nullcontext),
+    "fp32, C++": (torch.float32, "cpp", nullcontext),
     "tf32": (torch.float32, "reference", TF32Products),
     "tf32, cut off": (torch.float32, "reference", lambda: TF32Products(truncate=True)),
     "bf16": (torch.bfloat16, "reference", nullcontext),
@@ -106,7 +106,7 @@ def demo_subject(folder: Path) -> Subject:
 
 
 def measure(subject: Subject) -> list[dict[str, Any]]:
-    """A row per precision; the cpu backend's only where the compiled part is there."""
+    """A row per precision; the cpp backend's only where the compiled part is there."""
     require_float32_sums()
     exact = freeze(copy.deepcopy(subject.model).double(), torch.float64, "reference")
     truths: dict[Potential, tuple[Tensor, Tensor]] = {

@@ -21,11 +21,11 @@ from vaebm_fast.ops._backend import OP_BACKENDS
 
 
 def test_rates_ratios_and_shares() -> None:
-    plain, nhwc, fast = report.derived(content(pair_row(PLAIN, 0.8), pair_row(NHWC, 0.4), pair_row("frozen, cpu", 0.2)))
+    plain, nhwc, fast = report.derived(content(pair_row(PLAIN, 0.8), pair_row(NHWC, 0.4), pair_row("frozen, cpp", 0.2)))
     assert (plain["over plain"], nhwc["over plain"], fast["over plain"]) == (1, 2, 4)
     assert fast["over plain NHWC"] == 2 and fast["over reference"] is None
     assert fast["gflops"] == pytest.approx(40) and fast["matrix_share"] == pytest.approx(0.4)
-    twin, op = report.derived(content(op_row("reference", 4e-4), op_row("cpu", 2e-4)))
+    twin, op = report.derived(content(op_row("reference", 4e-4), op_row("cpp", 2e-4)))
     assert op["over reference"] == 2 and twin["over plain"] is None
     assert op["gbps"] == pytest.approx(5) and op["copy_share"] == pytest.approx(0.5)
 
@@ -46,7 +46,7 @@ def test_the_roofline_is_the_nearer_ceiling_in_what_the_row_multiplies_with() ->
 
 
 def test_a_ratio_is_taken_within_its_own_case_only() -> None:
-    rows = report.derived(content(pair_row(PLAIN, 0.8, batch=1), pair_row("frozen, cpu", 0.2, batch=4)))
+    rows = report.derived(content(pair_row(PLAIN, 0.8, batch=1), pair_row("frozen, cpp", 0.2, batch=4)))
     assert rows[1]["over plain"] is None
 
 
@@ -60,8 +60,8 @@ def test_tables_hold_every_row_under_its_columns() -> None:
 
 
 def test_the_report_writes_tables_and_plot_and_only_its_part_of_the_readme(tmp_path: Path) -> None:
-    (tmp_path / "pair_cpu.json").write_text(json.dumps(content(pair_row(PLAIN, 0.8), pair_row("frozen, cpu", 0.2))))
-    (tmp_path / "ops_cpu.json").write_text(json.dumps(content(op_row("reference", 4e-4), op_row("cpu", 2e-4))))
+    (tmp_path / "pair_cpu.json").write_text(json.dumps(content(pair_row(PLAIN, 0.8), pair_row("frozen, cpp", 0.2))))
+    (tmp_path / "ops_cpu.json").write_text(json.dumps(content(op_row("reference", 4e-4), op_row("cpp", 2e-4))))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):  # a second run changes nothing
@@ -69,9 +69,9 @@ def test_the_report_writes_tables_and_plot_and_only_its_part_of_the_readme(tmp_p
         text = readme.read_text()
         assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"\n{report.END}\nafter\n")
         assert text.count("| digits, 2 | 400 | 100 | 4.0 | - | 40 |") == 1 and "old" not in text
-    assert "| digits, 2 | frozen, cpu | 0.100 |" in (tmp_path / "pair_cpu.md").read_text()
+    assert "| digits, 2 | frozen, cpp | 0.100 |" in (tmp_path / "pair_cpu.md").read_text()
     assert (tmp_path / "pair_cpu.png").read_bytes().startswith(b"\x89PNG")
-    assert "| blur | 1x2 | cpu | 0.200 |" in (tmp_path / "ops_cpu.md").read_text()
+    assert "| blur | 1x2 | cpp | 0.200 |" in (tmp_path / "ops_cpu.md").read_text()
     readme.write_text("no markers\n")
     with pytest.raises(ValueError, match="needs the line"):
         report.main(["--results", str(tmp_path), "--readme", str(readme)])
@@ -79,14 +79,14 @@ def test_the_report_writes_tables_and_plot_and_only_its_part_of_the_readme(tmp_p
 
 def test_a_case_has_one_line_in_the_readme_with_the_gains_of_its_fastest_frozen_candidate() -> None:
     rows = [
-        pair_row("frozen, cpu", 0.2, batch=4),
+        pair_row("frozen, cpp", 0.2, batch=4),
         pair_row("frozen, reference", 0.4, batch=4),
         pair_row(NHWC, 0.6, batch=4),
         pair_row(PLAIN, 8.0, batch=4),
         pair_row(PLAIN, 2.0, batch=1),
     ]
     header, _, *lines = report.by_case(report.derived(content(*rows))).splitlines()
-    candidates = "frozen, cpu | frozen, reference | plain NHWC | plain"
+    candidates = "frozen, cpp | frozen, reference | plain NHWC | plain"
     assert header == f"| preset, N | {candidates} | x plain | x plain NHWC | % of ceiling |"
     assert lines[0] == "| digits, 1 | - | - | - | 2,000 | - | - | - |"
     assert lines[1].startswith("| digits, 4 | 50 | 100 | 150 | 2,000 | 40.0 | 3.0 | ")

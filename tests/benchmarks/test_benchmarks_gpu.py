@@ -272,7 +272,7 @@ def test_a_backend_is_left_out_of_pairs_and_ops(monkeypatch: pytest.MonkeyPatch)
     names = conftest.candidates_of("celeba_64:16", None, list(stages_of.CANDIDATES), "cuda")
     assert names == ["frozen, triton, bf16", PLAIN, pair.NHWC_BF16]
     monkeypatch.setattr(ops._backend, "why_not", lambda op, device, name: None)
-    assert ops.backends_of("depthwise_swish", CUDA, without="cuda") == ["reference", "cpu", "triton"]
+    assert ops.backends_of("depthwise_swish", CUDA, without="cuda") == ["reference", "cpp", "triton"]
 
 
 def test_a_result_file_is_whole_whenever_a_run_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from vaebm_fast.runtime import extension
 
 BACKENDS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(not extension.is_available(), reason="not built")),
+    pytest.param("cpp", marks=pytest.mark.skipif(not extension.is_available(), reason="not built")),
 ]
 
 

@@ -23,7 +23,7 @@ SEEDS = [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 @pytest.fixture(
-    params=["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
+    params=["reference", "cpp", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
 )
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Those of Triton run on a GPU, and in the interpreter by `test_triton.py`."""

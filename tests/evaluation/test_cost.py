@@ -105,7 +105,7 @@ def test_each_rewrite_of_the_pair_moves_less() -> None:
     assert reference.per_image < plain.per_image and reference.per_step < plain.per_step
     assert traffic["frozen, reference, bfloat16"].per_image < 0.6 * reference.per_image
     if extension.is_available():
-        assert traffic["frozen, cpu, float32"].per_image < reference.per_image
+        assert traffic["frozen, cpp, float32"].per_image < reference.per_image
         assert traffic["frozen, triton, bfloat16"].per_image < traffic["frozen, reference, bfloat16"].per_image
 
 

@@ -228,7 +228,7 @@ def test_compiled_and_reference_pairs_agree(arch: str) -> None:
     model = vf.VAEBM(vf.NVAE(config), vf.EnergyNetwork(EnergyConfig(16, 3, 4, blocks))).eval()
     eps_z = [torch.randn(2, *shape) for shape in model.latent_shapes]
     eps_x = torch.randn(2, *model.image_shape)
-    u, gradients = model.freeze(backend="cpu").potential_and_grad(eps_z, eps_x, "official")
+    u, gradients = model.freeze(backend="cpp").potential_and_grad(eps_z, eps_x, "official")
     expected_u, expected = model.freeze(backend="reference").potential_and_grad(eps_z, eps_x, "official")
     torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=1e-3)
     for gradient, reference in zip(gradients, expected, strict=True):
@@ -252,7 +252,7 @@ class PassesBesideKernels(TorchDispatchMode):
 
 @pytest.mark.skipif(not extension.is_available(), reason="the compiled part is not built")
 def test_biases_and_elus_are_passes_of_their_own_at_the_image_s_head_alone() -> None:
-    frozen = tiny().freeze(backend="cpu")
+    frozen = tiny().freeze(backend="cpp")
     with PassesBesideKernels() as passes:
         frozen.potential_and_grad(*noise_of(frozen), "official")
     assert passes.counts == {"bias": 1, "aten::elu": 1, "aten::elu_backward": 1}

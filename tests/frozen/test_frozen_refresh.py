@@ -151,10 +151,10 @@ def test_precisions_backends_and_potentials_that_do_not_exist_are_refused() -> N
     with pytest.raises(RuntimeError, match="depthwise_swish cannot run with backend='triton'"):
         model.freeze(backend="triton")
     assert model.freeze(backend="reference").backend == "reference"
-    assert model.freeze().backend == ("cpu" if extension.is_available() else "reference")
+    assert model.freeze().backend == ("cpp" if extension.is_available() else "reference")
     assert model.freeze(dtype=torch.bfloat16).backend == "reference"
     with pytest.raises(ValueError, match="float32"):
-        model.freeze(dtype=torch.bfloat16, backend="cpu")
+        model.freeze(dtype=torch.bfloat16, backend="cpp")
     with pytest.raises(ValueError, match="Potential 'kinetic' is not known"):
         model.freeze().potential_and_grad(*noise_of(model), "kinetic")
 

@@ -70,7 +70,7 @@ def assert_refused(face: Any, op: Any, given: dict[str, Any], sentence: str) -> 
 
 
 def assert_never_falls_back(monkeypatch: pytest.MonkeyPatch, op: str, run: Callable[[], Any]) -> None:
-    """`run` asks for backend="cpu" where the compiled part is missing."""
+    """`run` asks for backend="cpp" where the compiled part is missing."""
     monkeypatch.setattr(_backend.extension, "_why_missing", "the compiled part has not been built")
-    with pytest.raises(RuntimeError, match=f"^{op} cannot run with backend='cpu': the compiled part has not"):
+    with pytest.raises(RuntimeError, match=f"^{op} cannot run with backend='cpp': the compiled part has not"):
         run()

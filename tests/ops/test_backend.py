@@ -42,12 +42,12 @@ def test_the_table_names_the_compiled_ops_and_no_others() -> None:
         pytest.skip(str(extension.why_missing()))
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("vaebm_fast::")]
     on_tensors = {s.name for s in schemas if any(str(argument.type) == "Tensor" for argument in s.arguments)}
-    compiled = {op for op, backends in OP_BACKENDS.items() if {"cpu", "cuda"} & set(backends)}
+    compiled = {op for op, backends in OP_BACKENDS.items() if {"cpp", "cuda"} & set(backends)}
     assert on_tensors == {f"vaebm_fast::{op}" for op in compiled}
 
 
 def test_auto_picks_the_best_backend_of_the_device(compiled: pytest.MonkeyPatch) -> None:
-    assert choose("philox_normal", CPU, "auto") == "cpu"
+    assert choose("philox_normal", CPU, "auto") == "cpp"
     assert choose("philox_normal", CUDA, "auto") == "cuda"
     assert choose("philox_normal", torch.device("meta"), "auto") == "reference"
 
@@ -76,17 +76,17 @@ def test_a_missing_backend_says_how_to_get_it(compiled: pytest.MonkeyPatch) -> N
     compiled.setattr(extension, "_with_cuda", False)
     with pytest.raises(RuntimeError, match=r"VAEBM_CUDA=1 pip install"):
         choose("philox_normal", CUDA, "cuda")
-    with pytest.raises(RuntimeError, match=r"has no such implementation; it has reference, cpu"):
+    with pytest.raises(RuntimeError, match=r"has no such implementation; it has reference, cpp"):
         choose("power_iteration", CUDA, "triton")
     with pytest.raises(RuntimeError, match=r"runs on cpu tensors and these are on cuda:0; move them with"):
-        choose("philox_normal", CUDA, "cpu")
+        choose("philox_normal", CUDA, "cpp")
     compiled.setattr(extension, "_why_missing", "the compiled part has not been built; `pip install` builds it")
-    with pytest.raises(RuntimeError, match=r"cpu'.*has not been built; `pip install` builds it"):
-        philox_normal(seed_tensor([0]), draw_tensor(0), stream=0, numel=4, backend="cpu")
+    with pytest.raises(RuntimeError, match=r"cpp'.*has not been built; `pip install` builds it"):
+        philox_normal(seed_tensor([0]), draw_tensor(0), stream=0, numel=4, backend="cpp")
 
 
 def test_an_unknown_backend_is_named_together_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'cudnn' is not known; it is auto, reference, cpu, triton, cuda"):
+    with pytest.raises(ValueError, match=r"'cudnn' is not known; it is auto, reference, cpp, triton, cuda"):
         choose("philox_normal", CPU, "cudnn")
 
 

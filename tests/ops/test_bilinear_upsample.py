@@ -140,7 +140,7 @@ def test_an_empty_batch_is_taken() -> None:
     assert bilinear_upsample_backward(torch.zeros(0, 3, 4, 10)).shape == (0, 3, 2, 5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_on_a_cpu_a_frozen_pair_upsamples_by_pytorch(backend: Any) -> None:
     y = units.bilinear_upsample(nhwc(1, 2, 3, 4).requires_grad_(), backend)
     assert y.grad_fn is not None and y.grad_fn.name() == "UpsampleBilinear2DBackward0"

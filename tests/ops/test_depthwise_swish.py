@@ -85,8 +85,8 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
 ) -> None:
     h, weight, bias, dy = tensors(shape, upsample)
     packed = pack_depthwise(weight)
-    y = depthwise_swish(h, packed, bias, upsample=upsample, backend="cpu")
-    dh = depthwise_swish_backward(dy, h, packed, upsample=upsample, backend="cpu")
+    y = depthwise_swish(h, packed, bias, upsample=upsample, backend="cpp")
+    dh = depthwise_swish_backward(dy, h, packed, upsample=upsample, backend="cpp")
     truth = [t.double() for t in (h, weight, bias)]
     assert_as_accurate(y, plain(h, weight, bias, upsample), plain(*truth, upsample))
     plain_dh = plain_backward(dy, h, weight, bias, upsample)
@@ -99,8 +99,8 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3, 5), (2, 0, 3, 3, 3), (1, 4, 0, 3, 3)])
 def test_kernels_take_empty_tensors(shape: tuple[int, ...], upsample: bool, compiled: None) -> None:
     h, weight, bias, dy = tensors(shape, upsample)
-    y = depthwise_swish(h, pack_depthwise(weight), bias, upsample=upsample, backend="cpu")
-    dh = depthwise_swish_backward(dy, h, pack_depthwise(weight), upsample=upsample, backend="cpu")
+    y = depthwise_swish(h, pack_depthwise(weight), bias, upsample=upsample, backend="cpp")
+    dh = depthwise_swish_backward(dy, h, pack_depthwise(weight), upsample=upsample, backend="cpp")
     assert y.shape == dy.shape and dh.shape == h.shape
 
 
@@ -109,21 +109,21 @@ def test_kernel_swish_errs_by_at_most_3_ulp_and_its_slope_by_2_of_one(compiled: 
     x = torch.cat((torch.linspace(-87, 87, 400_001), torch.linspace(-1e-3, 1e-3, 1001))).reshape(1, 1, -1, 1)
     one, zero = torch.ones(1, 1, 1), torch.zeros(1)
     exact = x.double() * torch.sigmoid(x.double())
-    error = (depthwise_swish(x, one, zero, backend="cpu") - exact).abs()
+    error = (depthwise_swish(x, one, zero, backend="cpp") - exact).abs()
     _, exponent = torch.frexp(exact)
     ulp = torch.ldexp(torch.ones_like(exact), (exponent - 24).clamp(min=-149))
     assert (error / ulp).max() <= 3
     sigmoid = torch.sigmoid(x.double())
-    slope = depthwise_swish_backward(torch.ones_like(x), x, one, backend="cpu")
+    slope = depthwise_swish_backward(torch.ones_like(x), x, one, backend="cpp")
     assert (slope - sigmoid * (1 + x * (1 - sigmoid))).abs().max() <= 2 * 2.0**-23
 
 
 def test_kernel_swish_is_zero_or_x_far_out_and_keeps_nan(compiled: None) -> None:
     x = torch.tensor([-1e30, -1e3, -90.0, 0.0, 90.0, 1e3, 1e30, torch.inf, torch.nan]).reshape(1, 1, -1, 1)
-    y = depthwise_swish(x, torch.ones(1, 1, 1), torch.zeros(1), backend="cpu").flatten()
+    y = depthwise_swish(x, torch.ones(1, 1, 1), torch.zeros(1), backend="cpp").flatten()
     assert y[1:3].abs().max() < 1e-33 and y[0].abs() < 1e-7  # the last: -1e30 e^-87
     assert y[3] == 0 and torch.equal(y[4:8], x.flatten()[4:8]) and y[8].isnan()
-    slope = depthwise_swish_backward(torch.ones_like(x), x, torch.ones(1, 1, 1), backend="cpu").flatten()
+    slope = depthwise_swish_backward(torch.ones_like(x), x, torch.ones(1, 1, 1), backend="cpp").flatten()
     assert torch.allclose(slope[1:7], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, 1.0]), atol=1e-30) and slope[8].isnan()
 
 
@@ -138,8 +138,8 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            y = [depthwise_swish(part, packed, bias, upsample=upsample, backend="cpu") for part in (h, h[1:2])]
-            dh = depthwise_swish_backward(dy, h, packed, upsample=upsample, backend="cpu")
+            y = [depthwise_swish(part, packed, bias, upsample=upsample, backend="cpp") for part in (h, h[1:2])]
+            dh = depthwise_swish_backward(dy, h, packed, upsample=upsample, backend="cpp")
             assert torch.equal(y[0][1:2], y[1])
             results.append((y[0], dh))
     finally:
@@ -151,22 +151,22 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
 def test_kernels_read_any_strides(compiled: None) -> None:
     h, weight, bias, dy = tensors((2, 10, 6, 7, 3), False)
     packed = pack_depthwise(weight)
-    expected = depthwise_swish(h, packed, bias, backend="cpu")
-    expected_dh = depthwise_swish_backward(dy, h, packed, backend="cpu")
+    expected = depthwise_swish(h, packed, bias, backend="cpp")
+    expected_dh = depthwise_swish_backward(dy, h, packed, backend="cpp")
     wide = torch.full((2, 10, 6, 14), torch.nan)
     wide[..., ::2] = h
     strided_weight, strided_bias = packed.transpose(0, 1).contiguous().transpose(0, 1), bias.repeat_interleave(2)[::2]
     for view in (h.contiguous(), wide[..., ::2]):
-        assert torch.equal(depthwise_swish(view, strided_weight, strided_bias, backend="cpu"), expected)
-        result = depthwise_swish_backward(dy.contiguous(), view, strided_weight, backend="cpu")
+        assert torch.equal(depthwise_swish(view, strided_weight, strided_bias, backend="cpp"), expected)
+        result = depthwise_swish_backward(dy.contiguous(), view, strided_weight, backend="cpp")
         assert torch.equal(result, expected_dh)
     constant = torch.ones(()).expand_as(dy)
-    result = depthwise_swish_backward(constant, h, packed, backend="cpu")
-    assert torch.equal(result, depthwise_swish_backward(torch.ones_like(dy), h, packed, backend="cpu"))
+    result = depthwise_swish_backward(constant, h, packed, backend="cpp")
+    assert torch.equal(result, depthwise_swish_backward(torch.ones_like(dy), h, packed, backend="cpp"))
 
 
 @pytest.mark.parametrize("upsample", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_gradient_of_the_op_is_its_backward(backend: Any, upsample: bool, compiled: None) -> None:
     h, weight, bias, dy = tensors((2, 5, 4, 6, 5), upsample)
     packed = pack_depthwise(weight)
@@ -190,7 +190,7 @@ def test_cpp_ops_pass_opcheck(upsample: bool, compiled: None) -> None:
 def test_a_second_derivative_is_refused(compiled: None) -> None:
     h, weight, bias, dy = tensors((1, 2, 3, 3, 3), False)
     h.requires_grad_()
-    y = depthwise_swish(h, pack_depthwise(weight), bias, backend="cpu")
+    y = depthwise_swish(h, pack_depthwise(weight), bias, backend="cpp")
     (dh,) = torch.autograd.grad(y, h, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(dh.square().sum(), h)
@@ -201,7 +201,7 @@ def test_a_gradient_for_weight_or_bias_is_refused(frozen: str, compiled: None) -
     h, weight, bias, _ = tensors((1, 2, 3, 3, 3), False)
     packed = pack_depthwise(weight)
     {"weight": packed, "bias": bias}[frozen].requires_grad_()
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpp"):
         with pytest.raises(ValueError, match="no gradient for weight and bias"):
             depthwise_swish(h, packed, bias, backend=backend)  # type: ignore[arg-type]
     y = torch.ops.vaebm_fast.depthwise_swish(h, packed, bias, False)
@@ -215,10 +215,10 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.Monkey
     h, weight, bias, dy = tensors((1, 2, 3, 3, 3), False)
     packed = pack_depthwise(weight)
     monkeypatch.setattr(_backend.extension, "_why_missing", "the compiled part has not been built")
-    with pytest.raises(RuntimeError, match="depthwise_swish cannot run with backend='cpu': the compiled part has not"):
-        depthwise_swish(h, packed, bias, backend="cpu")
-    with pytest.raises(RuntimeError, match="depthwise_swish_backward cannot run with backend='cpu'"):
-        depthwise_swish_backward(dy, h, packed, backend="cpu")
+    with pytest.raises(RuntimeError, match="depthwise_swish cannot run with backend='cpp': the compiled part has not"):
+        depthwise_swish(h, packed, bias, backend="cpp")
+    with pytest.raises(RuntimeError, match="depthwise_swish_backward cannot run with backend='cpp'"):
+        depthwise_swish_backward(dy, h, packed, backend="cpp")
     assert torch.equal(depthwise_swish(h, packed, bias), reference.depthwise_swish(h, packed, bias))
 
 
@@ -251,14 +251,14 @@ def refused(face: Any, op: Any, given: dict[str, Tensor], sentence: str) -> None
     with pytest.raises(ValueError, match=sentence):
         face(**given)
     on_cpu = all(tensor.device.type == "cpu" for tensor in given.values())
-    if on_cpu and why_not("depthwise_swish", torch.device("cpu"), "cpu") is None:
+    if on_cpu and why_not("depthwise_swish", torch.device("cpu"), "cpp") is None:
         with pytest.raises(ValueError, match=sentence):
             op(**given, upsample=False)
 
 
 def test_compiled_backends_refuse_float64_and_the_reference_takes_it(compiled: None) -> None:
     h, weight, bias, _ = (t.double() for t in tensors((1, 2, 3, 3, 3), False))
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpp"):
         with pytest.raises(ValueError, match="takes float32, not torch.float64; ask for backend='reference'"):
             depthwise_swish(h, pack_depthwise(weight), bias, backend=backend)  # type: ignore[arg-type]
     assert depthwise_swish(h, pack_depthwise(weight), bias, backend="reference").dtype == torch.float64

@@ -68,8 +68,8 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
     shape: tuple[int, ...], scale: float | None, shifted: bool, compiled: None, poisoned_memory: None
 ) -> None:
     given, du = terms(shape, scale, shifted), nhwc(*shape)
-    u = energy_epilogue(*given, backend="cpu")
-    dt = energy_epilogue_backward(du, *given, backend="cpu")
+    u = energy_epilogue(*given, backend="cpp")
+    dt = energy_epilogue_backward(du, *given, backend="cpp")
     assert_as_accurate(u, plain(*given), plain(*doubled(*given)))
     assert_as_accurate(dt, plain_backward(du, *given), plain_backward(*doubled(du, *given)))
     for result in (u, dt):
@@ -79,39 +79,39 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
 def test_kernels_err_by_few_ulp_and_keep_nan(compiled: None) -> None:
     x = torch.linspace(-80, 80, 100_001).reshape(1, 1, -1, 1)
     exact = F.silu(x.double())
-    assert ulps(energy_epilogue(x, backend="cpu"), exact).max() <= 3
+    assert ulps(energy_epilogue(x, backend="cpp"), exact).max() <= 3
     x = torch.tensor([torch.nan, torch.inf, -1e3]).reshape(1, 1, -1, 1)
-    u = energy_epilogue(x, backend="cpu").flatten()
+    u = energy_epilogue(x, backend="cpp").flatten()
     assert u[0].isnan() and u[1] == torch.inf and u[2].abs() < 1e-33
-    assert energy_epilogue_backward(torch.ones_like(x), x, backend="cpu").flatten()[0].isnan()
+    assert energy_epilogue_backward(torch.ones_like(x), x, backend="cpp").flatten()[0].isnan()
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0, 3, 3)])
 def test_kernels_take_empty_tensors(shape: tuple[int, ...], compiled: None) -> None:
     given = terms(shape, 1.0, True)
-    assert energy_epilogue(*given, backend="cpu").shape == shape
-    assert energy_epilogue_backward(nhwc(*shape), *given, backend="cpu").shape == shape
+    assert energy_epilogue(*given, backend="cpp").shape == shape
+    assert energy_epilogue_backward(nhwc(*shape), *given, backend="cpp").shape == shape
 
 
 def test_kernels_have_the_same_bits_for_any_number_of_threads(compiled: None) -> None:
     given, du = terms((3, 19, 40, 21), 0.9, True), nhwc(3, 19, 40, 21)
     assert_same_bits_for_any_number_of_threads(
-        lambda: [energy_epilogue(*given, backend="cpu"), energy_epilogue_backward(du, *given, backend="cpu")]
+        lambda: [energy_epilogue(*given, backend="cpp"), energy_epilogue_backward(du, *given, backend="cpp")]
     )
 
 
 def test_kernels_read_any_strides(compiled: None) -> None:
     y, skip, scale, shift = terms((2, 10, 6, 7), 0.9, True)
     du, wide = nhwc(2, 10, 6, 7), strided(shift[None])[0]
-    expected = energy_epilogue(y, skip, scale, shift, backend="cpu")
-    expected_dt = energy_epilogue_backward(du, y, skip, scale, shift, backend="cpu")
-    assert torch.equal(energy_epilogue(strided(y), skip.contiguous(), scale, wide, backend="cpu"), expected)
-    result = energy_epilogue_backward(strided(du), y.contiguous(), strided(skip), scale, wide, backend="cpu")
+    expected = energy_epilogue(y, skip, scale, shift, backend="cpp")
+    expected_dt = energy_epilogue_backward(du, y, skip, scale, shift, backend="cpp")
+    assert torch.equal(energy_epilogue(strided(y), skip.contiguous(), scale, wide, backend="cpp"), expected)
+    result = energy_epilogue_backward(strided(du), y.contiguous(), strided(skip), scale, wide, backend="cpp")
     assert torch.equal(result, expected_dt)
 
 
 @TERMS
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_gradients_of_the_op_are_its_backward(backend: Any, scale: float | None, shifted: bool, compiled: None) -> None:
     given, du = terms((2, 5, 4, 6), scale, shifted), nhwc(2, 5, 4, 6)
     inputs = [t.requires_grad_() for t in given[:2] if t is not None]
@@ -134,7 +134,7 @@ def test_cpp_ops_pass_opcheck(scale: float | None, shifted: bool, compiled: None
 
 def test_a_second_derivative_and_a_gradient_of_the_shift_are_refused(compiled: None) -> None:
     y = nhwc(1, 2, 3, 3).requires_grad_()
-    (dt,) = torch.autograd.grad(energy_epilogue(y, backend="cpu"), y, nhwc(1, 2, 3, 3), create_graph=True)
+    (dt,) = torch.autograd.grad(energy_epilogue(y, backend="cpp"), y, nhwc(1, 2, 3, 3), create_graph=True)
     with pytest.raises(RuntimeError, match="energy_epilogue is differentiable once"):
         torch.autograd.grad(dt.square().sum(), y)
     with pytest.raises(ValueError, match="energy_epilogue has no gradient for its weights; detach them"):
@@ -146,9 +146,9 @@ def test_a_second_derivative_and_a_gradient_of_the_shift_are_refused(compiled: N
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     y, skip, *_ = terms((1, 2, 3, 3), 1.0, False)
-    assert_never_falls_back(monkeypatch, "energy_epilogue", lambda: energy_epilogue(y, backend="cpu"))
+    assert_never_falls_back(monkeypatch, "energy_epilogue", lambda: energy_epilogue(y, backend="cpp"))
     back = "energy_epilogue_backward"
-    assert_never_falls_back(monkeypatch, back, lambda: energy_epilogue_backward(y, y, backend="cpu"))
+    assert_never_falls_back(monkeypatch, back, lambda: energy_epilogue_backward(y, y, backend="cpp"))
     assert torch.equal(energy_epilogue(y, skip), reference.energy_epilogue(y, skip))
 
 
@@ -181,7 +181,7 @@ def test_bad_arguments_of_the_backward_are_refused(change: dict[str, Tensor], se
 
 def test_compiled_backends_refuse_float64_and_the_reference_takes_it(compiled: None) -> None:
     y = nhwc(1, 2, 3, 3).double()
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpp"):
         with pytest.raises(ValueError, match="takes float32, not torch.float64; ask for backend='reference'"):
             energy_epilogue(y, backend=backend)  # type: ignore[arg-type]
     assert energy_epilogue(y, backend="reference").dtype == torch.float64

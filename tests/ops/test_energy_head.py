@@ -84,8 +84,8 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
     shape: tuple[int, ...], scale: float | None, shifted: bool, compiled: None, poisoned_memory: None
 ) -> None:
     given, denergy = arguments(shape, scale, shifted), torch.randn(shape[0])
-    energy = energy_head(*given, backend="cpu")
-    dt = energy_head_backward(denergy, *given[:-1], backend="cpu")
+    energy = energy_head(*given, backend="cpp")
+    dt = energy_head_backward(denergy, *given[:-1], backend="cpp")
     assert_as_accurate(energy, plain(*given), plain(*doubled(*given)))
     assert_as_accurate(dt, plain_backward(denergy, *given), plain_backward(*doubled(denergy, *given)))
     assert dt.is_contiguous(memory_format=torch.channels_last)
@@ -95,7 +95,7 @@ def test_kernel_adds_what_cancels_in_twice_the_precision(compiled: None) -> None
     """The second half of the channels takes away what the first adds; float32 sums leave 2^-24 of the terms there."""
     half, weight = nhwc(4, 64, 16, 16, scale=3), torch.rand(64)
     y, weights = torch.cat((half, half.flip(1)), dim=1), torch.cat((weight, -weight.flip(0)))
-    energy = energy_head(y, None, 1.0, None, weights, torch.zeros(1), backend="cpu")
+    energy = energy_head(y, None, 1.0, None, weights, torch.zeros(1), backend="cpp")
     terms = (weight[:, None, None] * F.silu(half)).abs().sum(dim=(1, 2, 3))
     assert (energy.abs() <= 2.0**-40 * terms).all()
 
@@ -103,44 +103,44 @@ def test_kernel_adds_what_cancels_in_twice_the_precision(compiled: None) -> None
 def test_kernels_keep_nan_in_its_image(compiled: None) -> None:
     y, *rest = arguments((3, 5, 6, 7), 1.0)
     y[1, 2, 3, 4] = torch.nan
-    assert energy_head(y, *rest, backend="cpu").isnan().tolist() == [False, True, False]
-    dt = energy_head_backward(torch.ones(3), y, *rest[:-1], backend="cpu")
+    assert energy_head(y, *rest, backend="cpp").isnan().tolist() == [False, True, False]
+    dt = energy_head_backward(torch.ones(3), y, *rest[:-1], backend="cpp")
     assert dt.isnan().nonzero().tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3)])
 def test_kernels_take_empty_tensors(shape: tuple[int, ...], compiled: None) -> None:
     given = arguments(shape, 1.0)
-    assert torch.equal(energy_head(*given, backend="cpu"), given[-1].expand(shape[0]))
-    assert energy_head_backward(torch.ones(shape[0]), *given[:-1], backend="cpu").shape == shape
+    assert torch.equal(energy_head(*given, backend="cpp"), given[-1].expand(shape[0]))
+    assert energy_head_backward(torch.ones(shape[0]), *given[:-1], backend="cpp").shape == shape
 
 
 def test_kernels_have_the_same_bits_for_any_number_of_threads(compiled: None) -> None:
     given, denergy = arguments((3, 19, 40, 21), 0.9), torch.randn(3)
     assert_same_bits_for_any_number_of_threads(
-        lambda: [energy_head(*given, backend="cpu"), energy_head_backward(denergy, *given[:-1], backend="cpu")]
+        lambda: [energy_head(*given, backend="cpp"), energy_head_backward(denergy, *given[:-1], backend="cpp")]
     )
 
 
 def test_kernels_give_an_image_the_same_bits_in_any_batch(compiled: None) -> None:
     y, skip, *rest = arguments((5, 19, 20, 21), 0.9)
-    together = energy_head(y, skip, *rest, backend="cpu")
-    alone = [energy_head(y[n : n + 1], skip[n : n + 1], *rest, backend="cpu") for n in range(5)]
+    together = energy_head(y, skip, *rest, backend="cpp")
+    alone = [energy_head(y[n : n + 1], skip[n : n + 1], *rest, backend="cpp") for n in range(5)]
     assert torch.equal(torch.cat(alone), together)
 
 
 def test_kernels_read_any_strides(compiled: None) -> None:
     y, skip, scale, shift, weight, bias = arguments((2, 10, 6, 7), 0.9)
     denergy = torch.randn(2)
-    expected = energy_head(y, skip, scale, shift, weight, bias, backend="cpu")
-    expected_dt = energy_head_backward(denergy, y, skip, scale, shift, weight, backend="cpu")
+    expected = energy_head(y, skip, scale, shift, weight, bias, backend="cpp")
+    expected_dt = energy_head_backward(denergy, y, skip, scale, shift, weight, backend="cpp")
     given = strided(y), skip.contiguous(), scale, strided(shift[None])[0], strided(weight[None])[0]
-    assert torch.equal(energy_head(*given, bias, backend="cpu"), expected)
-    assert torch.equal(energy_head_backward(strided(denergy[None])[0], *given, backend="cpu"), expected_dt)
+    assert torch.equal(energy_head(*given, bias, backend="cpp"), expected)
+    assert torch.equal(energy_head_backward(strided(denergy[None])[0], *given, backend="cpp"), expected_dt)
 
 
 @TERMS
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_gradients_of_the_op_are_its_backward(backend: Any, scale: float | None, shifted: bool, compiled: None) -> None:
     given, denergy = arguments((2, 5, 4, 6), scale, shifted), torch.randn(2)
     inputs = [t.requires_grad_() for t in given[:2] if t is not None]
@@ -164,7 +164,7 @@ def test_cpp_ops_pass_opcheck(scale: float | None, shifted: bool, compiled: None
 def test_a_second_derivative_and_gradients_of_weights_are_refused(compiled: None) -> None:
     y, *frozen = arguments((1, 2, 3, 3), None)
     y.requires_grad_()
-    energy = energy_head(y, *frozen, backend="cpu")
+    energy = energy_head(y, *frozen, backend="cpp")
     (dt,) = torch.autograd.grad(energy, y, torch.randn(1), create_graph=True)
     with pytest.raises(RuntimeError, match="energy_head is differentiable once"):
         torch.autograd.grad(dt.square().sum(), y)
@@ -176,9 +176,9 @@ def test_a_second_derivative_and_gradients_of_weights_are_refused(compiled: None
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     given, denergy = arguments((1, 2, 3, 3), 1.0), torch.randn(1)
-    assert_never_falls_back(monkeypatch, "energy_head", lambda: energy_head(*given, backend="cpu"))
+    assert_never_falls_back(monkeypatch, "energy_head", lambda: energy_head(*given, backend="cpp"))
     back = "energy_head_backward"
-    assert_never_falls_back(monkeypatch, back, lambda: energy_head_backward(denergy, *given[:-1], backend="cpu"))
+    assert_never_falls_back(monkeypatch, back, lambda: energy_head_backward(denergy, *given[:-1], backend="cpp"))
     assert torch.equal(energy_head(*given), reference.energy_head(*given))
 
 
@@ -215,7 +215,7 @@ def test_bad_arguments_of_the_backward_are_refused(change: dict[str, Tensor], se
 
 def test_compiled_backends_refuse_float64_and_the_reference_takes_it(compiled: None) -> None:
     given = doubled(*arguments((1, 2, 3, 3), None))
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpp"):
         with pytest.raises(ValueError, match="takes float32, not torch.float64; ask for backend='reference'"):
             energy_head(*given, backend=backend)  # type: ignore[arg-type]
     assert energy_head(*given, backend="reference").dtype == torch.float64

@@ -84,11 +84,11 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
     def twin(parameters: Tensor | None, eps: Tensor) -> tuple[Tensor, Tensor | None]:
         return reference.gaussian_latent(parameters, eps, temperature, with_log_p=True)
 
-    results = gaussian_latent(parameters, eps, temperature, with_log_p=True, backend="cpu")
+    results = gaussian_latent(parameters, eps, temperature, with_log_p=True, backend="cpp")
     for result, fp32, fp64 in zip(results, twin(parameters, eps), twin(*doubled(parameters, eps)), strict=True):
         assert result is not None and fp32 is not None and fp64 is not None
         assert_as_accurate(result, fp32, fp64)
-    backward = gaussian_latent_backward(dz, dlog_p, parameters, eps, temperature, backend="cpu")
+    backward = gaussian_latent_backward(dz, dlog_p, parameters, eps, temperature, backend="cpp")
     given = [t for t in backward if t is not None]
     fp32_gradients = gradients(twin, parameters, eps, dz, dlog_p)
     truth = gradients(twin, *doubled(parameters, eps, dz, dlog_p))
@@ -109,13 +109,13 @@ def test_kernel_clamp_its_slope_exp_and_log_err_by_few_ulp(compiled: None) -> No
     x = elementary()
     zero, one = torch.zeros_like(x), torch.ones_like(x)
     clamped = 5 * torch.tanh(x.double() / 5)
-    mu, _ = gaussian_latent(torch.cat((x, zero), 1), zero, 1.0, with_log_p=False, backend="cpu")
+    mu, _ = gaussian_latent(torch.cat((x, zero), 1), zero, 1.0, with_log_p=False, backend="cpp")
     assert ulps(mu, clamped).max() <= 2.5
-    slope, _ = gaussian_latent_backward(one, None, torch.cat((x, x), 1), zero, 1.0, backend="cpu")
+    slope, _ = gaussian_latent_backward(one, None, torch.cat((x, x), 1), zero, 1.0, backend="cpp")
     assert slope is not None
     exact = 1 / torch.cosh(x.double() / 5) ** 2
     assert ((slope[:, :1] - exact).abs() / exact).max() <= 8 * 2.0**-23
-    sigma, log_p = gaussian_latent(torch.cat((zero, x), 1), one, 1.0, with_log_p=True, backend="cpu")
+    sigma, log_p = gaussian_latent(torch.cat((zero, x), 1), one, 1.0, with_log_p=True, backend="cpp")
     exact = clamped.exp() + 0.01
     assert log_p is not None
     torch_sigma, torch_log_p = reference.gaussian_latent(torch.cat((zero, x), 1), one, 1.0, with_log_p=True)
@@ -130,7 +130,7 @@ def test_kernels_keep_nan_in_its_latent_and_image(compiled: None) -> None:
         parameters, eps, _, _ = tensors((2, 3, 2, 2))
         assert parameters is not None
         parameters[1, channel, 0, 0] = torch.nan
-        z, log_p = gaussian_latent(parameters, eps, 1.0, with_log_p=True, backend="cpu")
+        z, log_p = gaussian_latent(parameters, eps, 1.0, with_log_p=True, backend="cpp")
         assert log_p is not None
         assert z[1, 0, 0, 0].isnan() and z.isnan().sum() == 1
         assert log_p[0].isfinite() and log_p[1].isnan() == (channel == 3)  # eps alone is the normalised distance
@@ -140,10 +140,10 @@ def test_kernels_keep_nan_in_its_latent_and_image(compiled: None) -> None:
 def test_kernels_take_empty_tensors(shape: tuple[int, ...], compiled: None) -> None:
     parameters, eps, dz, dlog_p = tensors(shape)
     assert parameters is not None
-    z, log_p = gaussian_latent(parameters, eps, 1.0, with_log_p=True, backend="cpu")
+    z, log_p = gaussian_latent(parameters, eps, 1.0, with_log_p=True, backend="cpp")
     assert log_p is not None
     assert z.shape == shape and torch.equal(log_p, torch.zeros(shape[0]))
-    dparameters, deps = gaussian_latent_backward(dz, dlog_p, parameters, eps, 1.0, backend="cpu")
+    dparameters, deps = gaussian_latent_backward(dz, dlog_p, parameters, eps, 1.0, backend="cpp")
     assert dparameters is not None
     assert dparameters.shape == parameters.shape and deps.shape == shape
 
@@ -153,11 +153,11 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
     assert parameters is not None
 
     def run() -> list[Any]:
-        results = [*gaussian_latent(parameters, eps, 0.7, with_log_p=True, backend="cpu")]
-        results += gaussian_latent_backward(dz, dlog_p, parameters, eps, 0.7, backend="cpu")
+        results = [*gaussian_latent(parameters, eps, 0.7, with_log_p=True, backend="cpp")]
+        results += gaussian_latent_backward(dz, dlog_p, parameters, eps, 0.7, backend="cpp")
         part = [t[1:2] for t in (dz, dlog_p, parameters, eps)]
-        alone = [*gaussian_latent(part[2], part[3], 0.7, with_log_p=True, backend="cpu")]
-        alone += gaussian_latent_backward(*part, 0.7, backend="cpu")
+        alone = [*gaussian_latent(part[2], part[3], 0.7, with_log_p=True, backend="cpp")]
+        alone += gaussian_latent_backward(*part, 0.7, backend="cpp")
         assert all(torch.equal(a[1:2], b) for a, b in zip(results, alone, strict=True))
         return results
 
@@ -170,20 +170,20 @@ def test_kernels_read_any_strides(compiled: None) -> None:
     flat = torch.randn(2, 200)
     (view, _), _ = NoiseLayout([(5, 3, 4), (1, 4, 8)], (3, 6, 6)).split(flat)
     view.copy_(eps)
-    expected = [*gaussian_latent(parameters, eps, 0.7, with_log_p=True, backend="cpu")]
-    expected += gaussian_latent_backward(dz, dlog_p, parameters, eps, 0.7, backend="cpu")
+    expected = [*gaussian_latent(parameters, eps, 0.7, with_log_p=True, backend="cpp")]
+    expected += gaussian_latent_backward(dz, dlog_p, parameters, eps, 0.7, backend="cpp")
     for other in (strided, torch.Tensor.contiguous):
-        results = [*gaussian_latent(other(parameters), view, 0.7, with_log_p=True, backend="cpu")]
-        results += gaussian_latent_backward(other(dz), dlog_p, parameters, other(eps), 0.7, backend="cpu")
+        results = [*gaussian_latent(other(parameters), view, 0.7, with_log_p=True, backend="cpp")]
+        results += gaussian_latent_backward(other(dz), dlog_p, parameters, other(eps), 0.7, backend="cpp")
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-    ones = gaussian_latent_backward(dz, torch.ones(2), parameters, eps, 0.7, backend="cpu")
-    spread = gaussian_latent_backward(dz, torch.ones(()).expand(2), parameters, eps, 0.7, backend="cpu")
+    ones = gaussian_latent_backward(dz, torch.ones(2), parameters, eps, 0.7, backend="cpp")
+    spread = gaussian_latent_backward(dz, torch.ones(()).expand(2), parameters, eps, 0.7, backend="cpp")
     assert torch.equal(ones[1], spread[1])
 
 
 @pytest.mark.parametrize("with_log_p", [False, True])
 @pytest.mark.parametrize("with_parameters", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_gradients_of_the_op_are_its_backward(
     backend: Any, with_parameters: bool, with_log_p: bool, compiled: None
 ) -> None:
@@ -202,7 +202,7 @@ def test_gradients_of_the_op_are_its_backward(
 def test_either_output_may_go_unused(compiled: None) -> None:
     parameters, eps, dz, dlog_p = tensors((2, 5, 4, 6))
     assert parameters is not None
-    outputs = gaussian_latent(parameters, eps.requires_grad_(), 0.7, with_log_p=True, backend="cpu")
+    outputs = gaussian_latent(parameters, eps.requires_grad_(), 0.7, with_log_p=True, backend="cpp")
     for output, cotangent in zip(outputs, (dz, dlog_p), strict=True):
         (deps,) = torch.autograd.grad(output, eps, cotangent, retain_graph=True)
         twin = reference.gaussian_latent(parameters, eps, 0.7, with_log_p=True)[0 if output is outputs[0] else 1]
@@ -223,7 +223,7 @@ def test_cpp_ops_pass_opcheck(with_parameters: bool, with_log_p: bool, compiled:
 
 def test_a_second_derivative_is_refused(compiled: None) -> None:
     parameters, eps, dz, _ = tensors((1, 2, 3, 3))
-    z, _ = gaussian_latent(parameters, eps.requires_grad_(), 1.0, with_log_p=False, backend="cpu")
+    z, _ = gaussian_latent(parameters, eps.requires_grad_(), 1.0, with_log_p=False, backend="cpp")
     (deps,) = torch.autograd.grad(z, eps, dz, create_graph=True)
     with pytest.raises(RuntimeError, match="gaussian_latent is differentiable once"):
         torch.autograd.grad(deps.square().sum(), eps)
@@ -241,7 +241,7 @@ def test_the_reference_widens_parameters_and_narrows_their_gradient_and_compiled
     assert torch.equal(z, expected[0]) and torch.equal(log_p, expected[1])
     dparameters, deps = gaussian_latent_backward(dz, dlog_p, low, eps, 1.0, backend="reference")
     assert dparameters is not None and dparameters.dtype == torch.bfloat16 and deps.dtype == torch.float32
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpp"):
         with pytest.raises(ValueError, match="takes float32, not torch.bfloat16; ask for backend='reference'"):
             gaussian_latent(low, eps, 1.0, with_log_p=True, backend=backend)  # type: ignore[arg-type]
 
@@ -250,9 +250,9 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.Monkey
     parameters, eps, dz, _ = tensors((1, 2, 3, 3))
     run, back = gaussian_latent, gaussian_latent_backward
     name = "gaussian_latent"
-    assert_never_falls_back(monkeypatch, name, lambda: run(parameters, eps, 1.0, with_log_p=True, backend="cpu"))
+    assert_never_falls_back(monkeypatch, name, lambda: run(parameters, eps, 1.0, with_log_p=True, backend="cpp"))
     assert_never_falls_back(
-        monkeypatch, f"{name}_backward", lambda: back(dz, None, parameters, eps, 1.0, backend="cpu")
+        monkeypatch, f"{name}_backward", lambda: back(dz, None, parameters, eps, 1.0, backend="cpp")
     )
 
 

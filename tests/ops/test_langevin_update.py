@@ -28,7 +28,7 @@ DRAWS = [1, 2**31, 2**32 - 1, 2**32 + 5]
 
 
 @pytest.fixture(
-    params=["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
+    params=["reference", "cpp", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))]
 )
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Those of Triton run on a GPU, and in the interpreter by `test_triton.py`."""
@@ -87,7 +87,7 @@ def test_kernel_gives_an_image_the_same_bits_in_any_batch(backend: Backend) -> N
 def test_kernel_gives_the_same_bits_for_any_number_of_threads(compiled: None) -> None:
     eps, gradient = torch.randn(3, 70_001), torch.randn(3, 70_001)
     gradient[1, [5, 50_000, 70_000]] = math.inf  # found by several threads
-    assert_same_bits_for_any_number_of_threads(lambda: [x.nan_to_num() for x in run("cpu", eps, gradient)])
+    assert_same_bits_for_any_number_of_threads(lambda: [x.nan_to_num() for x in run("cpp", eps, gradient)])
 
 
 def test_kernel_takes_a_gradient_and_seeds_of_any_strides_and_a_state_that_begins_anywhere(backend: Backend) -> None:
@@ -219,7 +219,7 @@ def test_a_gradient_is_refused_where_autograd_is_on(name: str) -> None:
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments()
-    assert_never_falls_back(monkeypatch, "langevin_update", lambda: langevin_update(**given, backend="cpu"))
+    assert_never_falls_back(monkeypatch, "langevin_update", lambda: langevin_update(**given, backend="cpp"))
     assert not given["eps"].any()
 
 

@@ -79,8 +79,8 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
     shape: tuple[int, ...], compiled: None, poisoned_memory: None
 ) -> None:
     logits, eps_x, dx, dlog_p = tensors(shape)
-    results = [*pixel_head(logits, eps_x, with_log_p=True, backend="cpu")]
-    results += pixel_head_backward(dx, dlog_p, logits, eps_x, backend="cpu")
+    results = [*pixel_head(logits, eps_x, with_log_p=True, backend="cpp")]
+    results += pixel_head_backward(dx, dlog_p, logits, eps_x, backend="cpp")
     fp32 = (*plain(logits, eps_x), *gradients(logits, eps_x, dx, dlog_p))
     fp64 = (*plain(*doubled(logits, eps_x)), *gradients(*doubled(logits, eps_x, dx, dlog_p)))
     for result, expected, truth in zip(results, fp32, fp64, strict=True):
@@ -101,7 +101,7 @@ def test_kernels_and_twin_clamp_where_autograd_does_and_pass_the_gradient_at_the
     dx, dlog_p = torch.randn_like(eps_x), torch.randn(1)
     expected = gradients(logits, eps_x, dx, dlog_p)
     assert torch.equal(expected[1] != 0, unclamped.abs() <= 1)
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpp"):
         results = pixel_head_backward(dx, dlog_p, logits, eps_x, backend=backend)  # type: ignore[arg-type]
         assert torch.equal(results[1] != 0, expected[1] != 0)
         torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-6)
@@ -113,7 +113,7 @@ def test_kernels_and_twin_pass_the_gradient_of_log_p_at_the_floor_of_log_sigma(c
     zero, one = torch.zeros_like(raw), torch.ones(1)
     logits = torch.cat((zero, raw), dim=1)
     autograd = gradients(logits, zero, zero, one)[0][:, 1:] != 0
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpp"):
         means_of = torch.cat((raw, zero), dim=1)
         log_sigma, _ = gaussian_latent(means_of, zero, 1.0, with_log_p=False, backend=backend)  # type: ignore[arg-type]
         assert (log_sigma == -2).any()
@@ -126,7 +126,7 @@ def test_kernels_keep_nan_in_its_pixel_and_image(compiled: None) -> None:
     for channel in (0, 3):
         logits, eps_x, _, _ = tensors((2, 3, 2, 2))
         logits[1, channel, 0, 0] = torch.nan
-        x, log_p = pixel_head(logits, eps_x, with_log_p=True, backend="cpu")
+        x, log_p = pixel_head(logits, eps_x, with_log_p=True, backend="cpp")
         assert log_p is not None
         assert x[1, 0, 0, 0].isnan() and x.isnan().sum() == 1
         assert log_p[0].isfinite() and log_p[1].isnan()
@@ -135,10 +135,10 @@ def test_kernels_keep_nan_in_its_pixel_and_image(compiled: None) -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 3, 3), (2, 0, 3, 3), (2, 3, 0, 3)])
 def test_kernels_take_empty_tensors(shape: tuple[int, ...], compiled: None) -> None:
     logits, eps_x, dx, dlog_p = tensors(shape)
-    x, log_p = pixel_head(logits, eps_x, with_log_p=True, backend="cpu")
+    x, log_p = pixel_head(logits, eps_x, with_log_p=True, backend="cpp")
     assert log_p is not None
     assert x.shape == shape and torch.equal(log_p, torch.zeros(shape[0]))
-    dlogits, deps_x = pixel_head_backward(dx, dlog_p, logits, eps_x, backend="cpu")
+    dlogits, deps_x = pixel_head_backward(dx, dlog_p, logits, eps_x, backend="cpp")
     assert dlogits.shape == logits.shape and deps_x.shape == shape
 
 
@@ -146,11 +146,11 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
     logits, eps_x, dx, dlog_p = tensors((3, 3, 53, 47))
 
     def run() -> list[Any]:
-        results = [*pixel_head(logits, eps_x, with_log_p=True, backend="cpu")]
-        results += pixel_head_backward(dx, dlog_p, logits, eps_x, backend="cpu")
+        results = [*pixel_head(logits, eps_x, with_log_p=True, backend="cpp")]
+        results += pixel_head_backward(dx, dlog_p, logits, eps_x, backend="cpp")
         part = [t[1:2] for t in (dx, dlog_p, logits, eps_x)]
-        alone = [*pixel_head(part[2], part[3], with_log_p=True, backend="cpu")]
-        alone += pixel_head_backward(*part, backend="cpu")
+        alone = [*pixel_head(part[2], part[3], with_log_p=True, backend="cpp")]
+        alone += pixel_head_backward(*part, backend="cpp")
         assert all(torch.equal(a[1:2], b) for a, b in zip(results, alone, strict=True))
         return results
 
@@ -161,16 +161,16 @@ def test_kernels_read_any_strides(compiled: None) -> None:
     logits, eps_x, dx, dlog_p = tensors((2, 3, 5, 4))
     _, view = NoiseLayout([(5, 3, 4)], (3, 5, 4)).split(torch.randn(2, 120))
     view.copy_(eps_x)
-    expected = [*pixel_head(logits, eps_x, with_log_p=True, backend="cpu")]
-    expected += pixel_head_backward(dx, dlog_p, logits, eps_x, backend="cpu")
+    expected = [*pixel_head(logits, eps_x, with_log_p=True, backend="cpp")]
+    expected += pixel_head_backward(dx, dlog_p, logits, eps_x, backend="cpp")
     for other in (strided, torch.Tensor.contiguous):
-        results = [*pixel_head(other(logits), view, with_log_p=True, backend="cpu")]
-        results += pixel_head_backward(other(dx), dlog_p, logits, other(eps_x), backend="cpu")
+        results = [*pixel_head(other(logits), view, with_log_p=True, backend="cpp")]
+        results += pixel_head_backward(other(dx), dlog_p, logits, other(eps_x), backend="cpp")
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("with_log_p", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_gradients_of_the_op_are_its_backward(backend: Any, with_log_p: bool, compiled: None) -> None:
     logits, eps_x, dx, dlog_p = tensors((2, 3, 4, 6))
     inputs = (logits.requires_grad_(), eps_x.requires_grad_())
@@ -196,7 +196,7 @@ def test_cpp_ops_pass_opcheck(with_log_p: bool, compiled: None) -> None:
 
 def test_a_second_derivative_is_refused(compiled: None) -> None:
     logits, eps_x, dx, _ = tensors((1, 3, 3, 3))
-    x, _ = pixel_head(logits, eps_x.requires_grad_(), with_log_p=False, backend="cpu")
+    x, _ = pixel_head(logits, eps_x.requires_grad_(), with_log_p=False, backend="cpp")
     (deps_x,) = torch.autograd.grad(x, eps_x, dx, create_graph=True)
     with pytest.raises(RuntimeError, match="pixel_head is differentiable once"):
         torch.autograd.grad(deps_x.square().sum(), eps_x)
@@ -211,7 +211,7 @@ def test_the_reference_widens_logits_and_narrows_their_gradient_and_compiled_bac
     assert torch.equal(x, expected[0]) and torch.equal(log_p, expected[1])
     dlogits, deps_x = pixel_head_backward(dx, dlog_p, low, eps_x, backend="reference")
     assert dlogits.dtype == torch.bfloat16 and deps_x.dtype == torch.float32
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpp"):
         with pytest.raises(ValueError, match="takes float32, not torch.bfloat16; ask for backend='reference'"):
             pixel_head(low, eps_x, with_log_p=True, backend=backend)  # type: ignore[arg-type]
 
@@ -219,8 +219,8 @@ def test_the_reference_widens_logits_and_narrows_their_gradient_and_compiled_bac
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, eps_x, dx, _ = tensors((1, 3, 3, 3))
     run, back = pixel_head, pixel_head_backward
-    assert_never_falls_back(monkeypatch, "pixel_head", lambda: run(logits, eps_x, with_log_p=True, backend="cpu"))
-    assert_never_falls_back(monkeypatch, "pixel_head_backward", lambda: back(dx, None, logits, eps_x, backend="cpu"))
+    assert_never_falls_back(monkeypatch, "pixel_head", lambda: run(logits, eps_x, with_log_p=True, backend="cpp"))
+    assert_never_falls_back(monkeypatch, "pixel_head_backward", lambda: back(dx, None, logits, eps_x, backend="cpp"))
 
 
 GIVEN: dict[str, Any] = {"logits": torch.zeros(1, 6, 3, 5), "eps_x": torch.zeros(1, 3, 3, 5)}

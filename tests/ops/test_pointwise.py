@@ -82,7 +82,7 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
     shape: tuple[int, ...], activation: Activation, compiled: None, poisoned_memory: None
 ) -> None:
     x, weight, bias, residual, dy = case = tensors(shape)
-    packed = pack_pointwise(weight, "cpu")
+    packed = pack_pointwise(weight, "cpp")
     truth = [t.double() for t in case]
     for b, r in ((bias, residual), (bias, None), (None, None)):
         y = pointwise(x, packed, b, r, activation=activation)
@@ -99,7 +99,7 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
 def test_kernels_take_empty_tensors(shape: tuple[int, ...], compiled: None, poisoned_memory: None) -> None:
     """Without input channels nothing but the bias and the residual is left, without output channels a gradient of 0."""
     x, weight, bias, residual, dy = tensors(shape)
-    packed = pack_pointwise(weight, "cpu")
+    packed = pack_pointwise(weight, "cpp")
     y = pointwise(x, packed, bias, residual)
     assert torch.equal(y, bias[:, None, None] + residual if shape[1] == 0 else torch.empty_like(residual))
     assert torch.equal(pointwise_backward(dy, packed), torch.zeros_like(x))
@@ -110,7 +110,7 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
     activation: Activation, compiled: None
 ) -> None:
     x, weight, bias, residual, dy = tensors((3, 37, 131, 9, 8))
-    packed = pack_pointwise(weight, "cpu")
+    packed = pack_pointwise(weight, "cpp")
     forward, backward = (partial(run, activation=activation) for run in (pointwise, pointwise_backward))
     assert_same_bits_for_any_number_of_threads(lambda: [forward(x, packed, bias, residual), backward(dy, packed, x)])
     y, dx = forward(x, packed, bias, residual), backward(dy, packed, x)
@@ -120,7 +120,7 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
 
 def test_kernels_give_elu_and_its_slope_within_few_ulp_and_keep_nan(compiled: None) -> None:
     """One channel and a weight of 1: nothing but the activation. Near 0, too, where exp(x) - 1 would cancel."""
-    one = pack_pointwise(torch.ones(1, 1), "cpu")
+    one = pack_pointwise(torch.ones(1, 1), "cpp")
     small = torch.logspace(-30, 0, 20_001)
     x = torch.cat((torch.linspace(-80, 80, 100_001), small, -small)).reshape(1, 1, -1, 1)
     assert ulps(pointwise(x, one, activation="elu"), torch.expm1(x.double()).where(x < 0, x.double())).max() <= 3
@@ -135,7 +135,7 @@ def test_kernels_give_elu_and_its_slope_within_few_ulp_and_keep_nan(compiled: No
 
 def test_kernels_read_any_strides(compiled: None) -> None:
     x, weight, bias, residual, dy = tensors((2, 10, 20, 3, 4))
-    packed = pack_pointwise(weight, "cpu")
+    packed = pack_pointwise(weight, "cpp")
     forward, backward = (partial(run, activation="elu") for run in (pointwise, pointwise_backward))
     expected, expected_dx = forward(x, packed, bias, residual), backward(dy, packed, x)
     for change in (Tensor.contiguous, strided):
@@ -143,7 +143,7 @@ def test_kernels_read_any_strides(compiled: None) -> None:
         assert torch.equal(backward(change(dy), packed, change(x)), expected_dx)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @ACTIVATIONS
 def test_gradient_of_the_op_is_its_backward(backend: Any, activation: Activation, compiled: None) -> None:
     x, weight, bias, residual, dy = tensors((2, 6, 19, 3, 4))
@@ -159,7 +159,7 @@ def test_gradient_of_the_op_is_its_backward(backend: Any, activation: Activation
 @ACTIVATIONS
 def test_cpp_ops_pass_opcheck(activation: Activation, compiled: None) -> None:
     x, weight, bias, residual, dy = tensors((2, 5, 18, 4, 6))
-    forward, backward = pack_pointwise(weight, "cpu")
+    forward, backward = pack_pointwise(weight, "cpp")
     ops = torch.ops.vaebm_fast
     for r in (residual.requires_grad_(), None):
         given = x.clone().requires_grad_(), forward, backward, bias, r, activation
@@ -170,13 +170,13 @@ def test_cpp_ops_pass_opcheck(activation: Activation, compiled: None) -> None:
 def test_a_second_derivative_is_refused(compiled: None) -> None:
     x, weight, *_, dy = tensors((1, 2, 3, 3, 3))
     x.requires_grad_()
-    y = pointwise(x, pack_pointwise(weight, "cpu"), activation="elu")
+    y = pointwise(x, pack_pointwise(weight, "cpp"), activation="elu")
     (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="pointwise is differentiable once"):
         torch.autograd.grad(dx.square().sum(), x)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_gradient_for_weight_or_bias_is_refused(backend: Any, compiled: None) -> None:
     x, weight, bias, *_ = tensors((1, 2, 3, 3, 3))
     packed = pack_pointwise(weight, backend)
@@ -191,34 +191,34 @@ def test_a_gradient_for_weight_or_bias_is_refused(backend: Any, compiled: None) 
 
 def test_a_layout_says_which_backend_reads_it(compiled: None) -> None:
     x, weight, *_ = tensors((1, 2, 3, 3, 3))
-    with pytest.raises(ValueError, match=r"cpu layout, which backend='reference' does not read.*\(weight, 'reference'"):
-        pointwise(x, pack_pointwise(weight, "cpu"), backend="reference")
-    with pytest.raises(ValueError, match=r"plain layout, which backend='cpu' does not read.*\(weight, 'cpu'\)"):
-        pointwise(x, pack_pointwise(weight, "reference"), backend="cpu")
+    with pytest.raises(ValueError, match=r"cpp layout, which backend='reference' does not read.*\(weight, 'reference'"):
+        pointwise(x, pack_pointwise(weight, "cpp"), backend="reference")
+    with pytest.raises(ValueError, match=r"plain layout, which backend='cpp' does not read.*\(weight, 'cpp'\)"):
+        pointwise(x, pack_pointwise(weight, "reference"), backend="cpp")
 
 
 def test_a_packed_weight_is_panels_of_sixteen_outputs_with_zeros_behind_the_last() -> None:
     weight = torch.randn(21, 3)
-    forward, backward = packed = pack_pointwise(weight[:, :, None, None], "cpu")
+    forward, backward = packed = pack_pointwise(weight[:, :, None, None], "cpp")
     assert packed.shape == (21, 3) == pack_pointwise(weight, "reference").shape
     assert forward.shape == (2, 3, 16) and backward is not None and backward.shape == (1, 21, 16)
     assert forward[1, 2, 4] == weight[20, 2] and (forward[1, :, 5:] == 0).all()
     assert torch.equal(backward[0, :, :3], weight) and (backward[0, :, 3:] == 0).all()
     with pytest.raises(ValueError, match=r"A pointwise weight is \[Cout, Cin\] or .*; this one is \[2, 2, 3, 3\]"):
-        pack_pointwise(torch.zeros(2, 2, 3, 3), "cpu")
+        pack_pointwise(torch.zeros(2, 2, 3, 3), "cpp")
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, *_, dy = tensors((1, 2, 3, 3, 3))
-    packed = pack_pointwise(weight, "cpu")
-    assert_never_falls_back(monkeypatch, "pointwise", lambda: pointwise(x, packed, backend="cpu"))
-    assert_never_falls_back(monkeypatch, "pointwise_backward", lambda: pointwise_backward(dy, packed, backend="cpu"))
+    packed = pack_pointwise(weight, "cpp")
+    assert_never_falls_back(monkeypatch, "pointwise", lambda: pointwise(x, packed, backend="cpp"))
+    assert_never_falls_back(monkeypatch, "pointwise_backward", lambda: pointwise_backward(dy, packed, backend="cpp"))
 
 
 def test_cpu_refuses_float64_and_the_reference_takes_it(compiled: None) -> None:
     x, weight, *_ = (t.double() for t in tensors((1, 2, 3, 3, 3)))
     with pytest.raises(ValueError, match="takes float32, not torch.float64; ask for backend='reference'"):
-        pointwise(x, pack_pointwise(weight, "cpu"))
+        pointwise(x, pack_pointwise(weight, "cpp"))
     assert pointwise(x, pack_pointwise(weight, "reference")).dtype == torch.float64
 
 
@@ -234,7 +234,7 @@ def test_cpu_refuses_float64_and_the_reference_takes_it(compiled: None) -> None:
     ],
 )
 def test_bad_arguments_are_refused_in_python_and_in_cpp(change: dict[str, Any], sentence: str) -> None:
-    packed = pack_pointwise(torch.zeros(6, 4), "cpu")
+    packed = pack_pointwise(torch.zeros(6, 4), "cpp")
     given = {"x": torch.zeros(2, 4, 3, 3), "bias": torch.zeros(6), "residual": None, "activation": "none"} | change
 
     def op(**given: Any) -> Tensor:
@@ -256,7 +256,7 @@ def test_bad_arguments_are_refused_in_python_and_in_cpp(change: dict[str, Any], 
     ],
 )
 def test_bad_arguments_of_the_backward_are_refused(change: dict[str, Any], sentence: str) -> None:
-    packed = pack_pointwise(torch.zeros(6, 4), "cpu")
+    packed = pack_pointwise(torch.zeros(6, 4), "cpp")
     given: dict[str, Any] = {"dy": torch.zeros(2, 6, 3, 3), "x": None, "activation": "none"} | change
 
     def op(**given: Any) -> Tensor:

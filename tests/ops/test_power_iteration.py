@@ -60,7 +60,7 @@ def test_reference_finds_the_largest_singular_value(shape: tuple[int, int]) -> N
     torch.testing.assert_close(sigma, torch.linalg.svdvals(weight)[:, 0], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_kernel_finds_the_singular_vectors_across_a_gap(backend: Any, compiled: None) -> None:
     """With a second value of half the first, an iteration takes the angle to the vectors to a quarter."""
     weight = with_singular_values(torch.tensor([2.0, 1.0, 0.9, 0.1]), 50, 70)
@@ -82,21 +82,21 @@ def test_kernel_is_as_close_to_the_fp64_twin_as_plain_pytorch(
     options: Any = {"iterations": iterations, "eps": EPS}
     truth = reference.power_iteration(*(tensor.double() for tensor in given), **options)
     plain = error(reference.power_iteration(*given, **options), truth)
-    kernel = power_iteration(*given, **options, backend="cpu")
+    kernel = power_iteration(*given, **options, backend="cpp")
     assert error(kernel, truth) <= 2 * plain + 2**-21  # the floor: four ulps of a unit vector
 
 
 def test_kernel_divides_by_eps_where_a_matrix_is_small(compiled: None) -> None:
     weight, u, v = tensors((3, 20, 30))
     weight *= torch.tensor([1e-2, 1e-4, 1e-8])[:, None, None]
-    result = power_iteration(weight, u, v, iterations=3, eps=EPS, backend="cpu")
+    result = power_iteration(weight, u, v, iterations=3, eps=EPS, backend="cpp")
     truth = reference.power_iteration(weight.double(), u.double(), v.double(), iterations=3, eps=EPS)
     for actual, expected in zip(result, truth, strict=True):
         relative = (actual.double() - expected).norm(dim=1) / expected.norm(dim=1)
         assert float(relative.max()) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_kernel_gives_zeros_for_a_zero_matrix_and_nans_for_a_nan(backend: Any, compiled: None) -> None:
     weight, u, v = tensors((3, 9, 21))
     weight[0] = 0
@@ -117,11 +117,11 @@ def test_kernel_gives_the_same_bits_for_any_number_of_threads_and_any_batch(
     try:
         for threads in (1, 2, 4):  # with four, three matrices are cut by rows
             torch.set_num_threads(threads)
-            results.append(power_iteration(weight, u, v, iterations=3, eps=EPS, backend="cpu"))
+            results.append(power_iteration(weight, u, v, iterations=3, eps=EPS, backend="cpp"))
     finally:
         torch.set_num_threads(before)
     singles = zip(weight.split(1), u.split(1), v.split(1), strict=True)
-    alone = [power_iteration(*single, iterations=3, eps=EPS, backend="cpu") for single in singles]
+    alone = [power_iteration(*single, iterations=3, eps=EPS, backend="cpp") for single in singles]
     results.append((torch.cat([u for u, _ in alone]), torch.cat([v for _, v in alone])))
     for result in results[1:]:
         assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
@@ -129,11 +129,11 @@ def test_kernel_gives_the_same_bits_for_any_number_of_threads_and_any_batch(
 
 def test_iterations_add_up(compiled: None) -> None:
     weight, u, v = tensors((2, 20, 30))
-    once = power_iteration(weight, u, v, iterations=3, eps=EPS, backend="cpu")
-    twice = power_iteration(weight, *once, iterations=2, eps=EPS, backend="cpu")
-    together = power_iteration(weight, u, v, iterations=5, eps=EPS, backend="cpu")
+    once = power_iteration(weight, u, v, iterations=3, eps=EPS, backend="cpp")
+    twice = power_iteration(weight, *once, iterations=2, eps=EPS, backend="cpp")
+    together = power_iteration(weight, u, v, iterations=5, eps=EPS, backend="cpp")
     assert error(twice, (together[0].double(), together[1].double())) < 1e-6
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpp"):
         none: Any = power_iteration(weight, u, v, iterations=0, eps=EPS, backend=backend)  # type: ignore[arg-type]
         assert torch.equal(none[0], u) and torch.equal(none[1], v)
 
@@ -141,15 +141,15 @@ def test_iterations_add_up(compiled: None) -> None:
 @pytest.mark.parametrize("K", [32, 33])
 def test_kernel_takes_any_strides(K: int, compiled: None) -> None:
     weight, u, v = tensors((3, 40, K))
-    expected = power_iteration(weight, u, v, iterations=2, eps=EPS, backend="cpu")
+    expected = power_iteration(weight, u, v, iterations=2, eps=EPS, backend="cpp")
     strided = weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    result = power_iteration(strided, u.T.contiguous().T, v.T.contiguous().T, iterations=2, eps=EPS, backend="cpu")
+    result = power_iteration(strided, u.T.contiguous().T, v.T.contiguous().T, iterations=2, eps=EPS, backend="cpp")
     assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
-    repeated = power_iteration(weight[:1].expand(3, -1, -1), u, v, iterations=2, eps=EPS, backend="cpu")
+    repeated = power_iteration(weight[:1].expand(3, -1, -1), u, v, iterations=2, eps=EPS, backend="cpp")
     assert torch.equal(repeated[0][0], expected[0][0]) and not torch.equal(repeated[0][1], expected[0][1])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_an_empty_batch_gives_empty_vectors(backend: Any, compiled: None) -> None:
     u, v = power_iteration(*tensors((0, 5, 7)), iterations=2, eps=EPS, backend=backend)
     assert u.shape == (0, 5) and v.shape == (0, 7)
@@ -158,7 +158,7 @@ def test_an_empty_batch_gives_empty_vectors(backend: Any, compiled: None) -> Non
 def test_arguments_stay_as_they_are(compiled: None) -> None:
     given = tensors((2, 16, 32))
     copies = [tensor.clone() for tensor in given]
-    power_iteration(*given, iterations=2, eps=EPS, backend="cpu")
+    power_iteration(*given, iterations=2, eps=EPS, backend="cpp")
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, copies, strict=True))
 
 
@@ -175,7 +175,7 @@ def test_cpp_op_passes_opcheck(K: int, iterations: int, compiled: None) -> None:
 def test_a_gradient_is_refused(asked: str, compiled: None) -> None:
     weight, u, v = tensors((1, 4, 6))
     {"weight": weight, "u": u, "v": v}[asked].requires_grad_()
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpp"):
         with pytest.raises(ValueError, match="power_iteration has no gradient"):
             power_iteration(weight, u, v, iterations=1, eps=EPS, backend=backend)  # type: ignore[arg-type]
     result = torch.ops.vaebm_fast.power_iteration(weight, u, v, 1, EPS)
@@ -188,15 +188,15 @@ def test_a_gradient_is_refused(asked: str, compiled: None) -> None:
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     given = tensors((1, 4, 6))
     monkeypatch.setattr(_backend.extension, "_why_missing", "the compiled part has not been built")
-    with pytest.raises(RuntimeError, match="power_iteration cannot run with backend='cpu': the compiled part has not"):
-        power_iteration(*given, iterations=1, eps=EPS, backend="cpu")
+    with pytest.raises(RuntimeError, match="power_iteration cannot run with backend='cpp': the compiled part has not"):
+        power_iteration(*given, iterations=1, eps=EPS, backend="cpp")
     expected = reference.power_iteration(*given, iterations=1, eps=EPS)
     assert torch.equal(power_iteration(*given, iterations=1, eps=EPS)[0], expected[0])
 
 
 def test_compiled_backends_refuse_float64_and_the_reference_takes_it(compiled: None) -> None:
     weight, u, v = (tensor.double() for tensor in tensors((1, 4, 6)))
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpp"):
         with pytest.raises(ValueError, match="takes float32, not torch.float64; ask for backend='reference'"):
             power_iteration(weight, u, v, iterations=1, eps=EPS, backend=backend)  # type: ignore[arg-type]
     assert power_iteration(weight, u, v, iterations=1, eps=EPS, backend="reference")[0].dtype == torch.float64
@@ -233,6 +233,6 @@ def test_bad_arguments_are_refused_in_python_and_in_cpp(change: dict[str, Any], 
     with pytest.raises(ValueError, match=sentence):
         power_iteration(**given)
     on_cpu = all(given[name].device.type == "cpu" for name in ("weight", "u", "v"))
-    if on_cpu and why_not("power_iteration", torch.device("cpu"), "cpu") is None:
+    if on_cpu and why_not("power_iteration", torch.device("cpu"), "cpp") is None:
         with pytest.raises(ValueError, match=sentence):
             torch.ops.vaebm_fast.power_iteration(**given)

@@ -62,9 +62,9 @@ def test_the_parts_make_the_op(has_gate: bool, upsample: bool) -> None:
     """What a backend without the op runs."""
     given = tensors(upsample)
     h, skip, depthwise, depthwise_bias, project, project_bias, *gate = given.values()
-    parts = units.Depthwise(depthwise, depthwise_bias), units.Pointwise(pack_pointwise(project, "cpu"), project_bias)
+    parts = units.Depthwise(depthwise, depthwise_bias), units.Pointwise(pack_pointwise(project, "cpp"), project_bias)
     se = units.SqueezeExcite(*gate) if has_gate else None
-    y = units.residual_tail(h, skip, *parts, se, "cpu", upsample=upsample)
+    y = units.residual_tail(h, skip, *parts, se, "cpp", upsample=upsample)
     _, s, *_ = saved(given, upsample)
     expected = reference.residual_tail(**given, upsample=upsample) if has_gate else skip + s
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)

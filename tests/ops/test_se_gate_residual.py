@@ -76,8 +76,8 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
     shape: tuple[int, ...], compiled: None, poisoned_memory: None
 ) -> None:
     s, skip, weights, dy = tensors(shape)
-    y = se_gate_residual(s, skip, *weights, backend="cpu")
-    ds = backward_of(se_gate_residual_backward, dy, s, weights, backend="cpu")
+    y = se_gate_residual(s, skip, *weights, backend="cpp")
+    ds = backward_of(se_gate_residual_backward, dy, s, weights, backend="cpp")
     assert_as_accurate(y, plain(s, skip, weights), plain(s.double(), skip.double(), double(weights)))
     truth = plain_backward(dy.double(), s.double(), double(weights))
     assert_as_accurate(ds, plain_backward(dy, s, weights), truth)
@@ -93,7 +93,7 @@ def test_kernel_means_err_no_more_than_those_of_torch(size: int, compiled: None)
     hidden = torch.ops.vaebm_fast.se_gate_residual(s, s, identity, zero, identity, zero)[1]
     assert_as_accurate(hidden, s.mean((2, 3)), s.double().mean((2, 3)))
     dy, gate = nhwc(1, 32, size, 1) + 2, torch.full((1, 32), 0.5)
-    ds = se_gate_residual_backward(dy, s, torch.ones(1, 32), gate, identity, identity, backend="cpu")
+    ds = se_gate_residual_backward(dy, s, torch.ones(1, 32), gate, identity, identity, backend="cpp")
     arguments = [t.double() for t in (dy, s, torch.ones(1, 32), gate, identity, identity)]
     torch.testing.assert_close(ds.double(), reference.se_gate_residual_backward(*arguments), rtol=3e-7, atol=3e-7)
 
@@ -104,15 +104,15 @@ def test_kernels_take_empty_tensors(shape: tuple[int, ...], compiled: None) -> N
     if shape[1] == 0:
         s, skip, dy = s[:, :0], skip[:, :0], dy[:, :0]
         weights = (weights[0][:, :0], weights[1], weights[2][:0], weights[3][:0])
-    assert se_gate_residual(s, skip, *weights, backend="cpu").shape == s.shape
-    ds = backward_of(se_gate_residual_backward, dy, s, weights, backend="cpu")
+    assert se_gate_residual(s, skip, *weights, backend="cpp").shape == s.shape
+    ds = backward_of(se_gate_residual_backward, dy, s, weights, backend="cpp")
     assert ds.shape == s.shape
 
 
 def test_kernels_keep_nan_in_its_image_and_channels(compiled: None) -> None:
     s, skip, weights, _ = tensors((3, 8, 4, 4, 4))
     s[1, 2, 0, 0] = torch.nan
-    y = se_gate_residual(s, skip, *weights, backend="cpu")
+    y = se_gate_residual(s, skip, *weights, backend="cpp")
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
@@ -121,13 +121,13 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
     hidden, gate = layers(s, weights)
 
     def run() -> list[Tensor]:
-        results = [se_gate_residual(s, skip, *weights, backend="cpu")]
-        results.append(se_gate_residual_backward(dy, s, hidden, gate, weights[0], weights[2], backend="cpu"))
+        results = [se_gate_residual(s, skip, *weights, backend="cpp")]
+        results.append(se_gate_residual_backward(dy, s, hidden, gate, weights[0], weights[2], backend="cpp"))
         alone = slice(2, 3)
-        y = se_gate_residual(s[alone], skip[alone], *weights, backend="cpu")
+        y = se_gate_residual(s[alone], skip[alone], *weights, backend="cpp")
         assert torch.equal(y, results[0][alone])
         part = [t[alone] for t in (dy, s, hidden, gate)]
-        ds = se_gate_residual_backward(*part, weights[0], weights[2], backend="cpu")
+        ds = se_gate_residual_backward(*part, weights[0], weights[2], backend="cpp")
         assert torch.equal(ds, results[1][alone])
         return results
 
@@ -136,15 +136,15 @@ def test_kernels_have_the_same_bits_for_any_number_of_threads_and_place_in_the_b
 
 def test_kernels_read_any_strides(compiled: None) -> None:
     s, skip, weights, dy = tensors((2, 10, 6, 7, 4))
-    y = se_gate_residual(s, skip, *weights, backend="cpu")
-    assert torch.equal(se_gate_residual(strided(s), skip.contiguous(), *map(strided, weights), backend="cpu"), y)
+    y = se_gate_residual(s, skip, *weights, backend="cpp")
+    assert torch.equal(se_gate_residual(strided(s), skip.contiguous(), *map(strided, weights), backend="cpp"), y)
     saved = layers(s, weights)
-    ds = se_gate_residual_backward(dy, s, *saved, weights[0], weights[2], backend="cpu")
+    ds = se_gate_residual_backward(dy, s, *saved, weights[0], weights[2], backend="cpp")
     others = [strided(t) for t in (dy, s, *saved, weights[0], weights[2])]
-    assert torch.equal(se_gate_residual_backward(*others, backend="cpu"), ds)
+    assert torch.equal(se_gate_residual_backward(*others, backend="cpp"), ds)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_gradients_of_the_op_are_those_of_plain_pytorch(backend: Any, compiled: None) -> None:
     s, skip, weights, dy = tensors((2, 5, 4, 6, 3))
     inputs = (s.requires_grad_(), skip.requires_grad_())
@@ -164,7 +164,7 @@ def test_cpp_ops_pass_opcheck(compiled: None) -> None:
 
 def test_a_second_derivative_is_refused(compiled: None) -> None:
     s, skip, weights, dy = tensors((1, 2, 3, 3, 2))
-    y = se_gate_residual(s.requires_grad_(), skip, *weights, backend="cpu")
+    y = se_gate_residual(s.requires_grad_(), skip, *weights, backend="cpp")
     (ds,) = torch.autograd.grad(y, s, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="se_gate_residual is differentiable once"):
         torch.autograd.grad(ds.square().sum(), s)
@@ -174,7 +174,7 @@ def test_a_gradient_for_a_weight_is_refused(compiled: None) -> None:
     s, skip, weights, _ = tensors((1, 2, 3, 3, 2))
     for weight in weights:
         weight.requires_grad_()
-        for backend in ("reference", "cpu"):
+        for backend in ("reference", "cpp"):
             with pytest.raises(ValueError, match="se_gate_residual has no gradient for its weights"):
                 se_gate_residual(s, skip, *weights, backend=backend)  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match="se_gate_residual has no gradient for its weights"):
@@ -185,9 +185,9 @@ def test_a_gradient_for_a_weight_is_refused(compiled: None) -> None:
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     s, skip, weights, dy = tensors((1, 2, 3, 3, 2))
     op = "se_gate_residual"
-    assert_never_falls_back(monkeypatch, op, lambda: se_gate_residual(s, skip, *weights, backend="cpu"))
+    assert_never_falls_back(monkeypatch, op, lambda: se_gate_residual(s, skip, *weights, backend="cpp"))
     run = se_gate_residual_backward
-    assert_never_falls_back(monkeypatch, f"{op}_backward", lambda: backward_of(run, dy, s, weights, backend="cpu"))
+    assert_never_falls_back(monkeypatch, f"{op}_backward", lambda: backward_of(run, dy, s, weights, backend="cpp"))
 
 
 GIVEN = {
@@ -232,7 +232,7 @@ def test_bad_arguments_are_refused_in_python_and_in_cpp(change: dict[str, Tensor
 def test_compiled_backends_refuse_float64_and_the_reference_takes_it(compiled: None) -> None:
     s, skip, weights, _ = tensors((1, 2, 3, 3, 2))
     s, skip, weights = s.double(), skip.double(), double(weights)
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", "cpp"):
         with pytest.raises(ValueError, match="takes float32, not torch.float64; ask for backend='reference'"):
             se_gate_residual(s, skip, *weights, backend=backend)  # type: ignore[arg-type]
     assert se_gate_residual(s, skip, *weights, backend="reference").dtype == torch.float64

@@ -165,6 +165,21 @@ def test_other_weights_are_refused(options: SampleOptions, tmp_path: Path) -> No
         run_job(replace(options, energy=tmp_path / "other"))
 
 
+def test_a_folder_that_recorded_a_backend_by_its_former_name_goes_on(
+    options: SampleOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_job(options) == 0
+    path = options.out / "manifest.json"
+    settings = json.loads(path.read_text())
+    if settings["backend"] != "cpp":
+        pytest.skip("the compiled part is not built")
+    path.write_text(json.dumps({**settings, "backend": "cpu"}))
+    assert run_job(options) == 0
+    path.write_text(json.dumps({**settings, "backend": "reference"}))
+    with pytest.raises(SamplingError, match="backend was reference and is cpp"):
+        run_job(options)
+
+
 def test_a_folder_of_other_files_is_refused_and_left_as_it_is(options: SampleOptions) -> None:
     options.out.mkdir()
     (options.out / "thesis.tex").touch()

@@ -50,7 +50,7 @@ def info(
 def environment() -> dict[str, Any]:
     """What is installed, what each missing part needs, and which backend `auto` picks, as JSON values."""
     missing = {
-        "compiled part": _backend.why_absent("cpu"),
+        "compiled part": _backend.why_absent("cpp"),
         "CUDA kernels": _backend.why_absent("cuda"),
         "CUDA device": _why_no_cuda_device(),
         "Triton": _backend.why_absent("triton"),

@@ -50,7 +50,7 @@ INSIDE: dict[str, Callable[[Any, Any], tuple[Tensor, ...]]] = {
 }
 # Pairs of compiled kernels; on the meta device their ops' fakes answer, so that counting them needs no GPU.
 COMPILED: dict[str, tuple[Backend, torch.dtype]] = {
-    "frozen, cpu, float32": ("cpu", torch.float32),
+    "frozen, cpp, float32": ("cpp", torch.float32),
     "frozen, triton, bfloat16": ("triton", torch.bfloat16),
     "frozen, cuda, bfloat16": ("cuda", torch.bfloat16),
 }
@@ -172,7 +172,7 @@ def cost(preset: str) -> Cost:
         "frozen, reference, float32": step_traffic(reference),
         "frozen, reference, bfloat16": step_traffic(halved),
     }
-    if why_absent("cpu") is None:
+    if why_absent("cpp") is None:
         traffic |= {name: step_traffic(freeze(model, dtype, backend)) for name, (backend, dtype) in COMPILED.items()}
     shapes, dispatched = _decoder_cells(model)
     weights = _weights_of(halved)
@@ -205,7 +205,7 @@ def text(counted: Cost) -> str:
     for name, moved in counted.plans.items():
         image = moved.per_image / 1e9
         lines.append(f"{f'plan: {name}, bfloat16':52}{image:14.3f}{image - rest:16.3f}{moved.per_step / 1e9:24.3f}")
-    missing = why_absent("cpu")
+    missing = why_absent("cpp")
     if missing is not None:
         lines.append(f"{'; '.join(COMPILED)}: not counted, because {missing}")
     lines += ["", f"{'least ms per image at stated peak rates':52}" + "".join(f"{gpu:>10}" for gpu in GPUS)]

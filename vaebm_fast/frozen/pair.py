@@ -30,7 +30,7 @@ def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = 
     """The compiled form of `model`: same noise, same U and gradients, folded weights in `dtype`.
 
     dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U stay in float32 (float64
-    for float64). backend: who computes; "auto" is "cpu" for float32 on a CPU with the compiled part, else "reference".
+    for float64). backend: who computes; "auto" is "cpp" for float32 on a CPU with the compiled part, else "reference".
     "triton" and "cuda" have not run on a GPU yet and are there for who asks. "cuda" is "triton" but for
     inverted residuals of large images in bfloat16, each of which is one kernel in CUDA C++
     (`frozen.cells.InvertedResidualCell`), and needs both.
@@ -193,8 +193,8 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
     Raises ValueError and RuntimeError as `freeze` does.
     """
     if backend == "auto":
-        is_compiled = dtype in dtypes("cpu") and why_not("pointwise", device, "cpu") is None
-        return "cpu" if is_compiled else "reference"
+        is_compiled = dtype in dtypes("cpp") and why_not("pointwise", device, "cpp") is None
+        return "cpp" if is_compiled else "reference"
     for op in ("depthwise_swish", "pointwise"):  # one of each kind: with a kernel in CUDA C++, and without
         chosen = choose(op, device, backend_for(op, backend))
         require_dtype("A frozen pair", chosen, dtype)

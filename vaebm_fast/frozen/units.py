@@ -82,7 +82,7 @@ def interleave(phases: list[Tensor]) -> Tensor:
 
 def bilinear_upsample(x: Tensor, backend: Backend) -> Tensor:
     """Twice the sides, corners aligned; has no kernel in C++, because PyTorch's own is deterministic on a CPU."""
-    backend = "reference" if backend == "cpu" else backend_for("bilinear_upsample", backend)
+    backend = "reference" if backend == "cpp" else backend_for("bilinear_upsample", backend)
     return bilinear_ops.bilinear_upsample(x, backend=backend)
 
 

@@ -56,7 +56,7 @@ class VAEBM(nn.Module):
         return model.eval()
 
     def freeze(self, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
-        """`vaebm_fast.freeze(self, ...)`: the compiled pair, with the same `potential_and_grad`, `image`, `mean_image`."""
+        """The compiled pair with the same `potential_and_grad`, `image` and `mean_image`: `vaebm_fast.freeze`."""
         from vaebm_fast.frozen import freeze  # the one import from a row above, for the sake of this short form
 
         return freeze(self, dtype, backend)

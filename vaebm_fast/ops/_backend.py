@@ -24,48 +24,48 @@ class BackendError(UserError, RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why, and how to get it."""
 
 
-Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
-BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
+Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = ("reference", "cpp", "triton", "cuda")
 
 OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "philox_words": ("reference", "cpu", "triton", "cuda"),
-        "philox_normal": ("reference", "cpu", "triton", "cuda"),
-        "langevin_update": ("reference", "cpu", "triton", "cuda"),
-        "depthwise_swish": ("reference", "cpu", "triton", "cuda"),
-        "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
-        "pointwise": ("reference", "cpu", "triton"),
-        "pointwise_backward": ("reference", "cpu", "triton"),
+        "philox_words": ("reference", "cpp", "triton", "cuda"),
+        "philox_normal": ("reference", "cpp", "triton", "cuda"),
+        "langevin_update": ("reference", "cpp", "triton", "cuda"),
+        "depthwise_swish": ("reference", "cpp", "triton", "cuda"),
+        "depthwise_swish_backward": ("reference", "cpp", "triton", "cuda"),
+        "pointwise": ("reference", "cpp", "triton"),
+        "pointwise_backward": ("reference", "cpp", "triton"),
         "bilinear_upsample": ("reference", "triton"),
         "bilinear_upsample_backward": ("reference", "triton"),
         "inverted_residual": ("reference", "cuda"),
         "inverted_residual_backward": ("reference", "cuda"),
         "residual_tail": ("reference", "triton"),
         "residual_tail_backward": ("reference", "triton"),
-        "power_iteration": ("reference", "cpu", "cuda"),
-        "energy_epilogue": ("reference", "cpu", "triton"),
-        "energy_epilogue_backward": ("reference", "cpu", "triton"),
-        "energy_head": ("reference", "cpu", "triton"),
-        "energy_head_backward": ("reference", "cpu", "triton"),
-        "se_gate_residual": ("reference", "cpu", "triton"),
-        "se_gate_residual_backward": ("reference", "cpu", "triton"),
-        "gaussian_latent": ("reference", "cpu", "triton"),
-        "gaussian_latent_backward": ("reference", "cpu", "triton"),
-        "pixel_head": ("reference", "cpu", "triton"),
-        "pixel_head_backward": ("reference", "cpu", "triton"),
+        "power_iteration": ("reference", "cpp", "cuda"),
+        "energy_epilogue": ("reference", "cpp", "triton"),
+        "energy_epilogue_backward": ("reference", "cpp", "triton"),
+        "energy_head": ("reference", "cpp", "triton"),
+        "energy_head_backward": ("reference", "cpp", "triton"),
+        "se_gate_residual": ("reference", "cpp", "triton"),
+        "se_gate_residual_backward": ("reference", "cpp", "triton"),
+        "gaussian_latent": ("reference", "cpp", "triton"),
+        "gaussian_latent_backward": ("reference", "cpp", "triton"),
+        "pixel_head": ("reference", "cpp", "triton"),
+        "pixel_head_backward": ("reference", "cpp", "triton"),
     }
 )
 
 # What a backend stores tensors in; all compute in float32. The reference takes every floating dtype.
 DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
     {
-        "cpu": (torch.float32,),
+        "cpp": (torch.float32,),
         "triton": (torch.float32, torch.bfloat16, torch.float16),
         "cuda": (torch.float32, torch.bfloat16),
     }
 )
 
-_PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("cpu",), "cuda": ("cuda", "triton")})
+_PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("cpp",), "cuda": ("cuda", "triton")})
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def require_dtype(op: str, backend: str, dtype: torch.dtype) -> None:
 
 def why_absent(backend: str) -> str | None:
     """What this machine lacks for a backend and how to get it, as a clause; None when it has everything."""
-    if backend == "cpu":
+    if backend == "cpp":
         return extension.why_missing()
     if backend == "triton" and not _is_installed("triton"):
         return "Triton is not installed; `pip install triton` installs it"
@@ -115,13 +115,13 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     if backend not in OP_BACKENDS[op]:
         return f"{op} has no such implementation; it has {', '.join(OP_BACKENDS[op])}"
     if device.type == "meta":  # an op's fake answers, by which a plan is counted: no kernel is needed
-        return extension.why_missing() if backend in ("cpu", "cuda") else None
+        return extension.why_missing() if backend in ("cpp", "cuda") else None
     absent = why_absent(backend)
     if absent or backend == "reference":
         return absent
     if backend == "triton" and is_interpreting():
         return None
-    needed = "cpu" if backend == "cpu" else "cuda"
+    needed = "cpu" if backend == "cpp" else "cuda"
     if device.type != needed:
         return f"it runs on {needed} tensors and these are on {device}; move them with .to({needed!r})"
     return None

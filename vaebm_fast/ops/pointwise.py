@@ -28,7 +28,7 @@ PANEL = 16  # output channels that the C++ kernels keep side by side
 class PointwiseWeight(NamedTuple):
     """The weight of a 1x1 convolution as a backend reads it; made by `pack_pointwise`.
 
-    Plain, for every backend but cpu: `forward` is [Cout, Cin] and `backward` None. cpu: panels of 16 output channels,
+    Plain, for every backend but cpp: `forward` is [Cout, Cin] and `backward` None. cpp: panels of 16 output channels,
     zeros behind the last, `forward` [ceil(Cout / 16), Cin, 16] and, of the transpose, `backward` [ceil(Cin / 16), Cout,
     16].
     """
@@ -57,7 +57,7 @@ def pack_pointwise(weight: Tensor, backend: Backend) -> PointwiseWeight:
     if weight.dim() not in (2, 4) or weight.shape[2:] not in ((), (1, 1)):
         raise ValueError(f"A pointwise weight is [Cout, Cin] or [Cout, Cin, 1, 1]; this one is {list(weight.shape)}.")
     weight = weight.flatten(1)
-    if backend != "cpu":
+    if backend != "cpp":
         return PointwiseWeight(weight, None)
     return PointwiseWeight(_panels(weight), _panels(weight.T))
 
@@ -134,11 +134,11 @@ def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> st
     """The backend, which must be one that reads this layout."""
     is_packed = weight.backward is not None
     if backend == "auto":
-        backend = "cpu" if is_packed else "reference"
+        backend = "cpp" if is_packed else "reference"
     chosen = choose_for(op, backend, x)
-    if is_packed != (chosen == "cpu"):
+    if is_packed != (chosen == "cpp"):
         raise ValueError(
-            f"The weight is in the {'cpu' if is_packed else 'plain'} layout, which backend={chosen!r} does not read; "
+            f"The weight is in the {'cpp' if is_packed else 'plain'} layout, which backend={chosen!r} does not read; "
             f"make it with pack_pointwise(weight, {chosen!r})."
         )
     return chosen

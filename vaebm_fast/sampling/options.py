@@ -65,7 +65,7 @@ class SampleOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and features."""
     backend: Backend = "auto"
-    """What the frozen networks run on; auto is cpu with the compiled part on a CPU, else reference."""
+    """What the frozen networks run on; auto is cpp with the compiled part on a CPU, else reference."""
     batch_size: int | None = None
     """Images at a time; by default found from the memory, and kept for later runs in the same folder."""
     device: DeviceName = "auto"
