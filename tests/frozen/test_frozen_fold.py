@@ -20,9 +20,9 @@ from vaebm_fast.frozen.energy import FrozenBlock
 from vaebm_fast.frozen.fold import Conv
 from vaebm_fast.frozen.units import (
     SqueezeExcite,
-    depthwise_swish_phases,
+    gate_and_add,
     interleave,
-    se_gate_residual,
+    swish_group_conv_phases,
 )
 from vaebm_fast.models.energy import EnergyResidualBlock
 from vaebm_fast.models.layers import SE, Cell, DownSkip, WNConv2d
@@ -118,7 +118,7 @@ def test_phase_kernels_are_a_convolution_of_the_upsampled_image_up_to_the_frame(
     h = torch.randn(2, 6, *sides, requires_grad=True)
     weight, bias = torch.randn(6, 6 // groups, kernel_size, kernel_size), torch.randn(6)
     expected = F.conv2d(F.silu(upsampled(h)), weight, bias, padding=kernel_size // 2, groups=groups)
-    actual = interleave(depthwise_swish_phases(h, Conv(fold.nearest_phases(weight), bias)))
+    actual = interleave(swish_group_conv_phases(h, Conv(fold.nearest_phases(weight), bias)))
     assert error(actual, expected) < EXACT
     cotangent = torch.randn_like(expected)
     (gradient,) = torch.autograd.grad(actual, h, cotangent)
@@ -164,8 +164,8 @@ def test_a_gate_takes_its_branch_and_skip_at_once() -> None:
     gate, s, skip = SE(20), torch.randn(2, 20, 3, 3), torch.randn(2, 20, 3, 3)
     first, _, second, _ = gate.se
     weights = SqueezeExcite(*(t.detach() for t in (first.weight, first.bias, second.weight, second.bias)))
-    assert error(se_gate_residual(s, skip, weights, "reference"), skip + gate(s)) < EXACT
-    assert error(se_gate_residual(s.clone(), skip, None, "reference"), skip + s) < EXACT
+    assert error(gate_and_add(s, skip, weights, "reference"), skip + gate(s)) < EXACT
+    assert error(gate_and_add(s.clone(), skip, None, "reference"), skip + s) < EXACT
 
 
 PRIMITIVES = [

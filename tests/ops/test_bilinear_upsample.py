@@ -142,7 +142,7 @@ def test_an_empty_batch_is_taken() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_on_a_cpu_a_frozen_pair_upsamples_by_pytorch(backend: Any) -> None:
-    y = units.bilinear_upsample(nhwc(1, 2, 3, 4).requires_grad_(), backend)
+    y = units.upsample_skip(nhwc(1, 2, 3, 4).requires_grad_(), backend)
     assert y.grad_fn is not None and y.grad_fn.name() == "UpsampleBilinear2DBackward0"
 
 

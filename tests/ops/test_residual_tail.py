@@ -64,7 +64,7 @@ def test_the_parts_make_the_op(has_gate: bool, upsample: bool) -> None:
     h, skip, depthwise, depthwise_bias, project, project_bias, *gate = given.values()
     parts = units.Depthwise(depthwise, depthwise_bias), units.Pointwise(pack_pointwise(project, "cpp"), project_bias)
     se = units.SqueezeExcite(*gate) if has_gate else None
-    y = units.residual_tail(h, skip, *parts, se, "cpp", upsample=upsample)
+    y = units.depthwise_project_and_add(h, skip, *parts, se, "cpp", upsample=upsample)
     _, s, *_ = saved(given, upsample)
     expected = reference.residual_tail(**given, upsample=upsample) if has_gate else skip + s
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)

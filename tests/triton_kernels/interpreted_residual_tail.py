@@ -128,8 +128,8 @@ def test_a_frozen_cell_runs_the_op_where_it_has_a_gate(resample: str, use_se: bo
     (dx,) = torch.autograd.grad(cell(x), x, dy)
     ran: list[bool] = []
     with pytest.MonkeyPatch.context() as patch:
-        run = units.tail_ops.residual_tail
-        patch.setattr(units.tail_ops, "residual_tail", lambda *args, **kwargs: ran.append(True) or run(*args, **kwargs))
+        run = units.residual_tail
+        patch.setattr(units, "residual_tail", lambda *args, **kwargs: ran.append(True) or run(*args, **kwargs))
         frozen = freeze_cell("cell", cell, torch.float32, "triton")
         x32 = x.detach().float().contiguous(memory_format=torch.channels_last).requires_grad_()
         y = frozen(x32)

@@ -27,32 +27,28 @@ class BackendError(UserError, RuntimeError):
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = ("reference", "cpp", "triton", "cuda")
 
+_WITHOUT_GRADIENT: Mapping[str, tuple[str, ...]] = {
+    "philox_words": ("reference", "cpp", "triton", "cuda"),
+    "philox_normal": ("reference", "cpp", "triton", "cuda"),
+    "langevin_update": ("reference", "cpp", "triton", "cuda"),
+    "power_iteration": ("reference", "cpp", "cuda"),
+}
+_WITH_GRADIENT: Mapping[str, tuple[str, ...]] = {  # each is two ops: `name` and `name`_backward
+    "depthwise_swish": ("reference", "cpp", "triton", "cuda"),
+    "pointwise": ("reference", "cpp", "triton"),
+    "bilinear_upsample": ("reference", "triton"),
+    "inverted_residual": ("reference", "cuda"),
+    "residual_tail": ("reference", "triton"),
+    "energy_epilogue": ("reference", "cpp", "triton"),
+    "energy_head": ("reference", "cpp", "triton"),
+    "se_gate_residual": ("reference", "cpp", "triton"),
+    "gaussian_latent": ("reference", "cpp", "triton"),
+    "pixel_head": ("reference", "cpp", "triton"),
+}
 OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "philox_words": ("reference", "cpp", "triton", "cuda"),
-        "philox_normal": ("reference", "cpp", "triton", "cuda"),
-        "langevin_update": ("reference", "cpp", "triton", "cuda"),
-        "depthwise_swish": ("reference", "cpp", "triton", "cuda"),
-        "depthwise_swish_backward": ("reference", "cpp", "triton", "cuda"),
-        "pointwise": ("reference", "cpp", "triton"),
-        "pointwise_backward": ("reference", "cpp", "triton"),
-        "bilinear_upsample": ("reference", "triton"),
-        "bilinear_upsample_backward": ("reference", "triton"),
-        "inverted_residual": ("reference", "cuda"),
-        "inverted_residual_backward": ("reference", "cuda"),
-        "residual_tail": ("reference", "triton"),
-        "residual_tail_backward": ("reference", "triton"),
-        "power_iteration": ("reference", "cpp", "cuda"),
-        "energy_epilogue": ("reference", "cpp", "triton"),
-        "energy_epilogue_backward": ("reference", "cpp", "triton"),
-        "energy_head": ("reference", "cpp", "triton"),
-        "energy_head_backward": ("reference", "cpp", "triton"),
-        "se_gate_residual": ("reference", "cpp", "triton"),
-        "se_gate_residual_backward": ("reference", "cpp", "triton"),
-        "gaussian_latent": ("reference", "cpp", "triton"),
-        "gaussian_latent_backward": ("reference", "cpp", "triton"),
-        "pixel_head": ("reference", "cpp", "triton"),
-        "pixel_head_backward": ("reference", "cpp", "triton"),
+        **_WITHOUT_GRADIENT,
+        **{f"{op}{way}": backends for op, backends in _WITH_GRADIENT.items() for way in ("", "_backward")},
     }
 )
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import (
     check_image,
@@ -92,7 +92,7 @@ def pointwise(
     chosen = _choose("pointwise", x, weight, backend)
     if chosen == "reference":
         return reference.pointwise(x, weight.forward, bias, residual, activation=activation)
-    op = _triton.ops_of(chosen).pointwise
+    op = _register.ops_of(chosen).pointwise
     y: Tensor = op(x, weight.forward, weight.transposed, bias, residual, activation)
     return y
 
@@ -126,7 +126,7 @@ def pointwise_backward(
     chosen = _choose("pointwise_backward", dy, weight, backend)
     if chosen == "reference":
         return reference.pointwise_backward(dy, weight.forward, x, activation=activation)
-    dx: Tensor = _triton.ops_of(chosen).pointwise_backward(dy, weight.transposed, Cin, x, activation)
+    dx: Tensor = _register.ops_of(chosen).pointwise_backward(dy, weight.transposed, Cin, x, activation)
     return dx
 
 
@@ -163,7 +163,7 @@ def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Te
     refuse_weight_gradients("pointwise", *(tensor for tensor in (*weight, bias) if tensor is not None))
 
 
-_triton.define(
+_register.define(
     "pointwise",
     "(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, str activation) -> Tensor",
     "(Tensor dy, Tensor weight_t, int Cin, Tensor? x, str activation) -> Tensor",
@@ -201,4 +201,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, dy if ctx.needs_input_grad[4] else None, None
 
 
-_triton.register("pointwise", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register("pointwise", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

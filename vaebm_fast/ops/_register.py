@@ -1,7 +1,8 @@
-"""torch.ops.vaebm_triton: the ops again, under the schemas of torch.ops.vaebm_fast, for the kernels written in Triton.
+"""Registers the ops with torch: schemas of the Triton kernels, and the fakes and gradients of all compiled backends.
 
-A namespace of its own, because under TRITON_INTERPRET=1 they run on CPU tensors too, where torch.ops.vaebm_fast has the
-C++ kernels. Both share their fakes and gradients: `register`. Triton itself is imported by the first call.
+torch.ops.vaebm_fast holds the C++ and CUDA kernels; csrc/ops.cpp defines its schemas. torch.ops.vaebm_triton holds the
+same ops, in Triton: a namespace of its own, because under TRITON_INTERPRET=1 they run on CPU tensors too, where
+torch.ops.vaebm_fast has the C++ kernels. Triton itself is imported by the first call.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from vaebm_fast.ops._backend import is_interpreting
+from vaebm_fast.ops._backend import OP_BACKENDS, is_interpreting
 from vaebm_fast.runtime import extension
 
 _library = torch.library.Library("vaebm_triton", "DEF")
@@ -38,8 +39,8 @@ def define(op: str, arguments: str, backward: str | None = None, *, module: str 
 
 
 def register_fake(op: str, fake: Callable[..., Any]) -> None:
-    """Register what `op` returns on tensors without values, in both namespaces."""
-    for namespace in _namespaces():
+    """Register what `op` returns on tensors without values, in every namespace that has it."""
+    for namespace in _namespaces(op):
         torch.library.register_fake(f"{namespace}::{op}", fake)
 
 
@@ -50,12 +51,8 @@ def register(
     fake_backward: Callable[..., Any],
     save: Callable[..., None],
     backward: Callable[..., Any],
-    is_compiled: bool = True,
 ) -> None:
-    """Register fakes and gradient of `op` in both namespaces; `backward(ops, ctx, *gradients)` gets its own one.
-
-    An op that is in Triton alone is not `is_compiled`.
-    """
+    """Register fakes and gradient of `op` in each namespace that has it; `backward(ops, ctx, *gradients)` gets that."""
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
@@ -63,7 +60,7 @@ def register(
     def refuse(ctx: Any, *gradients: Any) -> NoReturn:
         raise RuntimeError(f"{op} is differentiable once; backend='reference' has further derivatives.")
 
-    for namespace in _namespaces() if is_compiled else ("vaebm_triton",):
+    for namespace in _namespaces(op):
         name, ops = f"{namespace}::{op}", getattr(torch.ops, namespace)
         torch.library.register_fake(name, fake)
         torch.library.register_fake(f"{name}_backward", fake_backward)
@@ -71,8 +68,11 @@ def register(
         torch.library.register_autograd(f"{name}_backward", refuse, setup_context=save_nothing)
 
 
-def _namespaces() -> tuple[str, ...]:
-    return ("vaebm_fast", "vaebm_triton") if extension.is_available() else ("vaebm_triton",)
+def _namespaces(op: str) -> list[str]:
+    """Where `op` is defined here, by its row in OP_BACKENDS."""
+    backends = OP_BACKENDS[op]
+    in_csrc = extension.is_available() and not {"cpp", "cuda"}.isdisjoint(backends)
+    return ["vaebm_fast"] * in_csrc + ["vaebm_triton"] * ("triton" in backends)
 
 
 def _run(module: str, name: str) -> Callable[..., Any]:
