@@ -38,7 +38,7 @@ def test_the_decoder_of_celeba_256_has_44_inverted_residuals_most_weights_at_low
 
 
 @pytest.mark.parametrize(
-    ("arch", "millions"), [("cifar32", 5.1), ("celeba64", 4.3), ("lsun64", 5.8), ("celeba256", 14.2)]
+    ("arch", "millions"), [("cifar_32", 5.1), ("celeba_64", 4.3), ("lsun_64", 5.8), ("celeba_256", 14.2)]
 )
 def test_energy_networks_have_the_published_sizes(arch: str, millions: float) -> None:
     with torch.device("meta"):

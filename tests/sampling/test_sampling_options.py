@@ -174,7 +174,7 @@ def test_an_energy_arch_of_no_blocks_is_refused_and_blocks_are_for_the_nvaes_sid
     options: SampleOptions, networks: Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for nothing in ("", " , "):
-        with pytest.raises(CheckpointError, match=f"{nothing!r} is no energy network; there are mnist, cifar32"):
+        with pytest.raises(CheckpointError, match=f"{nothing!r} is no energy network; there are mnist, cifar_32"):
             load_energy(networks[1], arch=nothing)
     asked: list[Any] = []
 
@@ -183,9 +183,9 @@ def test_an_energy_arch_of_no_blocks_is_refused_and_blocks_are_for_the_nvaes_sid
         return load_energy(path)
 
     monkeypatch.setattr(job, "load_energy", load)
-    for arch in (None, "celeba64", "1-1d 1-2"):
+    for arch in (None, "celeba_64", "celeba64", "1-1d 1-2"):
         assert run_job(replace(options, energy_arch=arch)) == 0
-    assert asked == [(None, None), ("celeba64", None), ("1-1d 1-2", 4)]
+    assert asked == [(None, None), ("celeba_64", None), ("celeba64", None), ("1-1d 1-2", 4)]
 
 
 # Folders of older releases, and of other machines.

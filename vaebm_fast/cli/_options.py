@@ -13,7 +13,7 @@ EnergyArch = Annotated[
     str | None,
     tyro.conf.arg(
         metavar="NAME|BLOCKS",
-        help="The energy network of a published file: a name such as celeba64, or blocks such as '1-1d 1-2'. "
+        help="The energy network of a published file: a name such as celeba_64, or blocks such as '1-1d 1-2'. "
         "Without it the network is recognised from the weights.",
     ),
 ]

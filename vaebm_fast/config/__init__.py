@@ -13,6 +13,7 @@ from vaebm_fast.config.energy import (
     EnergyBlock,
     EnergyConfig,
     energy_from_json,
+    find_energy_arch,
     format_blocks,
     parse_blocks,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Sampling",
     "VAETraining",
     "energy_from_json",
+    "find_energy_arch",
     "format_blocks",
     "nvae_from_json",
     "parse_blocks",

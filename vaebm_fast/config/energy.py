@@ -84,12 +84,17 @@ class EnergyArch:
 ENERGY_ARCHS: Mapping[str, EnergyArch] = MappingProxyType(
     {
         "mnist": EnergyArch(32, 64, parse_blocks("1-1d 1-1 1-2d 2-2")),
-        "cifar32": EnergyArch(32, 128, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2")),
-        "celeba64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-4 4-4d 4-4")),
-        "lsun64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2 2-2d 2-4 4-4 4-4d 4-4")),
-        "celeba256": EnergyArch(256, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2 2-4d 4-4 4-4d 4-4 4-8d 8-8")),
+        "cifar_32": EnergyArch(32, 128, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2")),
+        "celeba_64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-4 4-4d 4-4")),
+        "lsun_64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2 2-2d 2-4 4-4 4-4d 4-4")),
+        "celeba_256": EnergyArch(256, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2 2-4d 4-4 4-4d 4-4 4-8d 8-8")),
     }
 )
+
+
+def find_energy_arch(name: str) -> EnergyArch | None:
+    """The network of that name in ENERGY_ARCHS, spelled with or without its underscore; None where there is none."""
+    return {known.replace("_", ""): arch for known, arch in ENERGY_ARCHS.items()}.get(name.replace("_", ""))
 
 
 def energy_from_json(values: Mapping[str, Any]) -> EnergyConfig:

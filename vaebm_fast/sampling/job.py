@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.checkpoint import content_sha256, describe, load_energy, load_nvae
-from vaebm_fast.config import ENERGY_ARCHS, PRESETS
+from vaebm_fast.config import PRESETS, find_energy_arch
 from vaebm_fast.frozen import FrozenNVAE, freeze
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.ops._backend import Backend
@@ -162,7 +162,8 @@ def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | N
         )
     if options.energy is None or options.chain().steps == 0:
         return vae.requires_grad_(False), None
-    side = vae.image_shape[1] if options.energy_arch not in (None, *ENERGY_ARCHS) else None  # blocks do not tell it
+    has_blocks = options.energy_arch is not None and find_energy_arch(options.energy_arch) is None
+    side = vae.image_shape[1] if has_blocks else None  # blocks do not tell it
     energy = load_energy(options.energy, arch=options.energy_arch, image_size=side, device=device)
     return vae.requires_grad_(False), energy.requires_grad_(False)
 

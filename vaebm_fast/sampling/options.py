@@ -73,7 +73,7 @@ class SampleOptions:
     processes: int | None = None
     """Processes to start; by default one per GPU, or one on a CPU."""
     energy_arch: str | None = None
-    """The energy network of a published file, such as celeba64 or '1-1d 1-2'; by default recognised."""
+    """The energy network of a published file, such as celeba_64 or '1-1d 1-2'; by default recognised."""
     progress: bool = True
     """Show a progress bar, where the output is a terminal."""
 
