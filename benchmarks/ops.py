@@ -1,4 +1,4 @@
-"""How fast is each op, beside its twin in plain PyTorch and beside what the machine can do at most?
+"""How fast is each op, beside its reference in plain PyTorch and beside what the machine can do at most?
 
 An op gets its rows by an entry in CASES: the shapes that the presets' models give it, what it moves and computes, and
 how its tensors are made. Bytes are those that its docstring promises: every tensor read or written once.
@@ -385,13 +385,13 @@ GRAPH_BYTES, MOST_CALLS = 10**9, 128  # what a replay moves at least, some 0.3 m
 
 
 def backends_of(op: str, device: torch.device, without: str | None = None) -> list[str]:
-    """Who can run the op on this device here, its twin among them; not `without`."""
+    """Who can run the op on this device here, its reference among them; not `without`."""
     known = [name for name in _backend.OP_BACKENDS[op] if name != without]
     return [name for name in known if _backend.why_not(op, device, name) is None]
 
 
 def has_kernel(op: str, device: torch.device) -> bool:
-    """Whether there is something to hold beside the op's twin on such devices, present here or not."""
+    """Whether there is something to hold beside the op's reference on such devices, present here or not."""
     kinds = {"cpp"} if device.type == "cpu" else {"triton", "cuda"}
     return not kinds.isdisjoint(_backend.OP_BACKENDS[op])
 

@@ -1,4 +1,4 @@
-"""On a GPU: every op of every backend there beside its twin, and the whole frozen pair. Nothing here runs without one.
+"""On a GPU: every op of every backend beside its reference, and the whole frozen pair. Nothing here runs without one.
 
 Tests named "sanitised" are small enough for compute-sanitizer (`make gpu`).
 """
@@ -51,7 +51,7 @@ CASES = (
     *ops.power_iteration_cases(1, 19, 1029),
     *(case for C in (32, 64, 128) for case in ops.inverted_residual_cases(1, C, 64, 18)),
 )
-# Of the norm. float32: approximate instructions have 2^-21. bfloat16: kernel and twin each round at every step, and
+# Of the norm. float32: approximate instructions have 2^-21. bfloat16: kernel and reference round at every step, and
 # differ by 0.7% in emulation.
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 PLAIN = NVAEConfig(
@@ -83,20 +83,20 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_sanitised_op_agrees_with_its_twin(case: ops.Case, backend: Any) -> None:
+def test_sanitised_op_agrees_with_its_reference(case: ops.Case, backend: Any) -> None:
     reason = why_not(case.op, DEVICE, backend)
     if reason is not None:
         pytest.skip(reason)
     run = case.make(DEVICE)
-    results, twins = tensors(run(backend=backend)), tensors(run(backend="reference"))
-    assert len(results) == len(twins) > 0
-    for result, twin in zip(results, twins, strict=True):
-        assert result.dtype == twin.dtype and error(result, twin) < ALLOWED[result.dtype]
+    results, slow_ones = tensors(run(backend=backend)), tensors(run(backend="reference"))
+    assert len(results) == len(slow_ones) > 0
+    for result, slow in zip(results, slow_ones, strict=True):
+        assert result.dtype == slow.dtype and error(result, slow) < ALLOWED[result.dtype]
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("D", [1, 6, 1001, 4112])
-def test_sanitised_noise_and_update_have_the_bits_of_the_twin_on_a_cpu(D: int, backend: Any) -> None:
+def test_sanitised_noise_and_update_have_the_bits_of_the_reference_on_a_cpu(D: int, backend: Any) -> None:
     """In PyTorch on a GPU too each operation is a kernel, but of these nobody promises the bits."""
     reason = why_not("langevin_update", DEVICE, backend)
     if reason is not None:

@@ -113,6 +113,12 @@ def test_every_folder_of_sources_is_a_package() -> None:
     assert not bare, f"Without an __init__.py these are not installed: {', '.join(bare)}."
 
 
+def test_every_folder_of_tests_is_a_package() -> None:
+    folders = {path.parent for path in (REPOSITORY / "tests").rglob("*.py")}
+    bare = sorted(str(folder) for folder in folders if not (folder / "__init__.py").exists())
+    assert not bare, f"Without an __init__.py two files of one name cannot both be collected: {', '.join(bare)}."
+
+
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_a_file_imports_only_from_rows_below_or_from_its_own_package(path: Path) -> None:
     unit = unit_of(path)

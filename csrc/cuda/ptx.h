@@ -1,4 +1,4 @@
-// Every PTX instruction that we write by hand, one function each. Only the GPU's compiler reads their bodies; the twins
+// Every PTX instruction that we write by hand, one function each. Only the GPU's compiler reads their bodies; the stand-ins
 // that run on a CPU are in tests/csrc/emulation/ptx_emulation.h.
 #pragma once
 

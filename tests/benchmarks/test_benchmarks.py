@@ -25,8 +25,8 @@ def test_rates_ratios_and_shares() -> None:
     assert (plain["over plain"], nhwc["over plain"], fast["over plain"]) == (1, 2, 4)
     assert fast["over plain NHWC"] == 2 and fast["over reference"] is None
     assert fast["gflops"] == pytest.approx(40) and fast["matrix_share"] == pytest.approx(0.4)
-    twin, op = report.derived(content(op_row("reference", 4e-4), op_row("cpp", 2e-4)))
-    assert op["over reference"] == 2 and twin["over plain"] is None
+    slow, op = report.derived(content(op_row("reference", 4e-4), op_row("cpp", 2e-4)))
+    assert op["over reference"] == 2 and slow["over plain"] is None
     assert op["gbps"] == pytest.approx(5) and op["copy_share"] == pytest.approx(0.5)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vaebm_fast import cli
 from vaebm_fast.checkpoint import load_energy, load_nvae, save_nvae
 from vaebm_fast.cli import train
 from vaebm_fast.config import (
@@ -325,6 +326,19 @@ def test_a_changed_setting_is_refused_by_name_and_a_damaged_state_by_file(
     assert f"{state}: the file is damaged" in error_of(capsys, *command)
     state.write_bytes(content[:1000])
     assert f"{state}: the file is cut off" in error_of(capsys, *command)
+
+
+def test_vaebm_fast_train_is_the_same_command(
+    trainers: list[tuple[Any, RunOptions]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train"]) == 0
+    assert "vaebm-fast train energy --preset NAME" in capsys.readouterr().out
+    arguments = ["vae", "--preset", "digits", *TINY_VAE_OPTIONS]
+    assert cli.main(["train", *arguments]) == train.main(arguments) == 0
+    (one, _), (other, _) = trainers
+    assert one.settings() == other.settings()
+    assert cli.main(["train", "flow"]) == 1
+    assert "'flow' is not a stage" in capsys.readouterr().err
 
 
 def test_ctrl_c_in_a_terminal_saves_and_ends_with_130(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of depthwise_swish, emulated on the CPU, against the twin in fp64."""
+"""The CUDA kernels of depthwise_swish, emulated on the CPU, against the reference in fp64."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def assert_as_accurate(result: Tensor, plain: Tensor, truth: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("shape", "upsample", "dtype"), CASES, ids=case_name)
-def test_kernels_equal_the_twin(
+def test_kernels_equal_the_reference(
     emulated: ctypes.CDLL, shape: tuple[int, ...], upsample: bool, dtype: torch.dtype
 ) -> None:
     h, dy, weight, bias = tensors(shape, upsample, dtype)
@@ -138,7 +138,7 @@ def test_kernels_take_empty_tensors(emulated: ctypes.CDLL, shape: tuple[int, ...
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "upsample", "dtype"), CASES, ids=case_name)
-def test_the_op_on_a_gpu_equals_the_twin(shape: tuple[int, ...], upsample: bool, dtype: torch.dtype) -> None:
+def test_the_op_on_a_gpu_equals_the_reference(shape: tuple[int, ...], upsample: bool, dtype: torch.dtype) -> None:
     reason = why_not("depthwise_swish", torch.device("cuda"), "cuda")
     if reason is not None or not torch.cuda.is_available():
         pytest.skip(reason or "there is no GPU")

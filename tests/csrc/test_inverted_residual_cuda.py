@@ -1,4 +1,4 @@
-"""The CUDA kernels of inverted_residual, emulated on the CPU, against the twin in fp64."""
+"""The CUDA kernels of inverted_residual, emulated on the CPU, against the reference in fp64."""
 
 from __future__ import annotations
 
@@ -107,13 +107,13 @@ def backward(library: ctypes.CDLL, ds: Tensor, x: Tensor, h2: Tensor, weight_t: 
 
 
 def assert_as_accurate(result: Tensor, plain: Tensor, truth: Tensor) -> None:
-    """Error at most twice that of the twin, which rounds to bf16 at every step, plus half an ulp of the largest."""
+    """Error at most twice the reference's, which rounds to bf16 at every step, plus half an ulp of the largest."""
     allowed = 2 * (plain.double() - truth).abs().max() + 2.0**-9 * truth.abs().max()
     assert (result.double() - truth).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=case_name)
-def test_the_kernel_equals_the_twin(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
+def test_the_kernel_equals_the_reference(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
     x, _, w = tensors(shape)
     s, h2 = forward(emulated, x, pack_inverted_residual(w))
     plain, plain_h2 = reference.inverted_residual(x, *w, with_h2=True)
@@ -124,7 +124,7 @@ def test_the_kernel_equals_the_twin(emulated: ctypes.CDLL, shape: tuple[int, ...
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=case_name)
-def test_the_backward_kernel_equals_the_twin(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
+def test_the_backward_kernel_equals_the_reference(emulated: ctypes.CDLL, shape: tuple[int, ...]) -> None:
     x, ds, w = tensors(shape)
     h2 = reference.inverted_residual(x, *w, with_h2=True)[1]
     assert h2 is not None
@@ -224,7 +224,7 @@ def test_the_report_counts_the_shared_memory_of_a_block(emulated: ctypes.CDLL, C
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 64, 128, 128, 384)], ids=case_name)
-def test_the_op_on_a_gpu_equals_the_twin(shape: tuple[int, ...]) -> None:
+def test_the_op_on_a_gpu_equals_the_reference(shape: tuple[int, ...]) -> None:
     reason = why_not("inverted_residual", torch.device("cuda"), "cuda")
     if reason is not None or not torch.cuda.is_available():
         pytest.skip(reason or "there is no GPU")

@@ -1,4 +1,4 @@
-"""The update kernel of CUDA without a GPU: emulated on the CPU it gives the bits of the twin."""
+"""The update kernel of CUDA without a GPU: emulated on the CPU it gives the bits of the reference."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def expected_of(eps: Tensor, gradient: Tensor, seeds: Tensor, draw: int, prior: 
 
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("D", [1, 3, 4, 6, 1023, 1024, 1025, 2052])
-def test_emulated_kernel_equals_the_twin_bit_for_bit(emulated: ctypes.CDLL, D: int, prior: bool) -> None:
+def test_emulated_kernel_equals_the_reference_bit_for_bit(emulated: ctypes.CDLL, D: int, prior: bool) -> None:
     seeds = seed_tensor(SEEDS)
     eps, gradient = 3 * torch.randn(4, D), 10 * torch.randn(4, D)
     for draw in (1, 2**32 - 1, 2**32 + 5):

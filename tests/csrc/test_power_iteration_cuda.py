@@ -1,4 +1,4 @@
-"""The CUDA kernels of power_iteration, emulated on the CPU, against the twin in fp64."""
+"""The CUDA kernels of power_iteration, emulated on the CPU, against the reference in fp64."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def assert_as_accurate(actual: tuple[Tensor, Tensor], given: tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_equal_the_twin(emulated: ctypes.CDLL, shape: tuple[int, int, int]) -> None:
+def test_kernels_equal_the_reference(emulated: ctypes.CDLL, shape: tuple[int, int, int]) -> None:
     given = tensors(shape)
     result, again = (run(emulated, *given[:2], 2) for _ in range(2))
     assert_as_accurate(result, given, 2)
@@ -139,7 +139,7 @@ def test_kernels_take_an_empty_batch(emulated: ctypes.CDLL) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 9221), (17, 512, 4608)], ids=str)
-def test_the_op_on_a_gpu_equals_the_twin(shape: tuple[int, int, int]) -> None:
+def test_the_op_on_a_gpu_equals_the_reference(shape: tuple[int, int, int]) -> None:
     reason = why_not("power_iteration", torch.device("cuda"), "cuda")
     if reason is not None or not torch.cuda.is_available():
         pytest.skip(reason or "there is no GPU")

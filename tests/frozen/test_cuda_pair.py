@@ -1,6 +1,6 @@
 """The frozen pair on backend "cuda" without a GPU: who runs which op, and that the ops are strung together rightly.
 
-Twins stand in for the kernels; the kernels themselves are tested one by one, in emulation and in Triton's interpreter.
+References stand in for the kernels; the kernels are tested one by one, in emulation and in Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -160,6 +160,17 @@ def test_gradients_come_under_no_grad_and_inference_mode_and_reach_nothing_else(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_model_freeze_is_short_for_freeze() -> None:
+    model = tiny()
+    eps_z, eps_x = noise_of(model)
+    pairs = vf.freeze(model, torch.bfloat16, "reference"), model.freeze(torch.bfloat16, "reference")
+    u, other = (pair.potential_and_grad(eps_z, eps_x)[0] for pair in pairs)
+    assert torch.equal(u, other) and all(pair.dtype == torch.bfloat16 for pair in pairs)
+    official, energy = (pairs[0].potential_and_grad(eps_z, eps_x, potential)[0] for potential in ("official", "energy"))
+    assert torch.equal(u, official) and not torch.equal(u, energy)  # official is the default
+    assert torch.equal(model.potential(eps_z, eps_x), model.potential(eps_z, eps_x, "official"))
+
+
 class PlainModules:
     """A model without its compiled form, so that a sampler runs on the modules themselves."""
 

@@ -1,4 +1,4 @@
-"""Twins in the place of GPU kernels: a network made for a GPU runs on a CPU and shows which kernels it calls."""
+"""References in the place of GPU kernels: a network made for a GPU runs on a CPU and shows which kernels it calls."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def pretend_a_gpu(patch: pytest.MonkeyPatch) -> None:
 
 
 class StandIns(TorchDispatchMode):
-    """Counts the ops that are called; on CPU tensors computes the compiled ones by their twins, rounding the results.
+    """Counts the ops that are called; computes the compiled ones on CPU tensors by their references, and rounds.
 
-    `kernels` replace a twin by something else, called as the op is. The twins are the C++ ops where these are called
-    alike.
+    `kernels` replace a reference by something else, called as the op is. It is the C++ op where that
+    is called alike.
     """
 
     def __init__(self, kernels: Mapping[str, Callable[..., Any]] | None = None) -> None:
@@ -47,7 +47,7 @@ class StandIns(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in self._kernels:
             return self._kernels[name](*args)
-        run = TWINS.get(name) or getattr(torch.ops.vaebm_fast, name)
+        run = REFERENCES.get(name) or getattr(torch.ops.vaebm_fast, name)
         results = run(*tree_map_only(Tensor, lambda tensor: tensor.float(), args))
         return tree_map(_rounded, results, likes)
 
@@ -71,7 +71,7 @@ def _pointwise_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None
 def inverted_residual(
     x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor, with_h2: bool
 ) -> tuple[Tensor, Tensor]:
-    """The twin, called as the compiled op is."""
+    """The reference, called as the compiled op is."""
     C = x.shape[1]
     W1, W2, window, b1 = weight.split((32 * C, 32 * C, 1792, 128), 1)
     taps = _from_lanes(window)
@@ -126,7 +126,7 @@ def _from_pairs(part: Tensor, twice: int) -> Tensor:
     return part.reshape(-1, 16, 2, 2, 2)[..., 1].select(twice, 0).flatten()
 
 
-TWINS: dict[str, Callable[..., Any]] = {
+REFERENCES: dict[str, Callable[..., Any]] = {
     "bilinear_upsample": reference.bilinear_upsample,
     "bilinear_upsample_backward": reference.bilinear_upsample_backward,
     "pointwise": _pointwise,

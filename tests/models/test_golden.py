@@ -159,7 +159,7 @@ def test_gradients_of_the_potential_in_noise_space(case: str, potential: Any) ->
 @pytest.mark.parametrize("potential", ["official", "paper"])
 @pytest.mark.parametrize("case", ENERGY_CASES)
 def test_chain_on_given_noise(case: str, potential: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin of the update with recorded noise in place of its own."""
+    """The reference of the update with recorded noise in place of its own."""
     golden, model = expected_of(case), model_of(case)
     expected, start = golden[f"chain_{potential}"], golden["decode"]
     layout = model.noise_layout

@@ -1,4 +1,4 @@
-"""Bilinear upsampling x2: twin against PyTorch's, its gradient that gathers, bad arguments.
+"""Bilinear upsampling x2: reference against PyTorch's, its gradient that gathers, bad arguments.
 
 Kernels: interpreted_triton.py.
 """
@@ -39,7 +39,7 @@ def cotangent(shape: tuple[int, ...]) -> Tensor:
 
 
 def on_a_gpu(x: Tensor) -> Tensor:
-    """What the twin computes on a GPU."""
+    """What the reference computes on a GPU."""
     result: Tensor = reference._BilinearUpsample.apply(x)
     return result
 
@@ -58,7 +58,7 @@ class Called(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_twin_and_its_gradient_are_those_of_pytorch(shape: tuple[int, ...]) -> None:
+def test_reference_and_its_gradient_are_those_of_pytorch(shape: tuple[int, ...]) -> None:
     """float64 to 1e-12. In float32 PyTorch rounds positions, 3e-6 at 31 pixels; the gradient here must err no more."""
     x, dy = nhwc(*shape), cotangent(shape)
     exact, rounded = (plain(x.double()), plain_backward(dy.double())), (plain(x), plain_backward(dy))
@@ -89,7 +89,7 @@ def test_corners_are_aligned() -> None:
         torch.testing.assert_close(run(x)[0, 0], torch.linspace(0, 3, 8).expand(2, 8))
 
 
-def test_twin_passes_gradcheck_twice() -> None:
+def test_reference_passes_gradcheck_twice() -> None:
     x = torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     for run in (bilinear_upsample, on_a_gpu):
         assert torch.autograd.gradcheck(run, x)

@@ -1,4 +1,4 @@
-"""Depthwise convolution of a swish: the twin against autograd, the kernels against the twin in fp64, bad arguments."""
+"""Depthwise convolution of a swish: the reference against autograd, the kernels against it in fp64, bad arguments."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plain_backward(dy: Tensor, h: Tensor, weight: Tensor, bias: Tensor, upsample
 
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("K", [1, 3, 5])
-def test_twin_equals_the_layers_of_a_model_and_their_gradient(K: int, upsample: bool) -> None:
+def test_reference_equals_the_layers_of_a_model_and_their_gradient(K: int, upsample: bool) -> None:
     h, weight, bias, dy = (t.double() for t in tensors((2, 3, 4, 5, K), upsample))
     y = reference.depthwise_swish(h, pack_depthwise(weight), bias, upsample=upsample)
     dh = reference.depthwise_swish_backward(dy, h, pack_depthwise(weight), upsample=upsample)
@@ -69,7 +69,7 @@ def test_twin_equals_the_layers_of_a_model_and_their_gradient(K: int, upsample: 
 
 
 @pytest.mark.parametrize("upsample", [False, True])
-def test_twin_passes_gradcheck_in_h(upsample: bool) -> None:
+def test_reference_passes_gradcheck_in_h(upsample: bool) -> None:
     h, weight, bias, dy = (t.double() for t in tensors((1, 2, 3, 4, 5), upsample))
     packed = pack_depthwise(weight)
     h.requires_grad_()

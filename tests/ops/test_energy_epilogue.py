@@ -1,4 +1,4 @@
-"""swish(y + shift + skip_scale * skip): the twin against autograd, kernels against the twin in fp64, bad arguments."""
+"""swish(y + shift + skip_scale * skip): the reference against autograd, the kernels against it in fp64, refusals."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def doubled(*arguments: Any) -> list[Any]:
 
 
 @TERMS
-def test_twin_equals_plain_pytorch_and_its_gradient(scale: float | None, shifted: bool) -> None:
+def test_reference_equals_plain_pytorch_and_its_gradient(scale: float | None, shifted: bool) -> None:
     given, du = doubled(*terms((2, 3, 4, 5), scale, shifted)), torch.randn(2, 3, 4, 5).double()
     torch.testing.assert_close(reference.energy_epilogue(*given), plain(*given))
     torch.testing.assert_close(reference.energy_epilogue_backward(du, *given), plain_backward(du, *given))
 
 
-def test_twin_passes_gradcheck() -> None:
+def test_reference_passes_gradcheck() -> None:
     y, skip, _, shift = doubled(*terms((1, 2, 3, 2), 0.9, True))
     du, inputs = torch.randn(1, 2, 3, 2).double(), (y.requires_grad_(), skip.requires_grad_())
     assert torch.autograd.gradcheck(lambda y, skip: reference.energy_epilogue(y, skip, 0.9, shift), inputs)

@@ -1,4 +1,4 @@
-"""bias + sum_chw weight[c] swish(y + shift + skip_scale * skip): twin against autograd, kernels against it in fp64."""
+"""bias + sum_chw weight[c] swish(y + shift + skip_scale * skip): reference against autograd, kernels against that."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def doubled(*arguments: Any) -> list[Any]:
 
 
 @TERMS
-def test_twin_equals_plain_pytorch_and_its_gradient(scale: float | None, shifted: bool) -> None:
+def test_reference_equals_plain_pytorch_and_its_gradient(scale: float | None, shifted: bool) -> None:
     given = doubled(*arguments((2, 3, 4, 5), scale, shifted))
     denergy = torch.randn(2).double()
     torch.testing.assert_close(reference.energy_head(*given), plain(*given))
@@ -59,7 +59,7 @@ def test_twin_equals_plain_pytorch_and_its_gradient(scale: float | None, shifted
     torch.testing.assert_close(dt, plain_backward(denergy, *given))
 
 
-def test_twin_passes_gradcheck() -> None:
+def test_reference_passes_gradcheck() -> None:
     y, skip, _, shift, weight, bias = doubled(*arguments((2, 2, 3, 2), 0.9))
     denergy = torch.randn(2).double()
     inputs = (y.requires_grad_(), skip.requires_grad_())
@@ -68,7 +68,7 @@ def test_twin_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(backward, inputs)
 
 
-def test_twin_sums_in_the_precision_of_its_weights() -> None:
+def test_reference_sums_in_the_precision_of_its_weights() -> None:
     y, *_, weight, bias = arguments((2, 3, 30, 30), None)
     y = y.bfloat16()
     energy = reference.energy_head(y, None, 1.0, None, weight, bias)

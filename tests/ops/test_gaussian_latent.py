@@ -1,4 +1,4 @@
-"""Normal latents and log p: the twin against the distribution, the kernels against the twin in fp64, bad arguments."""
+"""Normal latents and log p: the reference against the distribution, the kernels against it in fp64, bad arguments."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def gradients(run: Any, parameters: Tensor | None, eps: Tensor, dz: Tensor, dlog
 
 
 @pytest.mark.parametrize(("with_parameters", "temperature"), KINDS)
-def test_twin_equals_the_distribution_and_its_gradients(with_parameters: bool, temperature: float) -> None:
+def test_reference_equals_the_distribution_and_its_gradients(with_parameters: bool, temperature: float) -> None:
     parameters, eps, dz, dlog_p = doubled(*tensors((2, 3, 4, 5), with_parameters))
     z, log_p = reference.gaussian_latent(parameters, eps, temperature, with_log_p=True)
     torch.testing.assert_close((z, log_p), plain(parameters, eps, temperature))
@@ -67,7 +67,7 @@ def test_twin_equals_the_distribution_and_its_gradients(with_parameters: bool, t
     torch.testing.assert_close([t for t in results if t is not None], expected)
 
 
-def test_twin_passes_gradcheck() -> None:
+def test_reference_passes_gradcheck() -> None:
     parameters, eps, dz, dlog_p = doubled(*tensors((2, 2, 1, 3)))
     inputs = (parameters.requires_grad_(), eps.requires_grad_())
     assert torch.autograd.gradcheck(lambda p, e: reference.gaussian_latent(p, e, 0.7, with_log_p=True), inputs)
@@ -81,17 +81,17 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
 ) -> None:
     parameters, eps, dz, dlog_p = tensors(shape, with_parameters)
 
-    def twin(parameters: Tensor | None, eps: Tensor) -> tuple[Tensor, Tensor | None]:
+    def slow(parameters: Tensor | None, eps: Tensor) -> tuple[Tensor, Tensor | None]:
         return reference.gaussian_latent(parameters, eps, temperature, with_log_p=True)
 
     results = gaussian_latent(parameters, eps, temperature, with_log_p=True, backend="cpp")
-    for result, fp32, fp64 in zip(results, twin(parameters, eps), twin(*doubled(parameters, eps)), strict=True):
+    for result, fp32, fp64 in zip(results, slow(parameters, eps), slow(*doubled(parameters, eps)), strict=True):
         assert result is not None and fp32 is not None and fp64 is not None
         assert_as_accurate(result, fp32, fp64)
     backward = gaussian_latent_backward(dz, dlog_p, parameters, eps, temperature, backend="cpp")
     given = [t for t in backward if t is not None]
-    fp32_gradients = gradients(twin, parameters, eps, dz, dlog_p)
-    truth = gradients(twin, *doubled(parameters, eps, dz, dlog_p))
+    fp32_gradients = gradients(slow, parameters, eps, dz, dlog_p)
+    truth = gradients(slow, *doubled(parameters, eps, dz, dlog_p))
     for result, fp32, fp64 in zip(given, fp32_gradients, truth, strict=True):
         assert_as_accurate(result, fp32, fp64)
     for image in (results[0], *given):
@@ -205,8 +205,8 @@ def test_either_output_may_go_unused(compiled: None) -> None:
     outputs = gaussian_latent(parameters, eps.requires_grad_(), 0.7, with_log_p=True, backend="cpp")
     for output, cotangent in zip(outputs, (dz, dlog_p), strict=True):
         (deps,) = torch.autograd.grad(output, eps, cotangent, retain_graph=True)
-        twin = reference.gaussian_latent(parameters, eps, 0.7, with_log_p=True)[0 if output is outputs[0] else 1]
-        torch.testing.assert_close(deps, torch.autograd.grad(twin, eps, cotangent)[0])
+        slow = reference.gaussian_latent(parameters, eps, 0.7, with_log_p=True)[0 if output is outputs[0] else 1]
+        torch.testing.assert_close(deps, torch.autograd.grad(slow, eps, cotangent)[0])
 
 
 @pytest.mark.parametrize("with_log_p", [False, True])

@@ -1,4 +1,4 @@
-"""The whole inverted residual: the twin against the layers of a model and autograd, the face, bad arguments."""
+"""The whole inverted residual: the reference against the layers of a model and autograd, the face, bad arguments."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def plain(x: Tensor, w: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_twin_is_the_layers_of_a_model(shape: tuple[int, ...]) -> None:
+def test_the_reference_is_the_layers_of_a_model(shape: tuple[int, ...]) -> None:
     w = arguments(shape)
     s, h2 = reference.inverted_residual(**w, with_h2=True)
     torch.testing.assert_close(s, plain(w["x"], w))
@@ -80,14 +80,14 @@ def test_the_twin_is_the_layers_of_a_model(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradient_of_the_twin(shape: tuple[int, ...]) -> None:
+def test_gradient_of_the_reference(shape: tuple[int, ...]) -> None:
     w = arguments(shape)
     x = w.pop("x").requires_grad_()
     assert torch.autograd.gradcheck(lambda x: reference.inverted_residual(x, **w, with_h2=False)[0], x)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_twins_backward_is_the_gradient_of_the_layers(shape: tuple[int, ...]) -> None:
+def test_the_references_backward_is_the_gradient_of_the_layers(shape: tuple[int, ...]) -> None:
     given = arguments(shape)
     w = of_backward(given)
     x = given["x"].clone().requires_grad_()
@@ -95,7 +95,7 @@ def test_the_twins_backward_is_the_gradient_of_the_layers(shape: tuple[int, ...]
     torch.testing.assert_close(reference.inverted_residual_backward(**w), dx)
 
 
-def test_the_face_on_a_cpu_is_the_twin() -> None:
+def test_the_face_on_a_cpu_is_the_reference() -> None:
     given = arguments(SHAPES[1], torch.bfloat16)
     given["x"].requires_grad_()
     expected, _ = reference.inverted_residual(**given, with_h2=False)
@@ -141,7 +141,7 @@ def test_what_the_cuda_kernels_do_not_take_is_not_packed(shape: tuple[int, ...])
 
 @pytest.mark.parametrize("C", [32, 64, 128])
 def test_packed_weights_are_those_that_were_packed(C: int) -> None:
-    """As the twins take them apart again; in float32, where halves are exact too."""
+    """As the references take them apart again; in float32, where halves are exact too."""
     given = arguments((1, C, 3, 4, 96, 5), torch.float32)
     packed = pack_inverted_residual(weights_of(given))
     s, h2 = stand_ins.inverted_residual(given["x"], *packed, True)
@@ -215,7 +215,7 @@ def on_meta(shape: tuple[int, ...]) -> tuple[Tensor, PackedBlock]:
     return given["x"].to("meta").requires_grad_(), PackedBlock(*(tensor.to("meta") for tensor in packed))
 
 
-def test_the_fakes_of_the_cpp_ops_have_the_shapes_of_the_twin(compiled: None) -> None:
+def test_the_fakes_of_the_cpp_ops_have_the_shapes_of_the_reference(compiled: None) -> None:
     x, packed = on_meta((2, 32, 4, 6, 64, 5))
     s, h2 = torch.ops.vaebm_fast.inverted_residual(x, *packed, True)
     assert s.shape == x.shape and h2.shape == (2, 64, 4, 6) and s.dtype == h2.dtype == torch.bfloat16

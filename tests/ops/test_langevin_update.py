@@ -1,4 +1,4 @@
-"""One Langevin step in place: the twin's formula and law, the same bits everywhere, the flag, bad arguments."""
+"""One Langevin step in place: the reference's formula and law, the same bits everywhere, the flag, bad arguments."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_reference_is_the_formula_in_float64_to_the_last_places(prior: bool) -> 
 
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("D", SIZES)
-def test_kernel_equals_the_twin_bit_for_bit(D: int, prior: bool, backend: Backend) -> None:
+def test_kernel_equals_the_reference_bit_for_bit(D: int, prior: bool, backend: Backend) -> None:
     eps, gradient = 3 * torch.randn(5, D), 10 * torch.randn(5, D)
     for draw in DRAWS:
         for step_size in (3e-6, 0.3):

@@ -1,4 +1,4 @@
-"""Pixels and log p(x|z): the twin against the distribution, the kernels against the twin in fp64, bad arguments."""
+"""Pixels and log p(x|z): the reference against the distribution, the kernels against it in fp64, bad arguments."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def around(value: float, steps: int = 50) -> Tensor:
     return bits.view(torch.float32).sort().values
 
 
-def test_twin_equals_the_distribution_and_its_gradients() -> None:
+def test_reference_equals_the_distribution_and_its_gradients() -> None:
     logits, eps_x, dx, dlog_p = doubled(*tensors((2, 3, 8, 5)))
     t = plain(logits, eps_x)[0]
     assert (t == 1).any() and (t == 0).any() and ((t > 0) & (t < 1)).any()
@@ -67,7 +67,7 @@ def test_twin_equals_the_distribution_and_its_gradients() -> None:
     torch.testing.assert_close(results, gradients(logits, eps_x, dx, dlog_p))
 
 
-def test_twin_passes_gradcheck() -> None:
+def test_reference_passes_gradcheck() -> None:
     logits, eps_x, dx, dlog_p = doubled(*tensors((2, 2, 2, 3)))
     inputs = (logits.requires_grad_(), eps_x.requires_grad_())
     assert torch.autograd.gradcheck(lambda a, e: reference.pixel_head(a, e, with_log_p=True), inputs)
@@ -90,7 +90,7 @@ def test_kernels_are_as_accurate_as_plain_pytorch(
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_kernels_and_twin_clamp_where_autograd_does_and_pass_the_gradient_at_the_bound(
+def test_kernels_and_reference_clamp_where_autograd_does_and_pass_the_gradient_at_the_bound(
     sign: int, compiled: None
 ) -> None:
     """mu = 0 and sigma = 1.01 exactly: pixels run over the floats at the bound."""
@@ -107,7 +107,7 @@ def test_kernels_and_twin_clamp_where_autograd_does_and_pass_the_gradient_at_the
         torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_kernels_and_twin_pass_the_gradient_of_log_p_at_the_floor_of_log_sigma(compiled: None) -> None:
+def test_kernels_and_reference_pass_the_gradient_of_log_p_at_the_floor_of_log_sigma(compiled: None) -> None:
     """mu = eps = 0 leaves dlog_sigma = -[log sigma >= -2] e^-2 / sigma; each code's own rounding says where -2 is."""
     raw = around(5 * math.atanh(-0.4)).reshape(1, 1, -1, 1)
     zero, one = torch.zeros_like(raw), torch.ones(1)

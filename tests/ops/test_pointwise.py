@@ -1,4 +1,4 @@
-"""Pointwise convolution: the twin against autograd, the kernels against the twin in fp64, layouts, bad arguments."""
+"""Pointwise convolution: the reference against autograd, the kernels against it in fp64, layouts, bad arguments."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def plain_backward(dy: Tensor, x: Tensor, weight: Tensor, activation: Activation
 
 
 @ACTIVATIONS
-def test_twin_equals_the_layers_of_a_model_and_passes_gradcheck(activation: Activation) -> None:
+def test_reference_equals_the_layers_of_a_model_and_passes_gradcheck(activation: Activation) -> None:
     x, weight, bias, residual, dy = (t.double() for t in tensors((2, 5, 3, 2, 4)))
     y = reference.pointwise(x, weight, bias, residual, activation=activation)
     torch.testing.assert_close(y, plain(x, weight, bias, residual, activation))
     dx = reference.pointwise_backward(dy, weight, activated(x, activation), activation=activation)
     torch.testing.assert_close(dx, plain_backward(dy, x, weight, activation))
     inputs = (x.requires_grad_(), residual.requires_grad_())
-    twin = partial(reference.pointwise, activation=activation)
-    assert torch.autograd.gradcheck(lambda x, r: twin(x, weight, bias, r), inputs)
+    slow = partial(reference.pointwise, activation=activation)
+    assert torch.autograd.gradcheck(lambda x, r: slow(x, weight, bias, r), inputs)
 
 
 @ACTIVATIONS

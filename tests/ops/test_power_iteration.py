@@ -1,4 +1,4 @@
-"""Batched power iteration: singular values against the SVD, the kernel against the twin in fp64, bad arguments."""
+"""Batched power iteration: singular values against the SVD, the kernel against the reference in fp64, bad arguments."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_kernel_finds_the_singular_vectors_across_a_gap(backend: Any, compiled: 
 
 @pytest.mark.parametrize("iterations", [1, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_is_as_close_to_the_fp64_twin_as_plain_pytorch(
+def test_kernel_is_as_close_to_the_fp64_reference_as_plain_pytorch(
     shape: tuple[int, int, int], iterations: int, compiled: None
 ) -> None:
     given = tensors(shape)

@@ -1,4 +1,4 @@
-"""The tail of an inverted residual: twin against autograd, bad arguments. Kernels: interpreted_residual_tail.py."""
+"""The tail of an inverted residual: reference against autograd, bad arguments. Kernels: interpreted_residual_tail."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def saved(given: dict[str, Tensor], upsample: bool) -> tuple[Tensor, Tensor, Ten
 
 
 @pytest.mark.parametrize("upsample", [False, True])
-def test_backward_of_the_twin_is_its_gradient(upsample: bool) -> None:
+def test_backward_of_the_reference_is_its_gradient(upsample: bool) -> None:
     given = {name: tensor.double() for name, tensor in tensors(upsample).items()}
     h, skip = (given[name].requires_grad_() for name in ("h", "skip"))
     y = residual_tail(**given, upsample=upsample, backend="reference")

@@ -1,4 +1,4 @@
-"""skip + gate(s) s: the twin against autograd, the kernels against the twin in fp64, bad arguments."""
+"""skip + gate(s) s: the reference against autograd, the kernels against it in fp64, bad arguments."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def backward_of(run: Any, dy: Tensor, s: Tensor, weights: tuple[Tensor, ...], **
     return run(dy, s, *layers(s, weights), weights[0], weights[2], **options)
 
 
-def test_twin_equals_plain_pytorch_and_its_gradient() -> None:
+def test_reference_equals_plain_pytorch_and_its_gradient() -> None:
     s, skip, weights, dy = tensors((2, 5, 3, 4, 3))
     s, skip, dy, weights = s.double(), skip.double(), dy.double(), double(weights)
     torch.testing.assert_close(reference.se_gate_residual(s, skip, *weights), plain(s, skip, weights))
@@ -62,7 +62,7 @@ def test_twin_equals_plain_pytorch_and_its_gradient() -> None:
     torch.testing.assert_close(ds, plain_backward(dy, s, weights))
 
 
-def test_twin_passes_gradcheck() -> None:
+def test_reference_passes_gradcheck() -> None:
     s, skip, weights, dy = tensors((1, 3, 2, 3, 2))
     weights, dy = double(weights), dy.double()
     inputs = (s.double().requires_grad_(), skip.double().requires_grad_())

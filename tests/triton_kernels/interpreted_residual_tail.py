@@ -63,8 +63,8 @@ def saved(shape: tuple[Any, ...], arguments: tuple[Tensor, ...], dtype: torch.dt
 
 def check(shape: tuple[Any, ...], dtype: torch.dtype) -> None:
     arguments, upsample = tail(shape, dtype), shape[-1]
-    twin = with_options(reference.residual_tail, upsample=upsample)
-    assert_accurate(on_triton(residual_tail, upsample=upsample), twin, *arguments)
+    slow = with_options(reference.residual_tail, upsample=upsample)
+    assert_accurate(on_triton(residual_tail, upsample=upsample), slow, *arguments)
     backward = with_options(reference.residual_tail_backward, upsample=upsample)
     given = saved(shape, arguments, dtype)
     assert_accurate(on_triton(residual_tail_backward, upsample=upsample), backward, *given)

@@ -92,17 +92,17 @@ def test_either_way_to_ask_torch_for_tf32_is_heard() -> None:
     assert pointwise_kernels.precision_of(torch.float32) == "ieee"
 
 
-def check(kind: str, found: Tensor, twin: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
-    """`twin` computes in float64, of operands that the function it is given has rounded.
+def check(kind: str, found: Tensor, slow: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> None:
+    """`slow` computes in float64, of operands that the function it is given has rounded.
 
     TF32 agrees with it but where float32's error before an operand is rounded puts that on the other side of a half:
     one in thousands, by 2^-10. Operands that are cut off are 2^-10.5 away, more than the exact ones.
     """
-    exact = off(found.double(), twin(lambda operand: operand))
+    exact = off(found.double(), slow(lambda operand: operand))
     if kind == "ieee":
         assert exact < 1e-6
     else:
-        assert off(found.double(), twin(lambda operand: round_to_tf32(operand.float()).double())) < 2.0**-15
+        assert off(found.double(), slow(lambda operand: round_to_tf32(operand.float()).double())) < 2.0**-15
         assert 2.0**-13 < exact < 2.0**-11
 
 
@@ -144,11 +144,11 @@ def test_a_gated_gradient_is_rounded_behind_its_gate(shape: tuple[Any, ...], kin
     dy, h, h2, s, hidden, gate, depthwise, project, first, second = (tensor.double() for tensor in given)
     ds = reference.se_gate_residual_backward(dy, s, hidden, gate, first, second)
 
-    def twin(operand: Callable[[Tensor], Tensor]) -> Tensor:
+    def slow(operand: Callable[[Tensor], Tensor]) -> Tensor:
         dh2 = reference.pointwise_backward(operand(ds), operand(project), h2, activation="swish")
         return reference.depthwise_swish_backward(dh2, h, depthwise, upsample=False)
 
-    check(kind, dh, twin)
+    check(kind, dh, slow)
 
 
 @pytest.mark.parametrize("bits", [0x7F800000, NANS[0]], ids=["infinity", "NaN"])

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter against their twins in fp64; `test_triton.py` runs this file.
+"""The Triton kernels in Triton's interpreter against their references in fp64; `test_triton.py` runs this file.
 
 The interpreter is chosen when Triton is imported, so these tests have a process of their own. Everything that kernels
 read or write lies between bands of NaN: a read outside spoils a result, a write outside a band.
@@ -90,8 +90,8 @@ def promoted(arguments: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     return [a.to(dtype) if isinstance(a, Tensor) else a for a in arguments]
 
 
-def assert_accurate(run: Callable[..., Any], twin: Callable[..., Any], *arguments: Any) -> None:
-    """Error against fp64 at most twice that of the twin in fp32, rounded to the result's precision, plus a unit there.
+def assert_accurate(run: Callable[..., Any], slow: Callable[..., Any], *arguments: Any) -> None:
+    """Error against fp64 at most twice the reference's in fp32, rounded to the result's precision, plus a unit there.
 
     The unit is of the largest number: 2^-23 of it in fp32 (sums differ in order), 2^-10 in fp16 (operands of the GEMM
     are rounded once more).
@@ -100,8 +100,8 @@ def assert_accurate(run: Callable[..., Any], twin: Callable[..., Any], *argument
         [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
         for out in (
             run(*arguments),
-            twin(*promoted(arguments, torch.float32)),
-            twin(*promoted(arguments, torch.float64)),
+            slow(*promoted(arguments, torch.float32)),
+            slow(*promoted(arguments, torch.float64)),
         )
     )
     assert len(results) == len(fp64)
@@ -117,8 +117,8 @@ def on_triton(face: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda *arguments: face(*arguments, **options, backend="triton")
 
 
-def with_options(twin: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return lambda *arguments: twin(*arguments, **options)
+def with_options(slow: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda *arguments: slow(*arguments, **options)
 
 
 # N, C, H, W, K: one pixel; odd, several blocks of channels and strips; several chunks of rows; the widest windows
@@ -145,8 +145,8 @@ def check_depthwise(shape: tuple[int, ...], upsample: bool, dtype: torch.dtype) 
     scale = 2 if upsample else 1
     h, dy = normal(N, C, H, W, dtype=dtype, scale=3), normal(N, C, scale * H, scale * W, dtype=dtype)
     weight, bias = normal(K, K, C, dtype=dtype), normal(C, dtype=dtype)
-    twins = reference.depthwise_swish, reference.depthwise_swish_backward
-    forward, backward = (with_options(twin, upsample=upsample) for twin in twins)
+    slow_ones = reference.depthwise_swish, reference.depthwise_swish_backward
+    forward, backward = (with_options(slow, upsample=upsample) for slow in slow_ones)
     assert_accurate(on_triton(depthwise_swish, upsample=upsample), forward, h, weight, bias)
     assert_accurate(on_triton(depthwise_swish_backward, upsample=upsample), backward, dy, h, weight)
 
@@ -191,11 +191,11 @@ def check_pointwise(shape: tuple[int, ...], activation: Activation, dtype: torch
         packed = pack_pointwise(weight, "triton")
         return pointwise_backward(dy, packed, x, activation=activation, backend="triton")
 
-    twins = reference.pointwise, reference.pointwise_backward
-    twin, twin_backward = (with_options(twin, activation=activation) for twin in twins)
-    assert_accurate(forward, twin, x, weight)
-    assert_accurate(forward, twin, x, weight, bias, residual)
-    assert_accurate(backward, twin_backward, dy, weight, None if activation == "none" else x)
+    slow_ones = reference.pointwise, reference.pointwise_backward
+    slow, slow_backward = (with_options(slow, activation=activation) for slow in slow_ones)
+    assert_accurate(forward, slow, x, weight)
+    assert_accurate(forward, slow, x, weight, bias, residual)
+    assert_accurate(backward, slow_backward, dy, weight, None if activation == "none" else x)
 
 
 def test_pointwise_takes_blocks_that_fit_the_shape() -> None:
@@ -287,8 +287,8 @@ def test_gaussian_latent(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     N, L, H, W = shape
     eps, dz, dlog_p = normal(*shape), normal(*shape), normal(N)
     for parameters in (normal(N, 2 * L, H, W, dtype=dtype, scale=4), None):
-        twin = with_options(reference.gaussian_latent, with_log_p=True)
-        assert_accurate(on_triton(gaussian_latent, with_log_p=True), twin, parameters, eps, 0.7)
+        slow = with_options(reference.gaussian_latent, with_log_p=True)
+        assert_accurate(on_triton(gaussian_latent, with_log_p=True), slow, parameters, eps, 0.7)
         z, log_p = gaussian_latent(parameters, eps, 0.7, with_log_p=False, backend="triton")
         assert log_p is None and torch.equal(z, OPS.gaussian_latent(parameters, eps, 0.7, True)[0])
         for weight in (dlog_p, None):
@@ -303,8 +303,8 @@ def test_pixel_head(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     N, C, H, W = shape
     logits, eps_x, dx, dlog_p = normal(N, 2 * C, H, W, dtype=dtype), normal(*shape), normal(*shape), normal(N)
     logits[:, C:] -= 2  # log sigmas on both sides of the floor
-    twin = with_options(reference.pixel_head, with_log_p=True)
-    assert_accurate(on_triton(pixel_head, with_log_p=True), twin, logits, eps_x)
+    slow = with_options(reference.pixel_head, with_log_p=True)
+    assert_accurate(on_triton(pixel_head, with_log_p=True), slow, logits, eps_x)
     assert pixel_head(logits, eps_x, with_log_p=False, backend="triton")[1] is None
     for weight in (dlog_p, None):
         backward = on_triton(pixel_head_backward)

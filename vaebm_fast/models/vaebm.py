@@ -1,6 +1,6 @@
 """The joint model p(x) ~ p_VAE(x) exp(-E(x)) in the NVAE's noise space (VAEBM, arXiv:2010.00654, section 3).
 
-Owns the three potentials and their gradients in plain PyTorch: the slow twin of everything that runs a chain faster.
+Owns the three potentials and their gradients in plain PyTorch: the reference for everything that runs a chain faster.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class Seeds:
 
     @classmethod
     def parse(cls, text: str) -> Seeds:
-        """From such as `0-99,200-299,1000`. Raises ValueError for anything else, for twins and for too many."""
+        """From such as `0-99,200-299,1000`. Raises ValueError for anything else, repeated seeds and too many."""
         ranges = []
         for word in text.split(","):
             match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word, re.ASCII)

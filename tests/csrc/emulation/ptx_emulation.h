@@ -1,4 +1,4 @@
-// The twins of csrc/cuda/ptx.h, which says what each does. Approximate instructions are exact here, to rounding.
+// The CPU's stand-ins for csrc/cuda/ptx.h, which says what each does. Approximate instructions are exact here, to rounding.
 #pragma once
 
 #include "cuda_emulation.h"
