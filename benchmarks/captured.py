@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vaebm_fast.graphs import Graphs
+from vaebm_fast.chain.graphs import Graphs
 
 EAGER, GRAPH = "eager", "CUDA graph"
 

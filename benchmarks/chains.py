@@ -19,9 +19,9 @@ from benchmarks.captured import EAGER, GRAPH, launched_by
 from benchmarks.measure import synchronize
 from benchmarks.torch_compile import compiled
 from vaebm_fast import VAEBM
-from vaebm_fast.config import Potential, Sampling
+from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
+from vaebm_fast.config import NoiseLayout, Potential, Sampling
 from vaebm_fast.frozen import FrozenVAEBM
-from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.sampling import SampleOptions, run_job
 
@@ -41,16 +41,11 @@ class OtherPair:
         return self.model.device
 
     @property
-    def latent_shapes(self) -> list[tuple[int, int, int]]:
+    def noise_layout(self) -> NoiseLayout:
         """Of the model."""
-        return self.model.latent_shapes
+        return self.model.noise_layout
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Of the model."""
-        return self.model.image_shape
-
-    def energy_and_grad(
+    def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
     ) -> tuple[Tensor, list[Tensor]]:
         """By `call`; a chain keeps U of all steps, over which torch.compile's next replay would write."""
@@ -138,7 +133,7 @@ class Bench:
     def compiled(self) -> Timed:
         """torch.compile, which brings CUDA graphs of its own."""
         modules, noise = channels_last(copy.deepcopy(self.model)), self.sampler().start(range(self.batch))
-        call, compile_s = compiled(modules, *self.sampler().layout.split(noise), is_bf16=self.dtype == "bfloat16")
+        call, compile_s = compiled(modules, *self.sampler().noise_layout.split(noise), is_bf16=self.dtype == "bfloat16")
         print(f"compiled in {compile_s:.0f} s", file=sys.stderr, flush=True)
         pair = OtherPair(self.frozen if self.on_gpu else modules, call)
         launched = GRAPH if self.on_gpu else EAGER
@@ -158,7 +153,7 @@ class Bench:
 
 def official(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     """U and its gradient by the plain modules."""
-    return model.energy_and_grad(eps_z, eps_x, "official")
+    return model.potential_and_grad(eps_z, eps_x, "official")
 
 
 def time_of_chain(sampler: LangevinSampler, batch: int, blocks: int) -> float:

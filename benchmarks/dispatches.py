@@ -2,7 +2,7 @@
 
 Counted on the meta device: what reads or writes memory; views and allocations do not. A step is U, its gradient
 (official potential) and the update of all noise. One image; a batch dispatches the same. The baseline is the plain
-modules. On a CUDA device most operators are one kernel; a captured chain (`vaebm_fast.graphs`) is one launch in all.
+modules. On a CUDA device most operators are one kernel; a captured chain (`chain.graphs`) is one launch in all.
 
     python -m benchmarks.dispatches      prints the table, and writes it into docs/performance.md between its marks
 """
@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vaebm_fast.cost import UNMOVED
+from vaebm_fast.chain.langevin import ChainModel, LangevinSampler, langevin_chain
+from vaebm_fast.evaluation.cost import UNMOVED
 from vaebm_fast.frozen import freeze
-from vaebm_fast.langevin import ChainModel, LangevinSampler, langevin_chain
 from vaebm_fast.models import VAEBM
 from vaebm_fast.ops.langevin_update import langevin_update
 
@@ -32,8 +33,8 @@ META = torch.device("meta")
 FORMS: dict[str, tuple[Any, torch.dtype, Any]] = {
     "plain modules": (None, torch.float32, "reference"),
     "frozen, reference": ("reference", torch.float32, "reference"),
-    "frozen, cpu": ("cpu", torch.float32, "cpu"),
-    "frozen, triton, bfloat16": ("triton", torch.bfloat16, "cpu"),  # the update is one operator on cuda too
+    "frozen, cpp": ("cpp", torch.float32, "cpp"),
+    "frozen, triton, bfloat16": ("triton", torch.bfloat16, "cpp"),  # the update is one operator on cuda too
 }
 
 
@@ -59,10 +60,10 @@ def step_dispatches(model: ChainModel, update_backend: Any) -> int:
 
 def _chain_dispatches(model: ChainModel, update_backend: Any, steps: int) -> int:
     sampler = LangevinSampler(model, steps=steps, step_size=1e-3)
-    keys, start = torch.empty(1, dtype=torch.int64, device=META), torch.empty(1, sampler.layout.dim, device=META)
+    keys, start = torch.empty(1, dtype=torch.int64, device=META), torch.empty(1, sampler.noise_layout.dim, device=META)
     update = partial(langevin_update, seeds=keys, stream=0, backend=update_backend)
     with DispatchCount() as count:
-        langevin_chain(sampler._energy_and_grad, start, update, step_sizes=sampler.step_sizes)
+        langevin_chain(sampler._potential_and_grad, start, update, step_sizes=sampler.step_sizes)
     return count.total
 
 
@@ -71,7 +72,10 @@ def form_of(preset: str, form: str) -> ChainModel:
     backend, dtype, _ = FORMS[form]
     with META:
         model = VAEBM.from_preset(preset).requires_grad_(False)
-    return model if backend is None else freeze(model, dtype, backend)
+    if backend is not None:
+        return freeze(model, dtype, backend)
+    modules = {name: getattr(model, name) for name in ("device", "noise_layout", "potential_and_grad", "mean_image")}
+    return cast(ChainModel, SimpleNamespace(**modules))  # without `freeze`, which a sampler would call
 
 
 def table() -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vaebm_fast.config import PRESETS
-from vaebm_fast.noise import NoiseLayout
+from vaebm_fast.config import PRESETS, NoiseLayout
 
 
 @dataclass(frozen=True)

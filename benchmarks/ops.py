@@ -1,4 +1,4 @@
-"""How fast is each op, beside its twin in plain PyTorch and beside what the machine can do at most?
+"""How fast is each op, beside its reference in plain PyTorch and beside what the machine can do at most?
 
 An op gets its rows by an entry in CASES: the shapes that the presets' models give it, what it moves and computes, and
 how its tensors are made. Bytes are those that its docstring promises: every tensor read or written once.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.captured import EAGER, captured, launched_by
 from benchmarks.measure import Sample, summary, take_turns
-from vaebm_fast.noise import Stream, draw_tensor, seed_tensor
+from vaebm_fast.chain.noise import Stream, draw_tensor, seed_tensor
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.bilinear_upsample import bilinear_upsample, bilinear_upsample_backward
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
@@ -86,7 +86,7 @@ def depthwise_cases(N: int, C: int, H: int, K: int = 5, *, upsample: bool = Fals
         return lambda *, backend: depthwise_swish_backward(dy, h, weight, upsample=upsample, backend=backend)
 
     shape = f"{N}x{C}x{H}x{H}, K = {K}{', up' if upsample else ''}"
-    flops, tests = 2 * taps**2 * large, "tests/test_depthwise_swish.py"
+    flops, tests = 2 * taps**2 * large, "tests/ops/test_depthwise_swish.py"
     return [
         Case("depthwise_swish", shape, 4 * (small + large), flops, forward, tests),
         Case("depthwise_swish_backward", shape, 4 * (2 * small + large), flops, backward, tests),
@@ -100,7 +100,7 @@ def philox_normal_cases(N: int, D: int) -> list[Case]:
         seeds, draw = seed_tensor(range(N), device), draw_tensor(1, device)
         return lambda *, backend: philox_normal(seeds, draw, stream=int(Stream.CHAIN), numel=D, backend=backend)
 
-    return [Case("philox_normal", f"{N}x{D}", 4 * N * D, 0, make, "tests/test_noise.py")]
+    return [Case("philox_normal", f"{N}x{D}", 4 * N * D, 0, make, "tests/chain/test_noise.py")]
 
 
 def langevin_update_cases(N: int, D: int) -> list[Case]:
@@ -115,7 +115,7 @@ def langevin_update_cases(N: int, D: int) -> list[Case]:
             eps, gradient, seeds, draw, flags, stream=stream, step_size=step_size, backend=backend
         )
 
-    return [Case("langevin_update", f"{N}x{D}", 12 * N * D, 0, make, "tests/test_langevin_update.py")]
+    return [Case("langevin_update", f"{N}x{D}", 12 * N * D, 0, make, "tests/ops/test_langevin_update.py")]
 
 
 def _normal(device: torch.device, *size: int) -> Tensor:
@@ -143,7 +143,7 @@ def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, activation: Activati
         return lambda *, backend: pointwise_backward(dy, packed[backend], x, activation=activation, backend=backend)
 
     shape = f"{N}x{Cin}x{H}x{H} to {Cout}{'' if activation == 'none' else f', {activation}'}"
-    flops, tests = 2 * N * H * H * Cin * Cout, "tests/test_pointwise.py"
+    flops, tests = 2 * N * H * H * Cin * Cout, "tests/ops/test_pointwise.py"
     return [
         Case("pointwise", shape, x + y + weight, flops, forward, tests),
         Case("pointwise_backward", shape, (1 if activation == "none" else 2) * x + y + weight, flops, backward, tests),
@@ -161,7 +161,7 @@ def bilinear_upsample_cases(N: int, C: int, H: int) -> list[Case]:
         dy = _normal(device, N, C, 2 * H, 2 * H)
         return lambda *, backend: bilinear_upsample_backward(dy, backend=backend)
 
-    shape, size, tests = f"{N}x{C}x{H}x{H}", 5 * 4 * N * C * H * H, "tests/test_bilinear_upsample.py"
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 5 * 4 * N * C * H * H, "tests/ops/test_bilinear_upsample.py"
     return [
         Case("bilinear_upsample", shape, size, 0, forward, tests),
         Case("bilinear_upsample_backward", shape, size, 0, backward, tests),
@@ -205,7 +205,7 @@ def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> 
 
         return run
 
-    pixels, shape, tests = N * H * H, f"{N}x{C}x{H}x{H}, hidden {hidden}", "tests/test_inverted_residual.py"
+    pixels, shape, tests = N * H * H, f"{N}x{C}x{H}x{H}, hidden {hidden}", "tests/ops/test_inverted_residual.py"
     flops, dtype = 2 * pixels * hidden * (2 * C + K * K), "bfloat16"
     more = 2 * pixels * hidden * C  # h1 again
     return [
@@ -225,7 +225,7 @@ def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
         (du, y, skip), shift = (_normal(device, N, C, H, H) for _ in range(3)), _normal(device, C)
         return lambda *, backend: energy_epilogue_backward(du, y, skip, 0.9, shift, backend=backend)
 
-    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_energy_epilogue.py"
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/ops/test_energy_epilogue.py"
     return [
         Case("energy_epilogue", shape, 3 * size, 0, forward, tests),
         Case("energy_epilogue_backward", shape, 4 * size, 0, backward, tests),
@@ -245,7 +245,7 @@ def energy_head_cases(N: int, C: int, H: int) -> list[Case]:
         denergy, shift, weight = _normal(device, N), _normal(device, C), _normal(device, C)
         return lambda *, backend: energy_head_backward(denergy, y, skip, 0.9, shift, weight, backend=backend)
 
-    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_energy_head.py"
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/ops/test_energy_head.py"
     return [
         Case("energy_head", shape, 2 * size, 0, forward, tests),
         Case("energy_head_backward", shape, 3 * size, 0, backward, tests),
@@ -270,7 +270,7 @@ def se_gate_residual_cases(N: int, C: int, H: int) -> list[Case]:
         first, _, second, _ = weights(device)
         return lambda *, backend: se_gate_residual_backward(dy, s, inner, gate, first, second, backend=backend)
 
-    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/test_se_gate_residual.py"
+    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/ops/test_se_gate_residual.py"
     return [
         Case("se_gate_residual", shape, 4 * size, 0, forward, tests),
         Case("se_gate_residual_backward", shape, 4 * size, 0, backward, tests),
@@ -299,7 +299,7 @@ def residual_tail_cases(N: int, hidden: int, C: int, H: int, K: int = 5, *, upsa
 
     shape = f"{N}x{hidden}x{H}x{H} to {C}, K = {K}{', up' if upsample else ''}"
     small, large, y = 4 * N * hidden * H * H, 4 * N * hidden * side * side, 4 * N * C * side * side
-    flops, tests = N * side * side * hidden * (2 * taps**2 + 2 * C), "tests/test_residual_tail.py"
+    flops, tests = N * side * side * hidden * (2 * taps**2 + 2 * C), "tests/ops/test_residual_tail.py"
     return [
         Case("residual_tail", shape, small + 2 * large + 4 * y, flops, forward, tests),
         Case("residual_tail_backward", shape, 2 * small + 3 * large + 4 * y, flops, backward, tests),
@@ -323,7 +323,7 @@ def heads_cases(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
         return lambda *, backend: gaussian_latent_backward(dz, dlog_p, raw, eps, 1.0, backend=backend)
 
     op = "pixel_head" if pixels else "gaussian_latent"
-    shape, size, tests = f"{N}x{L}x{H}x{H}", 4 * N * L * H * H, f"tests/test_{op}.py"
+    shape, size, tests = f"{N}x{L}x{H}x{H}", 4 * N * L * H * H, f"tests/ops/test_{op}.py"
     return [
         Case(op, shape, 4 * size, 0, forward, tests),
         Case(f"{op}_backward", shape, 7 * size, 0, backward, tests),
@@ -337,7 +337,7 @@ def power_iteration_cases(B: int, M: int, K: int, iterations: int = 4) -> list[C
         weight, u, v = _normal(device, B, M, K), _normal(device, B, M), _normal(device, B, K)
         return lambda *, backend: power_iteration(weight, u, v, iterations=iterations, eps=1e-3, backend=backend)
 
-    flops, tests = 4 * B * M * K * iterations, "tests/test_power_iteration.py"
+    flops, tests = 4 * B * M * K * iterations, "tests/ops/test_power_iteration.py"
     return [Case("power_iteration", f"{B}x{M}x{K}, {iterations} times", 4 * B * M * K, flops, make, tests)]
 
 
@@ -385,14 +385,14 @@ GRAPH_BYTES, MOST_CALLS = 10**9, 128  # what a replay moves at least, some 0.3 m
 
 
 def backends_of(op: str, device: torch.device, without: Sequence[str] = ()) -> list[str]:
-    """Who can run the op on this device here, its twin among them; none of `without`."""
+    """Who can run the op on this device here, its reference among them; none of `without`."""
     known = [name for name in _backend.OP_BACKENDS[op] if name not in without]
     return [name for name in known if _backend.why_not(op, device, name) is None]
 
 
 def has_kernel(op: str, device: torch.device) -> bool:
-    """Whether there is something to hold beside the op's twin on such devices, present here or not."""
-    kinds = {"cpu"} if device.type == "cpu" else {"triton", "cuda"}
+    """Whether there is something to hold beside the op's reference on such devices, present here or not."""
+    kinds = {"cpp"} if device.type == "cpu" else {"triton", "cuda"}
     return not kinds.isdisjoint(_backend.OP_BACKENDS[op])
 
 

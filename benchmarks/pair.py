@@ -29,11 +29,11 @@ from benchmarks.captured import EAGER, GRAPH, captured, launched_by
 from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
 from benchmarks.sensitive import make_sensitive
-from benchmarks.torch_compile import EnergyAndGrad, compiled
+from benchmarks.torch_compile import PotentialAndGrad, compiled
 from vaebm_fast import PRESETS, VAEBM
-from vaebm_fast.cost import least_traffic, pair_flops
+from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
+from vaebm_fast.evaluation.cost import least_traffic, pair_flops
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.ops._backend import Backend, backend_for, why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
 
@@ -42,7 +42,7 @@ NHWC_BF16, COMPILED_BF16 = "plain NHWC, bf16", "plain NHWC, bf16, torch.compile"
 TO_COMPILE = (COMPILED, COMPILED_BF16)
 FROZEN: dict[str, tuple[Backend, torch.dtype]] = {
     "frozen, reference": ("reference", torch.float32),
-    "frozen, cpu": ("cpu", torch.float32),
+    "frozen, cpp": ("cpp", torch.float32),
     "frozen, triton": ("triton", torch.float32),
     "frozen, cuda": ("cuda", torch.float32),
     "frozen, triton, tf32": ("triton", torch.float32),
@@ -56,7 +56,7 @@ TORCHS_OWN = "tf32 in cuDNN"
 # Error of the gradient's norm above which a candidate is wrong and not to be timed; docs/performance.md on TF32.
 AGREEMENT = {"float32": 1e-4, TORCHS_OWN: 5e-2, "tf32": 5e-2, "bf16": 5e-2}
 CANDIDATES = (PLAIN, NHWC, NHWC_BF16, *FROZEN, *TO_COMPILE)
-TESTS = ("tests/test_frozen.py", "tests/test_frozen_refresh.py", "tests/test_golden.py")
+TESTS = ("tests/frozen/test_frozen.py", "tests/frozen/test_frozen_refresh.py", "tests/models/test_golden.py")
 GPU_SECONDS = 0.5  # of a candidate's rounds: nothing else runs on a GPU that measures
 
 Row = dict[str, Any]
@@ -83,7 +83,7 @@ def why_not(candidate: str, device: torch.device) -> str | None:
     if candidate not in CANDIDATES:
         raise ValueError(f"Candidate {candidate!r} is not known; there are {', '.join(CANDIDATES)}.")
     backend, dtype = FROZEN.get(candidate, ("reference", torch.float32))
-    if (backend == "cpu") != (device.type == "cpu") and backend != "reference":
+    if (backend == "cpp") != (device.type == "cpu") and backend != "reference":
         return f"{backend} does not run on {device.type}"
     if (dtype == torch.bfloat16 or candidate in (NHWC_BF16, COMPILED_BF16)) and device.type == "cpu":
         return "half precision is for GPUs"
@@ -96,12 +96,12 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
     """The candidate's step on N chains; from `model`, a plain one in the candidate's layout, where that is there."""
     if model is None:
         model = plain_model(preset, device, nhwc=candidate != PLAIN)
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     seeds = seed_tensor(range(batch), device)
     start = normal(seeds, 0, Stream.CHAIN, layout.dim)
     products = products_of(candidate, device)
     with multiplying(products):
-        call, backend, compile_s = energy_and_grad(candidate, model, *layout.split(start))
+        call, backend, compile_s = potential_and_grad(candidate, model, *layout.split(start))
 
     def gradient() -> Tensor:
         with multiplying(products):
@@ -137,14 +137,14 @@ def is_captured(candidate: str, device: torch.device) -> bool:
     return device.type == "cuda" and candidate in FROZEN and not candidate.endswith(EAGER)
 
 
-def energy_and_grad(
+def potential_and_grad(
     candidate: str, model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor
-) -> tuple[EnergyAndGrad, str, float | None]:
+) -> tuple[PotentialAndGrad, str, float | None]:
     """What the candidate calls, what that is, and the seconds it took to compile it for noise like this, if it was."""
     if candidate in FROZEN:
         name, dtype = FROZEN[candidate]
         pair = model.freeze(dtype, name)
-        return lambda eps_z, eps_x: pair.energy_and_grad(eps_z, eps_x, "official"), str(pair.backend), None
+        return lambda eps_z, eps_x: pair.potential_and_grad(eps_z, eps_x, "official"), str(pair.backend), None
     if candidate in TO_COMPILE:
         call, compile_s = compiled(model, eps_z, eps_x, is_bf16=candidate == COMPILED_BF16)
         return call, "torch.compile", compile_s
@@ -152,7 +152,7 @@ def energy_and_grad(
 
     def plain(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         with torch.autocast(eps_x.device.type, torch.bfloat16, enabled=is_bf16):
-            return model.energy_and_grad(eps_z, eps_x, "official")
+            return model.potential_and_grad(eps_z, eps_x, "official")
 
     return plain, "plain modules, autocast" if is_bf16 else "plain modules", None
 
@@ -304,10 +304,10 @@ def release(device: torch.device, *, compiled: bool) -> None:
 
 def true_gradient(preset: str, batch: int, device: torch.device, model: VAEBM) -> Tensor:
     """That of the plain modules without TF32, [N, D]; image by image, which takes the least memory."""
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     start = normal(seed_tensor(range(batch), device), 0, Stream.CHAIN, layout.dim)
     with multiplying("float32"):
-        each = [model.energy_and_grad(*layout.split(row), "official")[1] for row in start.split(1)]
+        each = [model.potential_and_grad(*layout.split(row), "official")[1] for row in start.split(1)]
     return torch.cat([layout.join(gradients[:-1], gradients[-1]) for gradients in each])
 
 
@@ -315,7 +315,7 @@ flops_of, traffic_of = cache(pair_flops), cache(least_traffic)
 
 
 def least_bytes(preset: str, batch: int, element_size: int) -> float:
-    """What a step of N chains must move where every block is one kernel; `vaebm_fast.cost` counts in bfloat16."""
+    """What a step of N chains must move where every block is one kernel; `evaluation.cost` counts in bfloat16."""
     traffic = traffic_of(preset)
     return (batch * traffic.per_image + traffic.per_step) * element_size / 2
 

@@ -2,7 +2,7 @@
 
 Subjects are the golden cases that have an energy network, with random weights, and the demo's trained model. The truth
 is the frozen pair in float64; the baseline of a chain is the same chain, noise and all, in float32. "fp32, C++" is that
-chain on the cpu backend: how far another order of summation alone leads. In every precision noise, latents, pixels,
+chain on the cpp backend: how far another order of summation alone leads. In every precision noise, latents, pixels,
 energies and the update are float32. bf16 is the frozen pair in bfloat16 on the reference backend: weights and features
 are rounded where they are stored, and sums are float32. TF32 is `benchmarks.rounding`.
 
@@ -31,12 +31,11 @@ from benchmarks.report import Columns, markdown
 from benchmarks.results_file import ResultsFile
 from benchmarks.rounding import TF32Products, require_float32_sums
 from vaebm_fast import PRESETS, VAEBM, load_energy, load_nvae
+from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
 from vaebm_fast.config import Potential
 from vaebm_fast.data import digits
-from vaebm_fast.demo import SAMPLES, SAMPLING_SEEDS, Judge
-from vaebm_fast.evaluation.digit_features import everything, train_digit_classifier
+from vaebm_fast.evaluation.digit_features import SAMPLES, SAMPLING_SEEDS, Judge, everything, train_digit_classifier
 from vaebm_fast.frozen import FrozenVAEBM, freeze
-from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.ops._backend import Backend, why_absent
 
 Mode = Callable[[], AbstractContextManager[object]]
@@ -44,12 +43,12 @@ Mode = Callable[[], AbstractContextManager[object]]
 # The frozen pair's precision and backend, and what its products go through.
 PRECISIONS: dict[str, tuple[torch.dtype, Backend, Mode]] = {
     "fp32": (torch.float32, "reference", nullcontext),
-    "fp32, C++": (torch.float32, "cpu", nullcontext),
+    "fp32, C++": (torch.float32, "cpp", nullcontext),
     "tf32": (torch.float32, "reference", TF32Products),
     "tf32, cut off": (torch.float32, "reference", lambda: TF32Products(truncate=True)),
     "bf16": (torch.bfloat16, "reference", nullcontext),
 }
-GOLDEN = (REPOSITORY / "tests" / "data", REPOSITORY.parent / "shared" / "golden")
+GOLDEN = (REPOSITORY / "tests" / "golden", REPOSITORY.parent / "shared" / "golden")
 # Golden case -> the preset that it is a small copy of, whose number of steps its chains take, and how many chains.
 CASES = {
     "cifar_tiny": ("cifar10", 16),
@@ -107,11 +106,11 @@ def demo_subject(folder: Path) -> Subject:
 
 
 def measure(subject: Subject) -> list[dict[str, Any]]:
-    """A row per precision; the cpu backend's only where the compiled part is there."""
+    """A row per precision; the cpp backend's only where the compiled part is there."""
     require_float32_sums()
     exact = freeze(copy.deepcopy(subject.model).double(), torch.float64, "reference")
     truths: dict[Potential, tuple[Tensor, Tensor]] = {
-        potential: energy_and_grad(subject, exact, potential) for potential in ("energy", subject.potential)
+        potential: potential_and_grad(subject, exact, potential) for potential in ("energy", subject.potential)
     }
     rows: list[dict[str, Any]] = []
     baseline: Finished | None = None
@@ -120,7 +119,7 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
             continue
         pair = freeze(subject.model, dtype, backend)
         with mode():
-            found = {potential: energy_and_grad(subject, pair, potential) for potential in truths}
+            found = {potential: potential_and_grad(subject, pair, potential) for potential in truths}
             finished = run_chains(subject, pair)
         baseline = baseline or finished
         row: dict[str, Any] = {"subject": subject.name, "precision": precision, "potential": subject.potential}
@@ -136,14 +135,14 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
-def energy_and_grad(subject: Subject, pair: FrozenVAEBM, potential: Potential) -> tuple[Tensor, Tensor]:
+def potential_and_grad(subject: Subject, pair: FrozenVAEBM, potential: Potential) -> tuple[Tensor, Tensor]:
     """U [N] and its gradient [N, D] at the start of the first batch of chains, in float64."""
     sampler = _sampler(subject, pair)
-    eps_z, eps_x = sampler.layout.split(sampler.start(subject.batches[0]).to(pair.noise_dtype))
-    u, gradients = pair.energy_and_grad(eps_z, eps_x, potential)
+    eps_z, eps_x = sampler.noise_layout.split(sampler.start(subject.batches[0]).to(pair.noise_dtype))
+    u, gradients = pair.potential_and_grad(eps_z, eps_x, potential)
     if any(tensor.dtype != pair.noise_dtype for tensor in (u, *gradients)):
         raise TypeError(f"A pair in {pair.dtype} gave energies or gradients that are not {pair.noise_dtype}.")
-    return u.double(), sampler.layout.join(gradients[:-1], gradients[-1]).double()
+    return u.double(), sampler.noise_layout.join(gradients[:-1], gradients[-1]).double()
 
 
 def run_chains(subject: Subject, pair: FrozenVAEBM) -> Finished:
@@ -154,7 +153,7 @@ def run_chains(subject: Subject, pair: FrozenVAEBM) -> Finished:
         chains = sampler.run(seeds)
         means.append(to_uint8(chains.images))
         with torch.no_grad():
-            samples.append(pair.image(*sampler.layout.split(chains.eps)))
+            samples.append(pair.image(*sampler.noise_layout.split(chains.eps)))
     return Finished(torch.cat(means), samples)
 
 

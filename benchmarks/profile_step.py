@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.captured import captured, launched_by
 from benchmarks.environment import RESULTS, environment
 from benchmarks.pair import plain_model
+from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.config import PRESETS
-from vaebm_fast.noise import NoiseLayout, Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.ops.langevin_update import langevin_update
 
 REPLAYS = 20
@@ -70,14 +70,14 @@ def profile_step(preset: str, batch: int, backend: Any, dtype: torch.dtype) -> d
     """The kernels of one eager step, their sum, and the time of the same step captured into a CUDA graph."""
     device = torch.device("cuda")
     pair = plain_model(preset, device, nhwc=True).freeze(dtype, backend)
-    layout = NoiseLayout(pair.latent_shapes, pair.image_shape)
+    layout = pair.noise_layout
     seeds, draw = seed_tensor(range(batch), device), draw_tensor(1, device)
     start = normal(seeds, 0, Stream.CHAIN, layout.dim)
     eps, nonfinite_at = start.clone(), torch.full_like(seeds, -1)
     step_size = PRESETS[preset].sampling.step_size
 
     def step() -> None:
-        _, gradients = pair.energy_and_grad(*layout.split(start), "official")
+        _, gradients = pair.potential_and_grad(*layout.split(start), "official")
         gradient = layout.join(gradients[:-1], gradients[-1])
         langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream=int(Stream.CHAIN), step_size=step_size)
 

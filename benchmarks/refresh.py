@@ -25,8 +25,8 @@ from torch import nn
 
 from benchmarks.environment import RESULTS, environment
 from vaebm_fast import PRESETS, VAEBM
+from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.frozen import FrozenVAEBM, freeze
-from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models.layers import channels_last
 
 DEFAULT_PRESETS = ("celeba_64", "cifar10", "celeba_256")

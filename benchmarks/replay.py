@@ -30,9 +30,8 @@ from benchmarks.gate import why_red
 from benchmarks.measure import ceilings, default_device, summary, take_turns
 from benchmarks.results_file import ResultsFile
 from vaebm_fast import PRESETS
-from vaebm_fast.config import Placement, ReplayBuffer
-from vaebm_fast.noise import NoiseLayout
-from vaebm_fast.replay import ReplayRing, free_memory
+from vaebm_fast.config import NoiseLayout, Placement, ReplayBuffer
+from vaebm_fast.training.replay import ReplayRing, free_memory
 
 DTYPES = (torch.float32, torch.bfloat16)
 LIST = "list"
@@ -167,10 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     preset, device = PRESETS[options.preset], default_device()
-    tests = "tests/test_replay_gpu.py" if device.type == "cuda" else "tests/test_replay.py"
+    tests = "tests/training/test_replay_gpu.py" if device.type == "cuda" else "tests/training/test_replay.py"
     if (reason := why_red(tests)) is not None:
         raise SystemExit(f"Nothing is measured on red tests: {reason}")
-    layout = NoiseLayout(preset.nvae.latent_shapes, preset.nvae.image_shape)
+    layout = preset.nvae.noise_layout
     buffer = preset.energy_training.buffer or ReplayBuffer()
     capacity = options.capacity or default_capacity(buffer, layout.latent_dim)
     fewest = 2 * len(options.batch) * max(options.batch)

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.config import Potential
 from vaebm_fast.models.layers import BatchNorm, Cell, InvertedResidual, WNConv2d
 from vaebm_fast.models.vaebm import VAEBM
-from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
 
 BRANCH_SCALE = 300.0  # of the last batch norm of each inverted residual of the decoder
 MEAN_SPREAD, LOG_SIGMA = 0.1, -1.5  # of the pixels: with sigma = 0.23, x = -1 and 1 are far away
@@ -53,11 +53,12 @@ def decoder_cells(model: VAEBM) -> list[Cell]:
 
 def _start(model: VAEBM) -> tuple[list[Tensor], Tensor]:
     """Noise of one image, that of seed 0."""
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
-    return layout.split(normal(seed_tensor(range(1), model.device), 0, Stream.CHAIN, layout.dim))
+    return model.noise_layout.split(
+        normal(seed_tensor(range(1), model.device), 0, Stream.CHAIN, model.noise_layout.dim)
+    )
 
 
 def _gradient(model: VAEBM, potential: Potential) -> Tensor:
     """Of one image, [D]."""
-    _, gradients = model.energy_and_grad(*_start(model), potential)
+    _, gradients = model.potential_and_grad(*_start(model), potential)
     return torch.cat([gradient.flatten() for gradient in gradients])

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from benchmarks.measure import synchronize
 from vaebm_fast import VAEBM
 
-EnergyAndGrad = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
+PotentialAndGrad = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
 
 WARM_UP_CALLS = 3  # with CUDA graphs the second records and the third is the first replay
 
 
-def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor, *, is_bf16: bool) -> tuple[EnergyAndGrad, float]:
-    """`energy_and_grad` by torch.compile for noise like this, and the seconds that compiling took.
+def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor, *, is_bf16: bool) -> tuple[PotentialAndGrad, float]:
+    """`potential_and_grad` by torch.compile for noise like this, and the seconds that compiling took.
 
     Freezing folds weights only where autograd is off: hence `torch.func.grad`, traced into one graph with the forward
     pass, in place of a backward pass. Casts to bfloat16 are folded with the weights. Raises RuntimeError where weights

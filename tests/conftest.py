@@ -11,14 +11,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from ahead import Queue, Ran, Run
 
-from vaebm_fast import _extension
+from tests.helpers.ahead import Queue, Ran, Run
+from vaebm_fast.runtime import extension
 
 torch.set_num_threads(1)
 
 # They import the commands, and so tyro, which the machine that `make gpu` runs on may lack.
-collect_ignore = [] if find_spec("tyro") else ["test_cli.py", "test_cost.py", "test_train_cli.py"]
+collect_ignore = [] if find_spec("tyro") else ["cli", "evaluation/test_cost.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,5 +62,5 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def compiled() -> None:
-    if not _extension.is_available():
-        pytest.skip(str(_extension.why_missing()))
+    if not extension.is_available():
+        pytest.skip(str(extension.why_missing()))

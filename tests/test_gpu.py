@@ -1,4 +1,4 @@
-"""On a GPU: every op of every backend there beside its twin, and the whole frozen pair. Nothing here runs without one.
+"""On a GPU: every op of every backend beside its reference, and the whole frozen pair. Nothing here runs without one.
 
 Tests named "sanitised" are small enough for compute-sanitizer (`make gpu`).
 """
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling_jobs import options_for, save_networks, tiny_model
 from torch import Tensor
 
 import vaebm_fast as vf
 from benchmarks import ops
 from benchmarks.sensitive import make_sensitive
+from tests.helpers.sampling_jobs import options_for, save_networks, tiny_model
+from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
+from vaebm_fast.chain.noise import draw_tensor, seed_tensor
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.frozen import cells
-from vaebm_fast.langevin import LangevinSampler, to_uint8
 from vaebm_fast.models import EnergyNetwork
-from vaebm_fast.noise import NoiseLayout, draw_tensor, seed_tensor
 from vaebm_fast.ops._backend import why_not
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.ops.philox_normal import philox_normal, philox_words
@@ -52,7 +52,7 @@ CASES = (
     *ops.power_iteration_cases(1, 19, 1029),
     *(case for C in (32, 64, 128) for case in ops.inverted_residual_cases(1, C, 64, 18)),
 )
-# Of the norm. float32: approximate instructions have 2^-21. bfloat16: kernel and twin each round at every step, and
+# Of the norm. float32: approximate instructions have 2^-21. bfloat16: kernel and reference round at every step, and
 # differ by 0.7% in emulation.
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 PLAIN = NVAEConfig(
@@ -84,20 +84,20 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_sanitised_op_agrees_with_its_twin(case: ops.Case, backend: Any) -> None:
+def test_sanitised_op_agrees_with_its_reference(case: ops.Case, backend: Any) -> None:
     reason = why_not(case.op, DEVICE, backend)
     if reason is not None:
         pytest.skip(reason)
     run = case.make(DEVICE)
-    results, twins = tensors(run(backend=backend)), tensors(run(backend="reference"))
-    assert len(results) == len(twins) > 0
-    for result, twin in zip(results, twins, strict=True):
-        assert result.dtype == twin.dtype and error(result, twin) < ALLOWED[result.dtype]
+    results, slow_ones = tensors(run(backend=backend)), tensors(run(backend="reference"))
+    assert len(results) == len(slow_ones) > 0
+    for result, slow in zip(results, slow_ones, strict=True):
+        assert result.dtype == slow.dtype and error(result, slow) < ALLOWED[result.dtype]
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("D", [1, 6, 1001, 4112])
-def test_sanitised_noise_and_update_have_the_bits_of_the_twin_on_a_cpu(D: int, backend: Any) -> None:
+def test_sanitised_noise_and_update_have_the_bits_of_the_reference_on_a_cpu(D: int, backend: Any) -> None:
     """In PyTorch on a GPU too each operation is a kernel, but of these nobody promises the bits."""
     reason = why_not("langevin_update", DEVICE, backend)
     if reason is not None:
@@ -130,11 +130,11 @@ def test_the_frozen_pair_has_the_gradient_of_the_plain_modules(
     monkeypatch.setattr(cells, "FUSED_SIDE", 8)  # for a small pair to have whole blocks, of 64 and 32 channels
     energy = EnergyNetwork(EnergyConfig(16, 3, 16, parse_blocks("1-1d 1-2d 2-2")))
     model = make_sensitive(vf.VAEBM(vf.NVAE(PLAIN).eval(), energy))
-    layout = NoiseLayout(model.latent_shapes, model.image_shape)
+    layout = model.noise_layout
     eps = torch.randn(3, layout.dim)
 
     def gradient(fast: Any, eps: Tensor) -> Tensor:
-        _, gradients = fast.energy_and_grad(*layout.split(eps), "official")
+        _, gradients = fast.potential_and_grad(*layout.split(eps), "official")
         return layout.join(gradients[:-1], gradients[-1])
 
     truth = gradient(vf.VAEBM(model.vae.double(), model.energy.double()), eps.double())
@@ -155,9 +155,9 @@ def test_a_frozen_step_has_the_same_bits_every_time(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(cells, "FUSED_SIDE", 8)
     model = vf.VAEBM(vf.NVAE(PLAIN).eval(), EnergyNetwork(EnergyConfig(16, 3, 16, parse_blocks("1-1d 1-2d 2-2"))))
-    layout, fast = NoiseLayout(model.latent_shapes, model.image_shape), model.to(DEVICE).freeze(dtype, backend)
+    layout, fast = model.noise_layout, model.to(DEVICE).freeze(dtype, backend)
     eps = torch.randn(32, layout.dim, device=DEVICE)
-    first, *others = [fast.energy_and_grad(*layout.split(eps), "official")[1] for _ in range(8)]
+    first, *others = [fast.potential_and_grad(*layout.split(eps), "official")[1] for _ in range(8)]
     for gradients in others:
         assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))
 

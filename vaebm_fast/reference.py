@@ -1,4 +1,4 @@
-"""The slow twin of every op, in plain PyTorch: same names, same signatures, any device. Truth for the kernels.
+"""The reference of every op, in plain PyTorch: same names, same signatures, any device. Truth for the kernels.
 
 Eager PyTorch only: a compiler may contract a product and a sum into one fma, and the bits of the normals would change.
 """

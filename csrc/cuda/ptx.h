@@ -1,5 +1,5 @@
-// Every PTX instruction that we write by hand, one function each. Only the GPU's compiler reads their bodies; the twins
-// that run on a CPU are in tests/cuda_emulation/ptx_emulation.h.
+// Every PTX instruction that we write by hand, one function each. Only the GPU's compiler reads their bodies; the stand-ins
+// that run on a CPU are in tests/csrc/emulation/ptx_emulation.h.
 #pragma once
 
 #include <cstdint>

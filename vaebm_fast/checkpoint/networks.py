@@ -29,6 +29,7 @@ from vaebm_fast.config import (
     to_json,
 )
 from vaebm_fast.models import NVAE, EnergyNetwork
+from vaebm_fast.runtime.files import file_sha256
 
 _CALLED: Mapping[Kind, str] = {"nvae": "an NVAE", "energy": "an energy network", "training": "a training state"}
 
@@ -119,7 +120,7 @@ def convert(
         if not overwrite:
             raise CheckpointError(f"{destination}: exists already; name another destination, or ask for overwriting.")
     file = _read(source, None, arch, image_size)
-    info = {**file.info, "source_sha256": store.file_sha256(source)}
+    info = {**file.info, "source_sha256": file_sha256(source)}
     _save(destination, file.config, file.state, info)
 
 
@@ -135,7 +136,7 @@ def describe(path: str | Path, *, arch: str | None = None, image_size: int | Non
     else:
         tensors, meta = store.load(path)
         if meta["kind"] == "training":
-            return {**_training_facts(tensors), "info": meta["info"], "file_sha256": store.file_sha256(path)}
+            return {**_training_facts(tensors), "info": meta["info"], "file_sha256": file_sha256(path)}
         file = _from_ours(path, tensors, meta, None, arch, image_size)
     config = file.config
     return {
@@ -144,7 +145,7 @@ def describe(path: str | Path, *, arch: str | None = None, image_size: int | Non
         **(_nvae_facts(config) if isinstance(config, NVAEConfig) else _energy_facts(config)),
         "parameters": sum(parameter.numel() for parameter in _skeleton(config).parameters()),
         "info": file.info,
-        "file_sha256": store.file_sha256(path),
+        "file_sha256": file_sha256(path),
         "content_sha256": _content_sha256(config, file.state),
     }
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast.checkpoint.store import CheckpointError, Kind
-from vaebm_fast.config import ENERGY_ARCHS, EnergyBlock, EnergyConfig, NVAEConfig, parse_blocks
+from vaebm_fast.config import ENERGY_ARCHS, EnergyBlock, EnergyConfig, NVAEConfig, find_energy_arch, parse_blocks
 
 _OLD_FILES_LACK: Mapping[str, Any] = {
     "ada_groups": False,
@@ -172,15 +172,18 @@ def read_energy(
         raise CheckpointError(
             f"its blocks ({_describe(signature)}) are not those of {arch} ({_describe(_signature(blocks, width))})."
         )
-    if image_size is None and arch not in ENERGY_ARCHS:
-        raise CheckpointError(f"the blocks {arch!r} do not tell the side of the images; give image_size too.")
-    return EnergyConfig(image_size or ENERGY_ARCHS[arch].image_size, image_channels, width, blocks), state, {}
+    if image_size is None:
+        named = find_energy_arch(arch)
+        if named is None:
+            raise CheckpointError(f"the blocks {arch!r} do not tell the side of the images; give image_size too.")
+        image_size = named.image_size
+    return EnergyConfig(image_size, image_channels, width, blocks), state, {}
 
 
 def energy_blocks(arch: str) -> tuple[EnergyBlock, ...]:
-    """The blocks of a name in ENERGY_ARCHS, or of a list such as '1-1d 1-2'."""
-    if arch in ENERGY_ARCHS:
-        return ENERGY_ARCHS[arch].blocks
+    """The blocks of a name as `find_energy_arch` takes it, or of a list such as '1-1d 1-2'."""
+    if (named := find_energy_arch(arch)) is not None:
+        return named.blocks
     sentence = f"{arch!r} is no energy network; there are {', '.join(ENERGY_ARCHS)}, or blocks such as '1-1d 1-2'."
     try:
         blocks = parse_blocks(arch)

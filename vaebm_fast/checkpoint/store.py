@@ -1,7 +1,7 @@
 """Our file format: safetensors with everything else as JSON in its metadata, written atomically and hashed.
 
-Owns bytes on disk: telling layouts apart by content, the atomic write, the SHA-256 that is checked on load. What the
-tensors mean is left to `networks` and `nested`.
+Owns the format: telling layouts apart by content, and the SHA-256 that is checked on load. Writing whole files is left
+to `runtime.files`, what the tensors mean to `networks` and `nested`.
 
 The metadata has one entry, `vaebm_fast`: the SHA-256 of the JSON text and of all tensors, a space, the JSON text. One,
 because safetensors writes several in no fixed order, and the same content shall give the same file.
@@ -12,16 +12,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.runtime.files import replacing
 
 Kind = Literal["nvae", "energy", "training"]
 Layout = Literal["vaebm-fast", "published"]
@@ -29,7 +30,7 @@ Layout = Literal["vaebm-fast", "published"]
 FORMAT_VERSION = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file that cannot be read or written as asked; the message is one line for the user."""
 
 
@@ -70,26 +71,17 @@ def layout(path: Path) -> Layout:
 def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write tensors and `meta` (JSON values, among them `kind`): `path` then holds the old file or the whole new one.
 
-    Temporary file in the same folder, fsync, rename, fsync of the folder. Raises CheckpointError, leaving the old file
-    as it was and no temporary, when the disk is full or the folder cannot be written.
+    Raises CheckpointError, leaving the old file as it was and no temporary, when the disk is full or the folder cannot
+    be written.
     """
-    path = Path(os.path.realpath(path))  # a symbolic link keeps pointing at what is written
     text = json.dumps({**meta, "format_version": FORMAT_VERSION}, sort_keys=True)
     stored = _storable(tensors)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        save_file(stored, temporary, {"vaebm_fast": f"{digest(stored, text)} {text}"})
-        temporary.chmod(mode)  # the library makes files private to their owner; the umask decides here
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with replacing(path, durable=True) as temporary:
+            save_file(stored, temporary, {"vaebm_fast": f"{digest(stored, text)} {text}"})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: could not be written ({error}); what was there before is unchanged.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"{path}: could not be written ({why}); what was there before is unchanged.") from error
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,15 +124,6 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return sha.hexdigest()
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, as `sha256sum` prints it."""
-    sha = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors that share no memory, which is what safetensors takes."""
     stored: dict[str, Tensor] = {}
@@ -151,12 +134,3 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stored[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return stored
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

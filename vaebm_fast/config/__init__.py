@@ -2,31 +2,25 @@
 
 Field names follow the arguments stored in published NVAE checkpoints where such an argument exists, so that what a
 user knows from there (`num_latent_scales`, `num_groups_per_scale`, ...) means the same here. This package owns names,
-defaults and their validation; it knows nothing of tensors.
+defaults and their validation, and of tensors only `NoiseLayout`, which cuts an image's noise into them.
 """
 
 from vaebm_fast.config._fields import to_json
+from vaebm_fast.config.chain import POTENTIALS, Potential, Sampling
 from vaebm_fast.config.energy import (
     ENERGY_ARCHS,
     EnergyArch,
     EnergyBlock,
     EnergyConfig,
     energy_from_json,
+    find_energy_arch,
     format_blocks,
     parse_blocks,
 )
+from vaebm_fast.config.noise_layout import NoiseLayout
 from vaebm_fast.config.nvae import CELL_PLANS, ArchInstance, CellPlan, Likelihood, NVAEConfig, nvae_from_json
 from vaebm_fast.config.presets import PRESETS, Preset
-from vaebm_fast.config.training import (
-    POTENTIALS,
-    EnergyTraining,
-    Placement,
-    Potential,
-    ReplayBuffer,
-    ReplayDtype,
-    Sampling,
-    VAETraining,
-)
+from vaebm_fast.config.training import EnergyTraining, Placement, ReplayBuffer, ReplayDtype, VAETraining
 
 __all__ = [
     "CELL_PLANS",
@@ -41,6 +35,7 @@ __all__ = [
     "EnergyTraining",
     "Likelihood",
     "NVAEConfig",
+    "NoiseLayout",
     "Placement",
     "Potential",
     "Preset",
@@ -49,6 +44,7 @@ __all__ = [
     "Sampling",
     "VAETraining",
     "energy_from_json",
+    "find_energy_arch",
     "format_blocks",
     "nvae_from_json",
     "parse_blocks",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from vaebm_fast.runtime.errors import UserError
+
 if TYPE_CHECKING:
     from vaebm_fast.config.energy import EnergyConfig
     from vaebm_fast.config.nvae import NVAEConfig
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 def require(condition: bool, sentence: str) -> None:
     """Raise ValueError with this sentence unless the condition holds."""
     if not condition:
-        raise ValueError(sentence)
+        raise UserError(sentence)
 
 
 def require_positive(settings: object, *names: str) -> None:

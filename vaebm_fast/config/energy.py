@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vaebm_fast.config._fields import known_fields, require
+from vaebm_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def parse_blocks(text: str) -> tuple[EnergyBlock, ...]:
     for word in text.replace(",", " ").split():
         numbers = word.removesuffix("d").split("-")
         if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-            raise ValueError(f"Energy block {word!r} is not of the form IN-OUT or IN-OUTd, such as 1-2d.")
+            raise UserError(f"Energy block {word!r} is not of the form IN-OUT or IN-OUTd, such as 1-2d.")
         blocks.append(EnergyBlock(int(numbers[0]), int(numbers[1]), word.endswith("d")))
     return tuple(blocks)
 
@@ -83,12 +84,17 @@ class EnergyArch:
 ENERGY_ARCHS: Mapping[str, EnergyArch] = MappingProxyType(
     {
         "mnist": EnergyArch(32, 64, parse_blocks("1-1d 1-1 1-2d 2-2")),
-        "cifar32": EnergyArch(32, 128, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2")),
-        "celeba64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-4 4-4d 4-4")),
-        "lsun64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2 2-2d 2-4 4-4 4-4d 4-4")),
-        "celeba256": EnergyArch(256, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2 2-4d 4-4 4-4d 4-4 4-8d 8-8")),
+        "cifar_32": EnergyArch(32, 128, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2")),
+        "celeba_64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-4 4-4d 4-4")),
+        "lsun_64": EnergyArch(64, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2 2-2d 2-4 4-4 4-4d 4-4")),
+        "celeba_256": EnergyArch(256, 64, parse_blocks("1-1d 1-1 1-2d 2-2 2-2d 2-2 2-4d 4-4 4-4d 4-4 4-8d 8-8")),
     }
 )
+
+
+def find_energy_arch(name: str) -> EnergyArch | None:
+    """The network of that name in ENERGY_ARCHS, spelled with or without its underscore; None where there is none."""
+    return {known.replace("_", ""): arch for known, arch in ENERGY_ARCHS.items()}.get(name.replace("_", ""))
 
 
 def energy_from_json(values: Mapping[str, Any]) -> EnergyConfig:

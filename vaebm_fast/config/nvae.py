@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from vaebm_fast.config._fields import known_fields, require
+from vaebm_fast.config.noise_layout import NoiseLayout
 
 Likelihood = Literal["gaussian", "logistic_mixture", "bernoulli"]
 ArchInstance = Literal[
@@ -171,6 +172,11 @@ class NVAEConfig:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return (self.image_channels, self.image_size, self.image_size)
+
+    @property
+    def noise_layout(self) -> NoiseLayout:
+        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        return NoiseLayout(self.latent_shapes, self.image_shape)
 
     @property
     def counted_shape(self) -> tuple[int, int, int]:

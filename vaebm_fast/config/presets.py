@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from vaebm_fast.config.chain import Sampling
 from vaebm_fast.config.energy import ENERGY_ARCHS, EnergyConfig, parse_blocks
 from vaebm_fast.config.nvae import NVAEConfig
-from vaebm_fast.config.training import EnergyTraining, ReplayBuffer, Sampling, VAETraining
+from vaebm_fast.config.training import EnergyTraining, ReplayBuffer, VAETraining
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="cifar10",
                 nvae=_nvae(32, channels=128, scales=1, groups=30, flows=1),
-                energy=ENERGY_ARCHS["cifar32"].config(),
+                energy=ENERGY_ARCHS["cifar_32"].config(),
                 vae_training=VAETraining(epochs=400),
                 energy_training=EnergyTraining(learning_rate=4e-5, step_size=8e-5, use_mean_negatives=False),
                 sampling=Sampling(steps=16, step_size=8e-5),
@@ -68,7 +69,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="celeba_64",
                 nvae=_nvae(64, channels=48, scales=3, groups=5, flows=1),
-                energy=ENERGY_ARCHS["celeba64"].config(),
+                energy=ENERGY_ARCHS["celeba_64"].config(),
                 vae_training=VAETraining(epochs=50, warmup_epochs=1),
                 energy_training=EnergyTraining(learning_rate=5e-5, step_size=5e-6),
                 sampling=Sampling(steps=20, step_size=5e-6),
@@ -76,7 +77,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="lsun_church_64",
                 nvae=_nvae(64, channels=48, scales=3, groups=5, flows=1),
-                energy=ENERGY_ARCHS["lsun64"].config(),
+                energy=ENERGY_ARCHS["lsun_64"].config(),
                 vae_training=VAETraining(epochs=60, warmup_epochs=1),
                 energy_training=EnergyTraining(learning_rate=4e-5, step_size=4e-6, buffer=ReplayBuffer()),
                 sampling=Sampling(steps=20, step_size=4e-6),
@@ -85,7 +86,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="celeba_256",
                 nvae=_nvae(256, channels=32, scales=5, groups=4, flows=2, bits=5),
-                energy=ENERGY_ARCHS["celeba256"].config(),
+                energy=ENERGY_ARCHS["celeba_256"].config(),
                 vae_training=VAETraining(
                     epochs=200,
                     batch_size=8,

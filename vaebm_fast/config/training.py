@@ -1,4 +1,4 @@
-"""How both networks are trained and sampled."""
+"""How both networks are trained."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vaebm_fast.config._fields import require, require_not_negative, require_positive
+from vaebm_fast.config.chain import Potential
 
-Potential = Literal["energy", "paper", "official"]
-POTENTIALS: tuple[Potential, ...] = ("energy", "paper", "official")
 ReplayDtype = Literal["float32", "bfloat16"]
 Placement = Literal["device", "host"]
 
@@ -88,13 +87,3 @@ class EnergyTraining:
             require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1.")
         size = self.buffer.size if self.buffer else self.batch_size
         require(size >= self.batch_size, f"A replay buffer of {size} cannot take a batch of {self.batch_size}.")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The published chain of a model at sampling time."""
-
-    steps: int
-    step_size: float
-    potential: Potential = "official"
-    temperature: float = 1.0

@@ -1,7 +1,8 @@
-"""Images in: where they come from (`sources`) and how they become training batches (`torch_loader`)."""
+"""Images in: where they come from (`sources`) and how they become training batches (`plan`, `loader`)."""
 
+from vaebm_fast.data.loader import batches, quantise, to_tensor
+from vaebm_fast.data.plan import batches_per_epoch
 from vaebm_fast.data.sources import ArraySource, ImageSource, digits, mnist, open_source
-from vaebm_fast.data.torch_loader import batches, batches_per_epoch, quantise, to_tensor
 
 __all__ = [
     "ArraySource",

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vaebm_fast.data.images import Pixels, crop_square, read_image, resize_short_side
+from vaebm_fast.runtime.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -30,7 +31,7 @@ def image_files(root: Path) -> list[Path]:
     found = [Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names]
     files = [path for path in found if path.suffix.lower() in EXTENSIONS]
     if not files:
-        raise ValueError(f"{root} holds no images: of {len(found)} files none ends in {', '.join(sorted(EXTENSIONS))}.")
+        raise UserError(f"{root} holds no images: of {len(found)} files none ends in {', '.join(sorted(EXTENSIONS))}.")
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vaebm_fast.runtime.errors import UserError
+
 IMAGES_MAGIC = 2051
 LABELS_MAGIC = 2049
 
@@ -38,14 +40,14 @@ def _read(path: Path, magic: int, what: str, header_numbers: int) -> npt.NDArray
     data = _bytes(path)
     header_bytes = 4 * header_numbers
     if len(data) < header_bytes:
-        raise ValueError(f"{path} is truncated: {len(data)} bytes cannot hold the {header_bytes}-byte idx header.")
+        raise UserError(f"{path} is truncated: {len(data)} bytes cannot hold the {header_bytes}-byte idx header.")
     found, *shape = np.frombuffer(data, ">u4", header_numbers).tolist()
     if found != magic:
-        raise ValueError(f"{path} is not an idx file of {what}: its magic number is {found}, not {magic}.")
+        raise UserError(f"{path} is not an idx file of {what}: its magic number is {found}, not {magic}.")
     expected = math.prod(shape)
     if len(data) - header_bytes != expected:
         fault = "is truncated" if len(data) - header_bytes < expected else "is too long"
-        raise ValueError(
+        raise UserError(
             f"{path} {fault}: its header announces {' x '.join(map(str, shape))} = {expected} bytes of {what}, "
             f"and {len(data) - header_bytes} follow."
         )
@@ -59,4 +61,4 @@ def _bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is a truncated or damaged gzip file ({error}). Fetch it again.") from error
+        raise UserError(f"{path} is a truncated or damaged gzip file ({error}). Fetch it again.") from error

@@ -8,7 +8,7 @@ What every format becomes is decided here alone. RGB is the inner form, and a si
   palette, 1-bit and grey: their RGB equivalents;
   RGB to one channel: (299 R + 587 G + 114 B) / 1000, ITU-R BT.601 luma;
   animations and multi-page files: the first picture.
-Which files there are, and how arrays become batches, is left to `folder` and `torch_loader`.
+Which files there are, and how arrays become batches, is left to `folder` and `loader`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
+
+from vaebm_fast.runtime.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -35,7 +37,7 @@ def read_image(path: Path, channels: int) -> Pixels:
             image.load()
             rgb = _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # on damaged bytes decoders raise OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"{path} cannot be read as an image ({error}). Replace it or take it away.") from error
+        raise UserError(f"{path} cannot be read as an image ({error}). Replace it or take it away.") from error
     return as_array(rgb if channels == 3 else rgb.convert("L"))
 
 
@@ -72,7 +74,7 @@ def _scaled(side: int, size: int, short: int) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise ValueError("its samples are 32 bits wide, so their range is unknown; save it with 8 or 16 bits")
+        raise UserError("its samples are 32 bits wide, so their range is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         return _high_byte(image).convert("RGB")
     if image.has_transparency_data:

@@ -1,6 +1,6 @@
 """Sources of images: what a source is, the built-in digits, MNIST-like idx files, and which source a name means.
 
-A source hands out uint8 images by index and knows nothing of order, batches or devices: that is `torch_loader`'s.
+A source hands out uint8 images by index and knows nothing of order, batches or devices: that is `loader`'s.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import numpy.typing as npt
 from vaebm_fast.data import idx
 from vaebm_fast.data.folder import ImageFolder
 from vaebm_fast.data.images import Pixels, resize_short_side
+from vaebm_fast.runtime.errors import UserError
 
 Split = Literal["train", "held_out"]
 
 HELD_OUT_FOLDERS = ("held_out", "validation", "val", "test")
 IDX_PREFIXES = {"train": "train", "held_out": "t10k"}
 DIGITS_SPLIT_KEY = 1797
+
+
+class MissingDataError(UserError, FileNotFoundError):
+    """Data that was named and is not there."""
 
 
 class ImageSource(Protocol):
@@ -91,9 +96,9 @@ def open_source(
         return digits(image_size=image_size, image_channels=image_channels, split=split)
     root = Path(name_or_path)
     if not root.exists():
-        raise FileNotFoundError(f'There is no {root}. Name a folder of images or of idx files, or "digits".')
+        raise MissingDataError(f'There is no {root}. Name a folder of images or of idx files, or "digits".')
     if not root.is_dir():
-        raise ValueError(f"{root} is a file. Name the folder that holds the images or idx files.")
+        raise UserError(f"{root} is a file. Name the folder that holds the images or idx files.")
     if any(idx.find_idx(root, f"{prefix}-images-idx3-ubyte") for prefix in IDX_PREFIXES.values()):
         return mnist(root, image_size=image_size, image_channels=image_channels, split=split)
     return ImageFolder(_split_folder(root, split), image_size=image_size, image_channels=image_channels)
@@ -129,13 +134,13 @@ def mnist(folder: Path, *, image_size: int = 32, image_channels: int = 1, split:
     stem = f"{IDX_PREFIXES[split]}-images-idx3-ubyte"
     path = idx.find_idx(folder, stem)
     if path is None:
-        raise FileNotFoundError(f"{folder} has neither {stem} nor {stem}.gz, which hold the {split} split.")
+        raise MissingDataError(f"{folder} has neither {stem} nor {stem}.gz, which hold the {split} split.")
     images = idx.read_images(path)
     count, rows, columns = images.shape
     if count == 0:
-        raise ValueError(f"{path} holds no images.")
+        raise UserError(f"{path} holds no images.")
     if rows != columns or image_size < rows or (image_size - rows) % 2:
-        raise ValueError(
+        raise UserError(
             f"{path} holds {rows}x{columns} images, which padding equally on all sides cannot make "
             f"{image_size}x{image_size}. They are padded, not resized: try {rows} or {rows + 4}."
         )
@@ -152,7 +157,7 @@ def _mnist_labels(folder: Path, split: Split, count: int) -> npt.NDArray[np.int6
         return None
     labels = idx.read_labels(path)
     if len(labels) != count:
-        raise ValueError(f"{path} holds {len(labels)} labels for {count} images; the two files do not belong together.")
+        raise UserError(f"{path} holds {len(labels)} labels for {count} images; the two files do not belong together.")
     return labels.astype(np.int64)
 
 
@@ -162,7 +167,7 @@ def _split_folder(root: Path, split: Split) -> Path:
     if split == "train":
         return root / "train" if has_both else root
     if held_out is None or not has_both:
-        raise ValueError(
+        raise UserError(
             f"{root} has no held-out images. Part it into the folders train and {' or '.join(HELD_OUT_FOLDERS)}."
         )
     return held_out
@@ -170,8 +175,8 @@ def _split_folder(root: Path, split: Split) -> Path:
 
 def _check_shape(image_size: int, image_channels: int, split: str) -> None:
     if image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1.")
+        raise UserError(f"image_size is {image_size}; it must be at least 1.")
     if image_channels not in (1, 3):
-        raise ValueError(f"image_channels is {image_channels}; images are read with 1 (grey) or 3 (RGB).")
+        raise UserError(f"image_channels is {image_channels}; images are read with 1 (grey) or 3 (RGB).")
     if split not in IDX_PREFIXES:
-        raise ValueError(f"split is {split!r}; it is train or held_out.")
+        raise UserError(f"split is {split!r}; it is train or held_out.")

@@ -6,15 +6,18 @@ compare models judged with the same seed and data, and nothing else.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaebm_fast.data import ImageSource, to_tensor
-from vaebm_fast.evaluation.fidelity import Features
+from vaebm_fast.evaluation.fidelity import Features, frechet_distance
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 30, 64, 1e-3
+SAMPLES, SAMPLING_SEEDS = 1000, 3  # of one judgement: images per sampling seed, and how many such seeds
 
 
 class DigitClassifier(nn.Module):
@@ -47,6 +50,18 @@ class DigitClassifier(nn.Module):
         """Fraction of a labelled source that is classified right."""
         images, labels = everything(source)
         return float((self(images).argmax(dim=1) == labels).float().mean())
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Frechet distance to the held-out digits in the classifier's features."""
+
+    classifier: DigitClassifier
+    held_out: Features
+
+    def distance(self, images: Tensor) -> float:
+        """Of images [N, 1, 8, 8] in [0, 1]."""
+        return frechet_distance(self.classifier.features(images), self.held_out)
 
 
 def everything(source: ImageSource) -> tuple[Tensor, Tensor]:

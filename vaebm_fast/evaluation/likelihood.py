@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.config import NVAEConfig
 from vaebm_fast.data import ImageSource, quantise, to_tensor
 from vaebm_fast.models.nvae import NVAE, bits_per_dim
-from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
+from vaebm_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def evaluate_likelihood(
     """
     for name, value in (("importance_samples", importance_samples), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    layout, device = NoiseLayout(vae.latent_shapes, vae.image_shape), vae.prior_ftr0.device
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+    layout, device = vae.noise_layout, vae.prior_ftr0.device
     elbos, bounds = [], []
     with tqdm(total=len(source), unit="image", disable=None if progress else True) as bar:
         for rows, images in _in_order(source, batch_size, vae.config.num_x_bits):

@@ -19,12 +19,12 @@ from vaebm_fast.frozen.units import (
     Depthwise,
     Pointwise,
     SqueezeExcite,
-    bilinear_upsample,
-    depthwise_swish,
-    depthwise_swish_phases,
+    depthwise_project_and_add,
+    gate_and_add,
     interleave,
-    residual_tail,
-    se_gate_residual,
+    swish_group_conv,
+    swish_group_conv_phases,
+    upsample_skip,
 )
 from vaebm_fast.models.layers import (
     RESIDUAL_SCALE,
@@ -45,6 +45,7 @@ from vaebm_fast.ops.inverted_residual import (
     is_taken,
     pack_inverted_residual,
 )
+from vaebm_fast.runtime.errors import UserError
 
 # From this side on one kernel for the whole block is faster than cuBLAS and the depthwise kernel. On an H200, bfloat16,
 # N = 16, forward and backward: 0.85 ms against 1.06 with 64 channels at 128x128, 0.84 against 0.57 with 128 at 64x64.
@@ -133,17 +134,17 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         w, skip = self.weights, _run_skip(x, self.weights.skip, self._backend)
         if w.whole is not None and x.shape[2] >= FUSED_SIDE:
             s, _ = inverted_residual(x, w.whole, backend=self._backend)
-            return se_gate_residual(s, skip, w.se, self._backend)
+            return gate_and_add(s, skip, w.se, self._backend)
         h, up = w.expand(x, self._backend), self._resample == "up"
         if isinstance(w.depthwise, Depthwise):
-            return residual_tail(h, skip, w.depthwise, w.project, w.se, self._backend, upsample=up)
+            return depthwise_project_and_add(h, skip, w.depthwise, w.project, w.se, self._backend, upsample=up)
         if up:
-            phases = depthwise_swish_phases(h, w.depthwise)
+            phases = swish_group_conv_phases(h, w.depthwise)
             s = interleave([w.project(phase, self._backend, activation="swish") for phase in phases])
         else:
-            h = depthwise_swish(h, w.depthwise, stride=2 if self._resample == "down" else 1)
+            h = swish_group_conv(h, w.depthwise, stride=2 if self._resample == "down" else 1)
             s = w.project(h, self._backend, activation="swish")
-        return se_gate_residual(s, skip, w.se, self._backend)
+        return gate_and_add(s, skip, w.se, self._backend)
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):
@@ -157,7 +158,7 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
         self._cell, self._resample, self._backend = cell, _resample(cell), backend
         self._ops = [op for op in cell._ops if isinstance(op, ActivatedConv)]
         if self._resample == "up" and self._ops[0].primitive == "res_bnswish5":
-            raise ValueError(f"{name} upsamples before a dilated convolution, which no published decoder does.")
+            raise UserError(f"{name} upsamples before a dilated convolution, which no published decoder does.")
         self._activations = [F.elu if op.primitive in ("res_elu", "res_bnelu") else F.silu for op in self._ops]
         super().__init__(name, slots(cell), dtype)
 
@@ -183,7 +184,7 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
             else:
                 live = op.conv_0
                 s = F.conv2d(s, conv.weight, conv.bias, live.stride, live.padding, live.dilation)
-        return se_gate_residual(s, _run_skip(x, w.skip, self._backend), w.se, self._backend)
+        return gate_and_add(s, _run_skip(x, w.skip, self._backend), w.se, self._backend)
 
 
 def _resample(cell: Cell) -> str:
@@ -223,7 +224,7 @@ def _run_skip(x: Tensor, skip: Pointwise | Conv | None, backend: Backend) -> Ten
         return x
     if isinstance(skip, Conv):
         return F.conv2d(F.silu(x), skip.weight, skip.bias, stride=2)
-    return bilinear_upsample(skip(x, backend), backend)
+    return upsample_skip(skip(x, backend), backend)
 
 
 def _fold_se(cell: Cell) -> SqueezeExcite | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vaebm_fast import _extension
+from vaebm_fast.runtime import extension
 
 _owners: set[int] = set()
 
@@ -19,7 +19,7 @@ def reused_memory(owner: object, device: torch.device) -> Iterator[None]:
 
     Tensors made inside may be used anywhere. Does nothing for another device, or without the compiled part.
     """
-    if device.type != "cpu" or not _extension.is_available():
+    if device.type != "cpu" or not extension.is_available():
         yield
         return
     if id(owner) not in _owners:

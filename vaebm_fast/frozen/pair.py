@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaebm_fast.config import POTENTIALS, Potential
+from vaebm_fast.config import POTENTIALS, NoiseLayout, Potential
 from vaebm_fast.frozen.decoder import FrozenDecoder
 from vaebm_fast.frozen.energy import FrozenEnergy
 from vaebm_fast.frozen.memory import reused_memory
@@ -21,6 +21,7 @@ from vaebm_fast.models.nvae import NVAE
 from vaebm_fast.models.vaebm import VAEBM
 from vaebm_fast.ops._backend import Backend, backend_for, choose, dtypes, require_dtype, why_not
 from vaebm_fast.ops.pixel_head import pixel_head
+from vaebm_fast.runtime.errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -29,7 +30,7 @@ def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = 
     """The compiled form of `model`: same noise, same U and gradients, folded weights in `dtype`.
 
     dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U stay in float32 (float64
-    for float64). backend: who computes; "auto" is "cpu" for float32 on a CPU with the compiled part, else "reference".
+    for float64). backend: who computes; "auto" is "cpp" for float32 on a CPU with the compiled part, else "reference".
     "triton" and "cuda" have not run on a GPU yet and are there for who asks. "cuda" is "triton" but for
     inverted residuals of large images in bfloat16, each of which is one kernel in CUDA C++
     (`frozen.cells.InvertedResidualCell`), and needs both.
@@ -44,12 +45,13 @@ class FrozenNVAE:
 
     It holds its own weights, at fixed addresses, and remembers the live ones: after these changed, every call raises
     StaleWeightsError until `refresh()`. dtype and backend, and what is raised, are as in `freeze`.
+    It has no energy, so only chains of no steps run on it.
     within: the VAEBM that it is part of, all of which is then checked.
     """
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend, within: VAEBM | None = None) -> None:
         if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
+            raise UserError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
         self._vae, self._model = vae, within or vae
         self.device = _require_foldable(self._vae, self._model)
         self.backend = choose_backend(backend, self.device, dtype)
@@ -69,6 +71,11 @@ class FrozenNVAE:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return self._vae.image_shape
+
+    @property
+    def noise_layout(self) -> NoiseLayout:
+        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        return self._vae.noise_layout
 
     @property
     def is_stale(self) -> bool:
@@ -103,16 +110,6 @@ class FrozenNVAE:
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
             return self._vae.pixels(logits.to(self.noise_dtype)).mean_image()
 
-    def energy_and_grad(
-        self,
-        eps_z: Sequence[Tensor],
-        eps_x: Tensor,
-        potential: Potential = "energy",
-        temperature: float = 1.0,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Raises ValueError: there is no energy here."""
-        raise ValueError("A chain's steps need an energy network, and this is an NVAE alone; use no steps, or a VAEBM.")
-
     def _check(self, eps_z: Sequence[Tensor], eps_x: Tensor | None = None) -> None:
         """Raise unless the weights are fresh and the noise has this pair's shapes, precision and device."""
         self.require_fresh()
@@ -132,7 +129,7 @@ class FrozenNVAE:
 class FrozenVAEBM(FrozenNVAE):
     """A VAEBM whose decoder and energy network are folded for input gradients alone; made by `freeze`.
 
-    As `FrozenNVAE`, with the energy. Weights get no gradients. `energy_and_grad` never waits for the device.
+    As `FrozenNVAE`, with the energy. Weights get no gradients. `potential_and_grad` never waits for the device.
     """
 
     def __init__(self, model: VAEBM, dtype: torch.dtype, backend: Backend) -> None:
@@ -149,11 +146,11 @@ class FrozenVAEBM(FrozenNVAE):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
             return pixel_head(logits, eps_x, with_log_p=False, backend=backend_for("pixel_head", self.backend))[0]
 
-    def energy_and_grad(
+    def potential_and_grad(
         self,
         eps_z: Sequence[Tensor],
         eps_x: Tensor,
-        potential: Potential = "energy",
+        potential: Potential = "official",
         temperature: float = 1.0,
     ) -> tuple[Tensor, list[Tensor]]:
         """U [N] and its gradients, one tensor per latent group, then that of `eps_x`; see `VAEBM.potential`.
@@ -162,7 +159,7 @@ class FrozenVAEBM(FrozenNVAE):
         it) is read as it is, anything else is copied. Works under `torch.no_grad` and `torch.inference_mode` too.
         """
         if potential not in POTENTIALS:
-            raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
         self._check(eps_z, eps_x)
         with reused_memory(self, self.device), torch.inference_mode(False), torch.enable_grad():
             noise = [eps.clone() if eps.is_inference() else eps.detach() for eps in _nhwc((*eps_z, eps_x))]
@@ -196,8 +193,8 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
     Raises ValueError and RuntimeError as `freeze` does.
     """
     if backend == "auto":
-        is_compiled = dtype in dtypes("cpu") and why_not("pointwise", device, "cpu") is None
-        return "cpu" if is_compiled else "reference"
+        is_compiled = dtype in dtypes("cpp") and why_not("pointwise", device, "cpp") is None
+        return "cpp" if is_compiled else "reference"
     for op in ("depthwise_swish", "energy_epilogue"):  # one of each kind: with a kernel in CUDA C++, and without
         chosen = choose(op, device, backend_for(op, backend))
         require_dtype("A frozen pair", chosen, dtype)

@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vaebm_fast.runtime.errors import NonFiniteError
+
 Weights = TypeVar("Weights", bound=tuple[Any, ...])
 Slot = tuple[dict[str, Any], str]  # where a module keeps a tensor: replaced tensors are seen too
 
@@ -97,9 +99,9 @@ def _own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def require_finite(parts: list[Part[Any]]) -> None:
-    """Raise ValueError naming the parts whose weights are not finite; one wait for the device in all.
+    """Raise NonFiniteError naming the parts whose weights are not finite; one wait for the device in all.
 
-    Weights on the meta device have no values and pass: such a pair is made to be counted (`vaebm_fast.cost`).
+    Weights on the meta device have no values and pass: such a pair is made to be counted (`evaluation.cost`).
     """
     parts = [part for part in parts if not any(tensor.is_meta for tensor in tensors_of(part.weights))]
     if not parts:
@@ -111,4 +113,4 @@ def require_finite(parts: list[Part[Any]]) -> None:
         part.forget()
     if broken:
         names = ", ".join(part.name for part in broken)
-        raise ValueError(f"The weights of {names} are not finite once folded; load or roll back to finite weights.")
+        raise NonFiniteError(f"The weights of {names} are not finite once folded; load or roll back to finite weights.")

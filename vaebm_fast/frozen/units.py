@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
-from vaebm_fast.ops import bilinear_upsample as bilinear_ops
-from vaebm_fast.ops import depthwise_swish as depthwise_ops
-from vaebm_fast.ops import residual_tail as tail_ops
-from vaebm_fast.ops import se_gate_residual as ops
 from vaebm_fast.ops._backend import OP_BACKENDS, Backend, backend_for
+from vaebm_fast.ops.bilinear_upsample import bilinear_upsample
+from vaebm_fast.ops.depthwise_swish import depthwise_swish
 from vaebm_fast.ops.energy_epilogue import energy_epilogue
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise
+from vaebm_fast.ops.residual_tail import residual_tail
+from vaebm_fast.ops.se_gate_residual import se_gate_residual
 from vaebm_fast.reference import Activation
 
 
@@ -62,13 +62,13 @@ class Pointwise(NamedTuple):
         return activation == "none" and all(channels >= 32 and channels % 8 == 0 for channels in self.weight.shape)
 
 
-def depthwise_swish(h: Tensor, conv: Conv, stride: int = 1) -> Tensor:
+def swish_group_conv(h: Tensor, conv: Conv, stride: int = 1) -> Tensor:
     """KxK (group) convolution of swish(h), bias added; outside the frame the activation is 0, not swish(0 + bias)."""
     groups = h.shape[1] // conv.weight.shape[1]
     return F.conv2d(F.silu(h), conv.weight, conv.bias, stride, (conv.weight.shape[-1] - 1) // 2, groups=groups)
 
 
-def depthwise_swish_phases(h: Tensor, conv: Conv) -> list[Tensor]:
+def swish_group_conv_phases(h: Tensor, conv: Conv) -> list[Tensor]:
     """The four phases, 2 p + q, of a (group) convolution of swish(nearest_x2(h)); kernels of `fold.nearest_phases`.
 
     h [N, C, H, W]; four [N, C, H, W], the pixels (2 i + p, 2 j + q) of the result. They stay apart because the 1x1
@@ -86,20 +86,20 @@ def interleave(phases: list[Tensor]) -> Tensor:
     return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def bilinear_upsample(x: Tensor, backend: Backend) -> Tensor:
-    """Twice the sides, corners aligned; has no kernel in C++, because PyTorch's own is deterministic on a CPU."""
-    backend = "reference" if backend == "cpu" else backend_for("bilinear_upsample", backend)
-    return bilinear_ops.bilinear_upsample(x, backend=backend)
+def upsample_skip(x: Tensor, backend: Backend) -> Tensor:
+    """Bilinear, to twice the sides, corners aligned; no kernel in C++, because PyTorch's is deterministic on a CPU."""
+    backend = "reference" if backend == "cpp" else backend_for("bilinear_upsample", backend)
+    return bilinear_upsample(x, backend=backend)
 
 
-def se_gate_residual(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
+def gate_and_add(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
     """skip + gate(s) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the gate's weights."""
     if se is None:
         return s.add_(skip)
-    return ops.se_gate_residual(s, skip, *se, backend=backend_for("se_gate_residual", backend))
+    return se_gate_residual(s, skip, *se, backend=backend_for("se_gate_residual", backend))
 
 
-def residual_tail(
+def depthwise_project_and_add(
     h: Tensor,
     skip: Tensor,
     depthwise: Depthwise,
@@ -111,17 +111,17 @@ def residual_tail(
 ) -> Tensor:
     """skip + gate(s) * s, s = W2 swish(Wd * swish(h) + bd) + b2: one op where the backend has it, else its parts."""
     if backend == "cuda":
-        h = depthwise_ops.depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
+        h = depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
         activated = energy_epilogue(h, backend=backend_for("energy_epilogue", backend))  # swish: cuBLAS fuses none
         if se is None:
             return project(activated, backend, skip)
-        return se_gate_residual(project(activated, backend), skip, se, backend)
+        return gate_and_add(project(activated, backend), skip, se, backend)
     if se is not None and backend in OP_BACKENDS["residual_tail"]:
         project_weight, project_bias = project.weight.forward, project.bias
         assert project_bias is not None
         weights = (*depthwise, project_weight, project_bias, *se)
-        return tail_ops.residual_tail(h, skip, *weights, upsample=upsample, backend=backend)
-    h = depthwise_ops.depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
+        return residual_tail(h, skip, *weights, upsample=upsample, backend=backend)
+    h = depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
     if se is None:
         return project(h, backend, skip, activation="swish")
-    return se_gate_residual(project(h, backend, activation="swish"), skip, se, backend)
+    return gate_and_add(project(h, backend, activation="swish"), skip, se, backend)

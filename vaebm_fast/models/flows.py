@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaebm_fast.models.layers import WNConv2d
+from vaebm_fast.runtime.errors import UserError
 
 HIDDEN_PER_LATENT = 6
 
@@ -22,7 +23,7 @@ def channel_mask(out_channels: int, in_channels: int, *, zero_diagonal: bool) ->
     """
     blocks = min(out_channels, in_channels)
     if out_channels % blocks or in_channels % blocks:
-        raise ValueError(f"Masked convolutions need channel counts of which one divides the other, not "
+        raise UserError(f"Masked convolutions need channel counts of which one divides the other, not "
                          f"{in_channels} and {out_channels}.")  # fmt: skip
     out_block = torch.arange(out_channels)[:, None] // (out_channels // blocks)
     in_block = torch.arange(in_channels)[None, :] // (in_channels // blocks)

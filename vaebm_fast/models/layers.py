@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vaebm_fast.runtime.errors import UserError
+
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.05
 WEIGHT_NORM_EPS = 1e-5
@@ -225,7 +227,7 @@ class InvertedResidual(nn.Module):
         expansion, kernel_size, groups = float(match[1]), int(match[2]), int(match[3])
         hidden = round(in_channels * expansion)
         if groups and hidden % groups:
-            raise ValueError(
+            raise UserError(
                 f"Primitive {primitive} needs {in_channels} channels x {expansion:g} to be a multiple of {groups}."
             )
         layers: list[nn.Module] = [NearestUpsample()] if resample == "up" else []
@@ -249,7 +251,7 @@ class DownSkip(nn.Module):
         super().__init__()
         quarter = out_channels // 4
         if quarter == 0:
-            raise ValueError(f"A cell that halves the resolution makes 4 channels or more, not {out_channels}.")
+            raise UserError(f"A cell that halves the resolution makes 4 channels or more, not {out_channels}.")
         self.conv_1 = WNConv2d(in_channels, quarter, 1, stride=2)
         self.conv_2 = WNConv2d(in_channels, quarter, 1, stride=2)
         self.conv_3 = WNConv2d(in_channels, quarter, 1, stride=2)

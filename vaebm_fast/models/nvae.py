@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vaebm_fast.config import CELL_PLANS, NVAEConfig
+from vaebm_fast.config import CELL_PLANS, NoiseLayout, NVAEConfig
 from vaebm_fast.models.distributions import (
     VAEBM_LOG_SIGMA_FLOOR,
     BernoulliPixels,
@@ -192,6 +192,11 @@ class NVAE(nn.Module):
             return torch.zeros_like(like), torch.zeros_like(like)
         mu, log_sigma = self.dec_sampler[group - 1](feature).chunk(2, dim=1)
         return mu, log_sigma
+
+    @property
+    def noise_layout(self) -> NoiseLayout:
+        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        return self.config.noise_layout
 
     def check_noise(self, eps_z: Sequence[Tensor]) -> int:
         """Raise ValueError unless `eps_z` has one [N, L, H, W] tensor per group; returns N."""

@@ -1,19 +1,25 @@
 """The joint model p(x) ~ p_VAE(x) exp(-E(x)) in the NVAE's noise space (VAEBM, arXiv:2010.00654, section 3).
 
-Owns the three potentials and their gradients in plain PyTorch: the slow twin of everything that runs a chain faster.
+Owns the three potentials and their gradients in plain PyTorch: the reference for everything that runs a chain faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from vaebm_fast.config import POTENTIALS, PRESETS, Potential
+from vaebm_fast.config import POTENTIALS, PRESETS, NoiseLayout, Potential
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.energy import EnergyNetwork
 from vaebm_fast.models.nvae import NVAE
+from vaebm_fast.ops._backend import Backend
+from vaebm_fast.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from vaebm_fast.frozen import FrozenVAEBM
 
 
 class VAEBM(nn.Module):
@@ -26,12 +32,12 @@ class VAEBM(nn.Module):
     def __init__(self, vae: NVAE, energy: EnergyNetwork) -> None:
         super().__init__()
         if vae.image_shape != energy.image_shape:
-            raise ValueError(
+            raise UserError(
                 f"The NVAE makes images of shape {vae.image_shape} (C, H, W) but the energy network takes "
                 f"{energy.image_shape}; load two files that belong together."
             )
         if vae.config.likelihood != "gaussian":
-            raise ValueError(
+            raise UserError(
                 "A VAEBM needs an NVAE with Gaussian pixels (num_mixture_dec = 1); this one has "
                 f"{vae.config.likelihood} pixels."
             )
@@ -42,12 +48,18 @@ class VAEBM(nn.Module):
     def from_preset(cls, name: str, seed: int = 0) -> VAEBM:
         """The preset's two networks with random weights that depend on `seed` alone, in eval mode."""
         if name not in PRESETS:
-            raise ValueError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
+            raise UserError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
         preset = PRESETS[name]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(NVAE(preset.nvae), EnergyNetwork(preset.energy))
         return model.eval()
+
+    def freeze(self, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
+        """The compiled pair with the same `potential_and_grad`, `image` and `mean_image`: `vaebm_fast.freeze`."""
+        from vaebm_fast.frozen import freeze  # the one import from a row above, for the sake of this short form
+
+        return freeze(self, dtype, backend)
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +76,11 @@ class VAEBM(nn.Module):
         """(C, H, W) of one image."""
         return self.vae.image_shape
 
+    @property
+    def noise_layout(self) -> NoiseLayout:
+        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        return self.vae.noise_layout
+
     def _pixels(self, logits: Tensor) -> GaussianPixels:
         pixels = self.vae.pixels(logits)
         assert isinstance(pixels, GaussianPixels)
@@ -78,7 +95,7 @@ class VAEBM(nn.Module):
         return self._pixels(self.vae.decode(eps_z, temperature).logits).sample(eps_x)
 
     def potential(
-        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential = "energy", temperature: float = 1.0
+        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential = "official", temperature: float = 1.0
     ) -> Tensor:
         """U [N], differentiable in the noise.
 
@@ -87,7 +104,7 @@ class VAEBM(nn.Module):
         checkpoints were trained and sampled with.
         """
         if potential not in POTENTIALS:
-            raise ValueError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
         needed = (self.vae.check_noise(eps_z), *self.image_shape)
         if tuple(eps_x.shape) != needed:
             raise ValueError(f"eps_x has shape {tuple(eps_x.shape)}; this model needs {needed} [N, C, H, W].")
@@ -102,11 +119,11 @@ class VAEBM(nn.Module):
             u = u - decoded.log_p_z - pixels.log_prob(x)
         return u
 
-    def energy_and_grad(
+    def potential_and_grad(
         self,
         eps_z: Sequence[Tensor],
         eps_x: Tensor,
-        potential: Potential = "energy",
+        potential: Potential = "official",
         temperature: float = 1.0,
     ) -> tuple[Tensor, list[Tensor]]:
         """U [N] and its gradients: one tensor per latent group, then that of `eps_x`; nothing is added to `.grad`.

@@ -16,50 +16,52 @@ from typing import Literal
 
 import torch
 
-from vaebm_fast import _extension
+from vaebm_fast.runtime import extension
+from vaebm_fast.runtime.errors import UserError
 
-Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
-BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
+class BackendError(UserError, RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why, and how to get it."""
+
+
+Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = ("reference", "cpp", "triton", "cuda")
+
+_WITHOUT_GRADIENT: Mapping[str, tuple[str, ...]] = {
+    "philox_words": ("reference", "cpp", "triton", "cuda"),
+    "philox_normal": ("reference", "cpp", "triton", "cuda"),
+    "langevin_update": ("reference", "cpp", "triton", "cuda"),
+    "power_iteration": ("reference", "cpp", "cuda"),
+}
+_WITH_GRADIENT: Mapping[str, tuple[str, ...]] = {  # each is two ops: `name` and `name`_backward
+    "depthwise_swish": ("reference", "cpp", "triton", "cuda"),
+    "pointwise": ("reference", "cpp", "triton", "cuda"),
+    "bilinear_upsample": ("reference", "triton"),
+    "inverted_residual": ("reference", "cuda"),
+    "residual_tail": ("reference", "triton"),
+    "energy_epilogue": ("reference", "cpp", "triton"),
+    "energy_head": ("reference", "cpp", "triton"),
+    "se_gate_residual": ("reference", "cpp", "triton"),
+    "gaussian_latent": ("reference", "cpp", "triton"),
+    "pixel_head": ("reference", "cpp", "triton"),
+}
 OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "philox_words": ("reference", "cpu", "triton", "cuda"),
-        "philox_normal": ("reference", "cpu", "triton", "cuda"),
-        "langevin_update": ("reference", "cpu", "triton", "cuda"),
-        "depthwise_swish": ("reference", "cpu", "triton", "cuda"),
-        "depthwise_swish_backward": ("reference", "cpu", "triton", "cuda"),
-        "pointwise": ("reference", "cpu", "triton", "cuda"),
-        "pointwise_backward": ("reference", "cpu", "triton", "cuda"),
-        "bilinear_upsample": ("reference", "triton"),
-        "bilinear_upsample_backward": ("reference", "triton"),
-        "inverted_residual": ("reference", "cuda"),
-        "inverted_residual_backward": ("reference", "cuda"),
-        "residual_tail": ("reference", "triton"),
-        "residual_tail_backward": ("reference", "triton"),
-        "power_iteration": ("reference", "cpu", "cuda"),
-        "energy_epilogue": ("reference", "cpu", "triton"),
-        "energy_epilogue_backward": ("reference", "cpu", "triton"),
-        "energy_head": ("reference", "cpu", "triton"),
-        "energy_head_backward": ("reference", "cpu", "triton"),
-        "se_gate_residual": ("reference", "cpu", "triton"),
-        "se_gate_residual_backward": ("reference", "cpu", "triton"),
-        "gaussian_latent": ("reference", "cpu", "triton"),
-        "gaussian_latent_backward": ("reference", "cpu", "triton"),
-        "pixel_head": ("reference", "cpu", "triton"),
-        "pixel_head_backward": ("reference", "cpu", "triton"),
+        **_WITHOUT_GRADIENT,
+        **{f"{op}{way}": backends for op, backends in _WITH_GRADIENT.items() for way in ("", "_backward")},
     }
 )
 
 # What a backend stores tensors in; all compute in float32. The reference takes every floating dtype.
 DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
     {
-        "cpu": (torch.float32,),
+        "cpp": (torch.float32,),
         "triton": (torch.float32, torch.bfloat16, torch.float16),
         "cuda": (torch.float32, torch.bfloat16),
     }
 )
 
-_PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("cpu",), "cuda": ("cuda", "triton")})
+_PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("cpp",), "cuda": ("cuda", "triton")})
 
 
 @functools.cache
@@ -85,18 +87,18 @@ def require_dtype(op: str, backend: str, dtype: torch.dtype) -> None:
     """Raise ValueError where `backend` does not take tensors of this dtype."""
     if backend != "reference" and dtype not in dtypes(backend):
         names = " or ".join(str(taken).removeprefix("torch.") for taken in dtypes(backend))
-        raise ValueError(f"{op} with backend={backend!r} takes {names}, not {dtype}; ask for backend='reference'.")
+        raise UserError(f"{op} with backend={backend!r} takes {names}, not {dtype}; ask for backend='reference'.")
 
 
 def why_absent(backend: str) -> str | None:
     """What this machine lacks for a backend and how to get it, as a clause; None when it has everything."""
-    if backend == "cpu":
-        return _extension.why_missing()
+    if backend == "cpp":
+        return extension.why_missing()
     if backend == "triton" and not _is_installed("triton"):
         return "Triton is not installed; `pip install triton` installs it"
-    if backend == "cuda" and not _extension.is_available():
-        return _extension.why_missing()
-    if backend == "cuda" and not _extension.has_cuda():
+    if backend == "cuda" and not extension.is_available():
+        return extension.why_missing()
+    if backend == "cuda" and not extension.has_cuda():
         return (
             "the compiled part holds no CUDA kernels; with a CUDA build of torch and nvcc on the PATH, "
             "`VAEBM_CUDA=1 pip install --no-build-isolation -e .` builds them"
@@ -109,13 +111,13 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     if backend not in OP_BACKENDS[op]:
         return f"{op} has no such implementation; it has {', '.join(OP_BACKENDS[op])}"
     if device.type == "meta":  # an op's fake answers, by which a plan is counted: no kernel is needed
-        return _extension.why_missing() if backend in ("cpu", "cuda") else None
+        return extension.why_missing() if backend in ("cpp", "cuda") else None
     absent = why_absent(backend)
     if absent or backend == "reference":
         return absent
     if backend == "triton" and is_interpreting():
         return None
-    needed = "cpu" if backend == "cpu" else "cuda"
+    needed = "cpu" if backend == "cpp" else "cuda"
     if device.type != needed:
         return f"it runs on {needed} tensors and these are on {device}; move them with .to({needed!r})"
     return None
@@ -124,16 +126,16 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
 def choose(op: str, device: torch.device, backend: str) -> str:
     """The backend that runs `op` on tensors of `device`: the best one for "auto", else the one named.
 
-    Raises ValueError for a name that does not exist, RuntimeError when the named backend cannot run here.
+    Raises ValueError for a name that does not exist, BackendError when the named backend cannot run here.
     """
     if backend == "auto":
         usable = (name for name in _PREFERENCE.get(device.type, ()) if why_not(op, device, name) is None)
         return next(usable, "reference")
     if backend not in BACKENDS:
-        raise ValueError(f"Backend {backend!r} is not known; it is auto, {', '.join(BACKENDS)}.")
+        raise UserError(f"Backend {backend!r} is not known; it is auto, {', '.join(BACKENDS)}.")
     reason = why_not(op, device, backend)
     if reason is not None:
-        raise RuntimeError(f"{op} cannot run with backend={backend!r}: {reason}.")
+        raise BackendError(f"{op} cannot run with backend={backend!r}: {reason}.")
     return backend
 
 

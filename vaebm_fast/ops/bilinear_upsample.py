@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import check_image, choose_for
 
@@ -49,7 +49,7 @@ def bilinear_upsample_backward(dy: Tensor, *, backend: Backend = "auto") -> Tens
     return dx
 
 
-_triton.define("bilinear_upsample", "(Tensor x) -> Tensor", "(Tensor dy) -> Tensor")
+_register.define("bilinear_upsample", "(Tensor x) -> Tensor", "(Tensor dy) -> Tensor")
 
 
 def _fake(x: Tensor) -> Tensor:
@@ -71,6 +71,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor) -> Tensor:
     return dx
 
 
-_triton.register(
-    "bilinear_upsample", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward, is_compiled=False
-)
+_register.register("bilinear_upsample", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import choose_for
 
@@ -49,7 +49,7 @@ def depthwise_swish(
     chosen = choose_for("depthwise_swish", backend, h)
     if chosen == "reference":
         return reference.depthwise_swish(h, weight, bias, upsample=upsample)
-    y: Tensor = _triton.ops_of(chosen).depthwise_swish(h, weight, bias, upsample)
+    y: Tensor = _register.ops_of(chosen).depthwise_swish(h, weight, bias, upsample)
     return y
 
 
@@ -71,7 +71,7 @@ def depthwise_swish_backward(
     chosen = choose_for("depthwise_swish_backward", backend, h)
     if chosen == "reference":
         return reference.depthwise_swish_backward(dy, h, weight, upsample=upsample)
-    dh: Tensor = _triton.ops_of(chosen).depthwise_swish_backward(dy, h, weight, upsample)
+    dh: Tensor = _register.ops_of(chosen).depthwise_swish_backward(dy, h, weight, upsample)
     return dh
 
 
@@ -96,7 +96,7 @@ def _check_like(h: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name} is {other.dtype} but h is {h.dtype}; convert one of them.")
 
 
-_triton.define(
+_register.define(
     "depthwise_swish",
     "(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor",
     "(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor",
@@ -125,4 +125,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]
     return ops.depthwise_swish_backward(dy, h, weight, ctx.upsample), None, None, None
 
 
-_triton.register("depthwise_swish", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register("depthwise_swish", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import check_energy_terms, check_tensor, choose_for
 
@@ -35,7 +35,7 @@ def energy_epilogue(
     chosen = choose_for("energy_epilogue", backend, y)
     if chosen == "reference":
         return reference.energy_epilogue(y, skip, skip_scale, shift)
-    u: Tensor = _triton.ops_of(chosen).energy_epilogue(y, skip, skip_scale, shift)
+    u: Tensor = _register.ops_of(chosen).energy_epilogue(y, skip, skip_scale, shift)
     return u
 
 
@@ -58,11 +58,11 @@ def energy_epilogue_backward(
     chosen = choose_for("energy_epilogue_backward", backend, y)
     if chosen == "reference":
         return reference.energy_epilogue_backward(du, y, skip, skip_scale, shift)
-    dt: Tensor = _triton.ops_of(chosen).energy_epilogue_backward(du, y, skip, skip_scale, shift)
+    dt: Tensor = _register.ops_of(chosen).energy_epilogue_backward(du, y, skip, skip_scale, shift)
     return dt
 
 
-_triton.define(
+_register.define(
     "energy_epilogue",
     "(Tensor y, Tensor? skip, float skip_scale, Tensor? shift) -> Tensor",
     "(Tensor du, Tensor y, Tensor? skip, float skip_scale, Tensor? shift) -> Tensor",
@@ -93,4 +93,4 @@ def _backward(ops: Any, ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
     return dt, dskip, None, None
 
 
-_triton.register("energy_epilogue", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register("energy_epilogue", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

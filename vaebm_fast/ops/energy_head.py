@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import check_energy_terms, check_tensor, choose_for, refuse_weight_gradients
 
@@ -41,7 +41,7 @@ def energy_head(
     chosen = choose_for("energy_head", backend, y)
     if chosen == "reference":
         return reference.energy_head(y, skip, skip_scale, shift, weight, bias)
-    energy: Tensor = _triton.ops_of(chosen).energy_head(y, skip, skip_scale, shift, weight, bias)
+    energy: Tensor = _register.ops_of(chosen).energy_head(y, skip, skip_scale, shift, weight, bias)
     return energy
 
 
@@ -66,7 +66,7 @@ def energy_head_backward(
     chosen = choose_for("energy_head_backward", backend, y)
     if chosen == "reference":
         return reference.energy_head_backward(denergy, y, skip, skip_scale, shift, weight)
-    dt: Tensor = _triton.ops_of(chosen).energy_head_backward(denergy, y, skip, skip_scale, shift, weight)
+    dt: Tensor = _register.ops_of(chosen).energy_head_backward(denergy, y, skip, skip_scale, shift, weight)
     return dt
 
 
@@ -75,7 +75,7 @@ def _check(y: Tensor, skip: Tensor | None, shift: Tensor | None, weight: Tensor)
     check_tensor("weight", weight, (y.shape[1],), y.device, torch.promote_types(y.dtype, torch.float32))
 
 
-_triton.define(
+_register.define(
     "energy_head",
     "(Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight, Tensor bias) -> Tensor",
     "(Tensor denergy, Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight) -> Tensor",
@@ -110,4 +110,4 @@ def _backward(ops: Any, ctx: Any, denergy: Tensor) -> tuple[Tensor | None, ...]:
     return dt, dskip, None, None, None, None
 
 
-_triton.register("energy_head", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register("energy_head", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import check_image, check_tensor, choose_for
 
@@ -30,7 +30,7 @@ def gaussian_latent(
     chosen = choose_for("gaussian_latent", backend, eps, parameters)
     if chosen == "reference":
         return reference.gaussian_latent(parameters, eps, temperature, with_log_p=with_log_p)
-    z, log_p = _triton.ops_of(chosen).gaussian_latent(parameters, eps, temperature, with_log_p)
+    z, log_p = _register.ops_of(chosen).gaussian_latent(parameters, eps, temperature, with_log_p)
     return z, log_p if with_log_p else None
 
 
@@ -57,7 +57,7 @@ def gaussian_latent_backward(
     chosen = choose_for("gaussian_latent_backward", backend, eps, parameters)
     if chosen == "reference":
         return reference.gaussian_latent_backward(dz, dlog_p, parameters, eps, temperature)
-    op = _triton.ops_of(chosen).gaussian_latent_backward
+    op = _register.ops_of(chosen).gaussian_latent_backward
     dparameters, deps = op(dz, dlog_p, parameters, eps, temperature)
     return None if parameters is None else dparameters, deps
 
@@ -70,7 +70,7 @@ def _check(parameters: Tensor | None, eps: Tensor) -> None:
         check_tensor("parameters", parameters, (N, 2 * L, H, W), eps.device, parameters.dtype)
 
 
-_triton.define(
+_register.define(
     "gaussian_latent",
     "(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) -> (Tensor z, Tensor log_p)",
     "(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
@@ -105,4 +105,4 @@ def _backward(ops: Any, ctx: Any, dz: Tensor, dlog_p: Tensor) -> tuple[Tensor | 
     return None if parameters is None else dparameters, deps, None, None
 
 
-_triton.register("gaussian_latent", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register("gaussian_latent", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

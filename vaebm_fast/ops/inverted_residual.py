@@ -7,12 +7,13 @@ The weights are frozen: they have no gradient here. The cell's squeeze and excit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend, choose
 from vaebm_fast.ops._checks import check_image, check_tensor, refuse_weight_gradients
 
@@ -200,37 +201,30 @@ def _require_cuda(op: str, x: Tensor, backend: Backend) -> None:
         raise ValueError(f"{op} with backend={backend!r} takes plain weights, not those of pack_inverted_residual.")
 
 
-if _extension.is_available():
+def _fake(x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor, with_h2: bool) -> tuple[Tensor, Tensor]:
+    N, _, H, W = x.shape
+    shape = (N, CHUNK * weight.shape[0], H, W)
+    h2 = x.new_empty(shape).to(memory_format=torch.channels_last) if with_h2 else x.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.channels_last), h2
 
-    @torch.library.register_fake("vaebm_fast::inverted_residual")
-    def _(x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor, with_h2: bool) -> tuple[Tensor, Tensor]:
-        N, _, H, W = x.shape
-        shape = (N, CHUNK * weight.shape[0], H, W)
-        h2 = x.new_empty(shape).to(memory_format=torch.channels_last) if with_h2 else x.new_empty(0)
-        return torch.empty_like(x, memory_format=torch.channels_last), h2
 
-    @torch.library.register_fake("vaebm_fast::inverted_residual_backward")
-    def _(ds: Tensor, x: Tensor, h2: Tensor, weight_t: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.channels_last)
+def _fake_backward(ds: Tensor, x: Tensor, h2: Tensor, weight_t: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
-    def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, _, weight_t, _, ctx.with_h2 = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # else h2 gets a gradient of zeros, as large as itself
-        ctx.save_for_backward(x, output[1], weight_t)
 
-    def _backward(ctx: Any, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        if any(ctx.needs_input_grad[1:]):
-            raise RuntimeError("inverted_residual has no gradient for its weights; detach them.")
-        if not ctx.with_h2:
-            raise RuntimeError("inverted_residual ran without h2, which its gradient needs; call it with with_h2=True.")
-        return torch.ops.vaebm_fast.inverted_residual_backward(ds, *ctx.saved_tensors), *(None,) * 4
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, weight_t, _, ctx.with_h2 = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else h2 gets a gradient of zeros, as large as itself
+    ctx.save_for_backward(x, output[1], weight_t)
 
-    def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
 
-    def _refuse(ctx: Any, *gradients: Any) -> NoReturn:
-        raise RuntimeError("inverted_residual is differentiable once; backend='reference' has further derivatives.")
+def _backward(ops: Any, ctx: Any, ds: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if any(ctx.needs_input_grad[1:]):
+        raise RuntimeError("inverted_residual has no gradient for its weights; detach them.")
+    if not ctx.with_h2:
+        raise RuntimeError("inverted_residual ran without h2, which its gradient needs; call it with with_h2=True.")
+    return ops.inverted_residual_backward(ds, *ctx.saved_tensors), *(None,) * 4
 
-    torch.library.register_autograd("vaebm_fast::inverted_residual", _backward, setup_context=_save)
-    torch.library.register_autograd("vaebm_fast::inverted_residual_backward", _refuse, setup_context=_save_nothing)
+
+_register.register("inverted_residual", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

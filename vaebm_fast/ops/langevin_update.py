@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend, choose
 from vaebm_fast.ops._checks import check_tensor
 from vaebm_fast.ops.philox_normal import check_noise
@@ -48,7 +48,7 @@ def langevin_update(
             eps, gradient, seeds, draw, nonfinite_at, stream=stream, step_size=step_size, prior=prior
         )
     else:
-        _triton.ops_of(chosen).langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream, step_size, prior)
+        _register.ops_of(chosen).langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream, step_size, prior)
 
 
 def _check(
@@ -70,7 +70,7 @@ def _check(
         raise ValueError(f"step_size is {step_size}; it must be a positive number.")
 
 
-_triton.define(
+_register.define(
     "langevin_update",
     "(Tensor(a!) eps, Tensor gradient, Tensor seeds, Tensor draw, Tensor(b!) nonfinite_at, int stream, "
     "float step_size, bool prior) -> ()",
@@ -90,4 +90,4 @@ def _fake(
     pass
 
 
-_triton.register_fake("langevin_update", _fake)
+_register.register_fake("langevin_update", _fake)

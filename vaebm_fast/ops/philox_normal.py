@@ -1,7 +1,7 @@
 """Counter-based noise: Philox4x32-10 words, and the normals and uniforms made of them.
 
 Element e of draw k for seed s is a function of (s, k, stream, e) alone and has the same bits on every backend;
-csrc/philox.h defines it. Which stream is for what, and how a flat vector is cut into tensors, is in `vaebm_fast.noise`.
+csrc/philox.h defines it. Which stream is for what, and how a flat vector is cut into tensors, is in `chain.noise`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend, choose
 
 MAX_NUMEL = 2**34
@@ -30,7 +30,7 @@ def philox_words(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backen
     chosen = choose("philox_words", seeds.device, backend)
     if chosen == "reference":
         return reference.philox_words(seeds, draw, stream=stream, numel=numel)
-    words: Tensor = _triton.ops_of(chosen).philox_words(seeds, draw, stream, numel)
+    words: Tensor = _register.ops_of(chosen).philox_words(seeds, draw, stream, numel)
     return words
 
 
@@ -43,7 +43,7 @@ def philox_normal(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backe
     chosen = choose("philox_normal", seeds.device, backend)
     if chosen == "reference":
         return reference.philox_normal(seeds, draw, stream=stream, numel=numel)
-    normals: Tensor = _triton.ops_of(chosen).philox_normal(seeds, draw, stream, numel)
+    normals: Tensor = _register.ops_of(chosen).philox_normal(seeds, draw, stream, numel)
     return normals
 
 
@@ -76,5 +76,5 @@ def _fake_normals(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tenso
 
 
 for _op, _fake in (("philox_words", _fake_words), ("philox_normal", _fake_normals)):
-    _triton.define(_op, "(Tensor seeds, Tensor draw, int stream, int numel) -> Tensor", module="philox_normal")
-    _triton.register_fake(_op, _fake)
+    _register.define(_op, "(Tensor seeds, Tensor draw, int stream, int numel) -> Tensor", module="philox_normal")
+    _register.register_fake(_op, _fake)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import check_image, check_tensor, choose_for
 
@@ -30,7 +30,7 @@ def pixel_head(
     chosen = choose_for("pixel_head", backend, eps_x, logits)
     if chosen == "reference":
         return reference.pixel_head(logits, eps_x, with_log_p=with_log_p)
-    x, log_p = _triton.ops_of(chosen).pixel_head(logits, eps_x, with_log_p)
+    x, log_p = _register.ops_of(chosen).pixel_head(logits, eps_x, with_log_p)
     return x, log_p if with_log_p else None
 
 
@@ -51,7 +51,7 @@ def pixel_head_backward(
     chosen = choose_for("pixel_head_backward", backend, eps_x, logits)
     if chosen == "reference":
         return reference.pixel_head_backward(dx, dlog_p, logits, eps_x)
-    dlogits, deps_x = _triton.ops_of(chosen).pixel_head_backward(dx, dlog_p, logits, eps_x)
+    dlogits, deps_x = _register.ops_of(chosen).pixel_head_backward(dx, dlog_p, logits, eps_x)
     return dlogits, deps_x
 
 
@@ -62,7 +62,7 @@ def _check(logits: Tensor, eps_x: Tensor) -> None:
     check_tensor("logits", logits, (N, 2 * C, H, W), eps_x.device, logits.dtype)
 
 
-_triton.define(
+_register.define(
     "pixel_head",
     "(Tensor logits, Tensor eps_x, bool with_log_p) -> (Tensor x, Tensor log_p)",
     "(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)",
@@ -89,4 +89,4 @@ def _backward(ops: Any, ctx: Any, dx: Tensor, dlog_p: Tensor) -> tuple[Tensor, T
     return *ops.pixel_head_backward(dx, weight, *ctx.saved_tensors), None
 
 
-_triton.register("pixel_head", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register("pixel_head", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import (
     check_image,
@@ -28,7 +28,7 @@ PANEL = 16  # output channels that the C++ kernels keep side by side
 class PointwiseWeight(NamedTuple):
     """The weight of a 1x1 convolution as a backend reads it; made by `pack_pointwise`.
 
-    Plain, for every backend but cpu: `forward` is [Cout, Cin] and `backward` None. cpu: panels of 16 output channels,
+    Plain, for every backend but cpp: `forward` is [Cout, Cin] and `backward` None. cpp: panels of 16 output channels,
     zeros behind the last, `forward` [ceil(Cout / 16), Cin, 16] and, of the transpose, `backward` [ceil(Cin / 16), Cout,
     16].
     """
@@ -57,7 +57,7 @@ def pack_pointwise(weight: Tensor, backend: Backend) -> PointwiseWeight:
     if weight.dim() not in (2, 4) or weight.shape[2:] not in ((), (1, 1)):
         raise ValueError(f"A pointwise weight is [Cout, Cin] or [Cout, Cin, 1, 1]; this one is {list(weight.shape)}.")
     weight = weight.flatten(1)
-    if backend != "cpu":
+    if backend != "cpp":
         return PointwiseWeight(weight, None)
     return PointwiseWeight(_panels(weight), _panels(weight.T))
 
@@ -95,7 +95,7 @@ def pointwise(
         return reference.pointwise(x, weight.forward, bias, residual, activation=activation)
     if chosen == "cuda":
         return _by_cublas(x, weight.forward, bias, residual, activation)
-    op = _triton.ops_of(chosen).pointwise
+    op = _register.ops_of(chosen).pointwise
     y: Tensor = op(x, weight.forward, weight.transposed, bias, residual, activation)
     return y
 
@@ -132,7 +132,7 @@ def pointwise_backward(
     if chosen == "cuda":
         dx_of_rows = _image(_rows(dy) @ weight.forward, dy)
         return dx_of_rows if x is None else dx_of_rows * reference.activation_slope(x, activation)
-    dx: Tensor = _triton.ops_of(chosen).pointwise_backward(dy, weight.transposed, Cin, x, activation)
+    dx: Tensor = _register.ops_of(chosen).pointwise_backward(dy, weight.transposed, Cin, x, activation)
     return dx
 
 
@@ -162,11 +162,11 @@ def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> st
     """The backend, which must be one that reads this layout."""
     is_packed = weight.backward is not None
     if backend == "auto":
-        backend = "cpu" if is_packed else "reference"
+        backend = "cpp" if is_packed else "reference"
     chosen = choose_for(op, backend, x)
-    if is_packed != (chosen == "cpu"):
+    if is_packed != (chosen == "cpp"):
         raise ValueError(
-            f"The weight is in the {'cpu' if is_packed else 'plain'} layout, which backend={chosen!r} does not read; "
+            f"The weight is in the {'cpp' if is_packed else 'plain'} layout, which backend={chosen!r} does not read; "
             f"make it with pack_pointwise(weight, {chosen!r})."
         )
     return chosen
@@ -191,7 +191,7 @@ def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Te
     refuse_weight_gradients("pointwise", *(tensor for tensor in (*weight, bias) if tensor is not None))
 
 
-_triton.define(
+_register.define(
     "pointwise",
     "(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, str activation) -> Tensor",
     "(Tensor dy, Tensor weight_t, int Cin, Tensor? x, str activation) -> Tensor",
@@ -229,4 +229,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, dy if ctx.needs_input_grad[4] else None, None
 
 
-_triton.register("pointwise", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register("pointwise", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaebm_fast import _extension, reference
+from vaebm_fast import reference
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend, choose
+from vaebm_fast.runtime import extension
 
 
 def power_iteration(
@@ -60,13 +62,14 @@ def _check(weight: Tensor, u: Tensor, v: Tensor, iterations: int, eps: float) ->
         raise ValueError(f"eps is {eps}; it must be positive.")
 
 
-if _extension.is_available():
+def _fake(weight: Tensor, u: Tensor, v: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), v.new_empty(v.shape)
 
-    @torch.library.register_fake("vaebm_fast::power_iteration")
-    def _(weight: Tensor, u: Tensor, v: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
-        return u.new_empty(u.shape), v.new_empty(v.shape)
 
-    def _no_derivative(ctx: Any, du: Tensor, dv: Tensor) -> None:
-        raise RuntimeError("power_iteration has no gradient; call it under torch.no_grad().")
+def _no_derivative(ctx: Any, du: Tensor, dv: Tensor) -> None:
+    raise RuntimeError("power_iteration has no gradient; call it under torch.no_grad().")
 
+
+_register.register_fake("power_iteration", _fake)
+if extension.is_available():
     torch.library.register_autograd("vaebm_fast::power_iteration", _no_derivative)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import check_image, check_tensor, choose_for, refuse_weight_gradients
 
@@ -116,7 +116,7 @@ def _check_result(name: str, x: Tensor, h: Tensor, channels: int, upsample: bool
     check_tensor(name, x, (h.shape[0], channels, scale * h.shape[2], scale * h.shape[3]), h.device, h.dtype)
 
 
-_triton.define(
+_register.define(
     "residual_tail",
     "(Tensor h, Tensor skip, Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, "
     "Tensor project_bias, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out, bool upsample) "
@@ -151,6 +151,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, .
     return dh, dy, *(None,) * 9
 
 
-_triton.register(
-    "residual_tail", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward, is_compiled=False
-)
+_register.register("residual_tail", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

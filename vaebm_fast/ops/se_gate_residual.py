@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vaebm_fast import reference
-from vaebm_fast.ops import _triton
+from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.ops._checks import (
     check_image,
@@ -48,7 +48,7 @@ def se_gate_residual(
     chosen = choose_for("se_gate_residual", backend, s)
     if chosen == "reference":
         return reference.se_gate_residual(s, skip, weight_in, bias_in, weight_out, bias_out)
-    y: Tensor = _triton.ops_of(chosen).se_gate_residual(s, skip, weight_in, bias_in, weight_out, bias_out)[0]
+    y: Tensor = _register.ops_of(chosen).se_gate_residual(s, skip, weight_in, bias_in, weight_out, bias_out)[0]
     return y
 
 
@@ -75,7 +75,7 @@ def se_gate_residual_backward(
     chosen = choose_for("se_gate_residual_backward", backend, s)
     if chosen == "reference":
         return reference.se_gate_residual_backward(dy, s, hidden, gate, weight_in, weight_out)
-    ds: Tensor = _triton.ops_of(chosen).se_gate_residual_backward(dy, s, hidden, gate, weight_in, weight_out)
+    ds: Tensor = _register.ops_of(chosen).se_gate_residual_backward(dy, s, hidden, gate, weight_in, weight_out)
     return ds
 
 
@@ -87,7 +87,7 @@ def _check(s: Tensor, weight_in: Tensor, weight_out: Tensor) -> None:
     check_tensor("weight_out", weight_out, (s.shape[1], weight_in.shape[0]), s.device, s.dtype)
 
 
-_triton.define(
+_register.define(
     "se_gate_residual",
     "(Tensor s, Tensor skip, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out) "
     "-> (Tensor y, Tensor hidden, Tensor gate)",
@@ -123,4 +123,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor, 
     return ds, dy, None, None, None, None
 
 
-_triton.register("se_gate_residual", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register("se_gate_residual", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 
-from vaebm_fast.checkpoint.store import file_sha256
+from vaebm_fast.runtime.files import file_sha256
 from vaebm_fast.sampling.folder import PARTS, STATE, Folder
 from vaebm_fast.sampling.journal import Record
 from vaebm_fast.sampling.manifest import read_json

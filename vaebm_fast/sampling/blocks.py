@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaebm_fast.langevin import Chains, LangevinSampler, to_uint8
-from vaebm_fast.sampling.folder import AGAIN, SamplingError
+from vaebm_fast.chain.langevin import Chains, LangevinSampler, to_uint8
+from vaebm_fast.runtime.errors import AGAIN
+from vaebm_fast.sampling.folder import SamplingError
 
 MOST_IMAGES, MOST_PIXELS = 512, {"cuda": 64 * 256 * 256, "cpu": 4 * 64 * 64}  # of an automatic batch
 LEAST_BLOCKS = 64  # of a job, where that leaves blocks of 16: so that no process is left without
@@ -109,7 +110,7 @@ def automatic_batch_size(sampler: LangevinSampler, total: int) -> int:
 
     The number of processes is not asked, so that it changes no image.
     """
-    _, height, width = sampler.layout.image_shape
+    _, height, width = sampler.noise_layout.image_shape
     most = min(MOST_PIXELS[sampler.device.type] // (height * width), MOST_IMAGES, max(16, total // LEAST_BLOCKS))
     if sampler.device.type == "cuda" and most > 1:
         most = min(most, _that_fit(sampler))

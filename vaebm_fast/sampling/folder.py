@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
-from vaebm_fast.checkpoint.store import file_sha256, sync
+from vaebm_fast.runtime import files
+from vaebm_fast.runtime.errors import AGAIN, UserError
 
 STATE = ".job"
 PARTS = f"{STATE}/parts"
-AGAIN = "run the same command again to continue"
 
 
-class SamplingError(ValueError):
+class SamplingError(UserError):
     """A job that cannot start, go on, or end well; the message is one line for the user."""
 
 
@@ -86,26 +84,18 @@ class Folder:
 
         durable: after a power cut too. Pictures and parts are not: one that is gone is missed by its hash.
         """
-        path, temporary = self.out / name, self._temporaries / uuid4().hex
+        path = self.out / name
         with self.naming(path):
-            try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(path, durable=durable, temporaries=self._temporaries) as temporary:
                 yield temporary
-                if durable:
-                    sync(temporary)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(temporary, path)
-                if durable:
-                    sync(path.parent)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
 
     def write(self, name: str, data: bytes, *, durable: bool = False) -> str:
         """Write a file whole; its SHA-256. durable: as in `replacing`."""
-        with self.replacing(name, durable=durable) as temporary:
-            temporary.write_bytes(data)
-        return hashlib.sha256(data).hexdigest()
+        path = self.out / name
+        with self.naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return files.write(path, data, durable=durable, temporaries=self._temporaries)
 
     def write_json(self, name: str, value: object) -> None:
         """Write JSON whole and durable."""
@@ -114,7 +104,7 @@ class Folder:
     def is_intact(self, name: str, sha256: str) -> bool:
         """Whether the file is there with this content."""
         try:
-            return file_sha256(self.out / name) == sha256
+            return files.file_sha256(self.out / name) == sha256
         except OSError:
             return False
 

@@ -18,22 +18,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vaebm_fast import _command
+from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.checkpoint import content_sha256, describe, load_energy, load_nvae
-from vaebm_fast.config import ENERGY_ARCHS, PRESETS
+from vaebm_fast.config import PRESETS, find_energy_arch
 from vaebm_fast.frozen import FrozenNVAE, freeze
-from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.ops._backend import Backend
+from vaebm_fast.runtime.command import FAILED, INTERRUPTED
+from vaebm_fast.runtime.devices import choose_device
+from vaebm_fast.runtime.errors import AGAIN, UserError, sentence
+from vaebm_fast.runtime.ranks import ProcessLostError, Ranks, joined, of_torchrun, start
+from vaebm_fast.runtime.signals import interruptible
 from vaebm_fast.sampling import journal
 from vaebm_fast.sampling.assembly import assemble
 from vaebm_fast.sampling.blocks import TOO_SMALL, BlockSampler, is_out_of_memory
-from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
+from vaebm_fast.sampling.folder import Folder, SamplingError
 from vaebm_fast.sampling.journal import Journal, Watcher
 from vaebm_fast.sampling.options import SampleOptions, Seeds
 from vaebm_fast.sampling.outputs import Output
 from vaebm_fast.sampling.plan import Plan, make_plan
-from vaebm_fast.sampling.ranks import ProcessLostError, Ranks, interruptible, joined, of_torchrun, start
 from vaebm_fast.sampling.summary import Report, conclude
 from vaebm_fast.sampling.telemetry import gpu_meter
 from vaebm_fast.sampling.writer import Writer
@@ -52,13 +55,13 @@ def run_job(options: SampleOptions) -> int:
     ranks = of_torchrun()
     if ranks is not None:
         if options.processes is not None:
-            raise ValueError("torchrun has started the processes already; leave out --processes.")
+            raise UserError("torchrun has started the processes already; leave out --processes.")
         return run_rank(options, ranks)
-    on_gpus = _command.choose_device(options.device).type == "cuda"
+    on_gpus = choose_device(options.device).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpus else 1
     processes = options.processes or gpus
     if on_gpus and processes > gpus:
-        raise ValueError(f"{processes} processes need as many GPUs, and torch finds {gpus}; ask for no more than that.")
+        raise UserError(f"{processes} processes need as many GPUs, and torch finds {gpus}; ask for no more than that.")
     if processes == 1:
         return run_rank(options, Ranks())
     with interruptible():
@@ -74,11 +77,11 @@ def run_rank(options: SampleOptions, ranks: Ranks, store: Path | None = None) ->
         except KeyboardInterrupt:
             if ranks.speaks:
                 print(f"Stopped; {AGAIN}.")
-            return _command.INTERRUPTED
+            return INTERRUPTED
         except ProcessLostError:
             if ranks.speaks:
                 raise
-            return _command.FAILED
+            return FAILED
 
 
 def _work(options: SampleOptions, ranks: Ranks) -> int:
@@ -89,7 +92,7 @@ def _work(options: SampleOptions, ranks: Ranks) -> int:
         if ready is None:
             return 0
         sampler, plan = ready
-        output = Output(options.format, seeds.largest, sampler.layout.image_shape)
+        output = Output(options.format, seeds.largest, sampler.noise_layout.image_shape)
         with _progress(options, ranks, folder, len(seeds), plan.images_done) as look:
             report = _share(ranks, folder, seeds, sampler, plan, output, look)
             ranks.wait(look)
@@ -125,8 +128,8 @@ def _ready_together(
             folder.share()
     except (ValueError, OSError, RuntimeError) as error:
         failure = SamplingError(TOO_SMALL) if is_out_of_memory(error) else error
-    outcomes = ranks.exchange((plan, _command.sentence(failure) if failure else None))
-    sentences = [sentence for _, sentence in outcomes if sentence]
+    outcomes = ranks.exchange((plan, sentence(failure) if failure else None))
+    sentences = [text for _, text in outcomes if text]
     if sentences:
         if ranks.speaks:
             raise failure or SamplingError(sentences[0])
@@ -143,9 +146,9 @@ def _ready_together(
 def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | None]:
     """The networks on this process's device, no energy for a chain of no steps. Raises ValueErrors for unfit files."""
     device = torch.device("cpu")
-    if _command.choose_device(options.device).type == "cuda":
+    if choose_device(options.device).type == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"Process {ranks.local_rank} of this machine has no GPU, torch finds {torch.cuda.device_count()}; "
                 "start one process per GPU."
             )
@@ -153,13 +156,14 @@ def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | N
         torch.cuda.set_device(device)
     vae = load_nvae(options.nvae, device=device)
     if options.preset and vae.image_shape != PRESETS[options.preset].nvae.image_shape:
-        raise ValueError(
+        raise UserError(
             f"{options.nvae} makes images of shape {vae.image_shape} (C, H, W), and preset {options.preset} is for "
             f"{PRESETS[options.preset].nvae.image_shape}; name another preset, or give the chain by its own options."
         )
     if options.energy is None or options.chain().steps == 0:
         return vae.requires_grad_(False), None
-    side = vae.image_shape[1] if options.energy_arch not in (None, *ENERGY_ARCHS) else None  # blocks do not tell it
+    has_blocks = options.energy_arch is not None and find_energy_arch(options.energy_arch) is None
+    side = vae.image_shape[1] if has_blocks else None  # blocks do not tell it
     energy = load_energy(options.energy, arch=options.energy_arch, image_size=side, device=device)
     return vae.requires_grad_(False), energy.requires_grad_(False)
 

@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
+from vaebm_fast.runtime.errors import AGAIN
+from vaebm_fast.runtime.files import append
+from vaebm_fast.sampling.folder import Folder, SamplingError
 
 MERGED = "journal.jsonl"
 
@@ -43,10 +45,8 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Append a record, and wait until it is on the disk."""
-        with self._lock, self._folder.naming(self._path), self._path.open("ab") as file:
-            file.write(json.dumps(asdict(record)).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._lock, self._folder.naming(self._path):
+            append(self._path, json.dumps(asdict(record)).encode() + b"\n")
 
 
 def read(folder: Folder) -> list[Record]:

@@ -15,6 +15,7 @@ from vaebm_fast.sampling.folder import Folder, SamplingError
 NAME = "manifest.json"
 IMAGES_VERSION = 1  # raised when a new release makes other images from the same settings
 OLDER = {"start_temperature": 1.0}  # what manifests do not say that were written before it was a setting
+RENAMED = {"backend": {"cpu": "cpp"}}  # the present name of a value, by setting and by the name in older manifests
 
 
 def settle(folder: Folder, asked: Mapping[str, Any], choose: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def settle(folder: Folder, asked: Mapping[str, Any], choose: Callable[[], Mappin
         folder.write_json(NAME, settings)
         return settings
     saved = {**OLDER, **saved}
+    saved |= {name: names[saved[name]] for name, names in RENAMED.items() if saved.get(name) in names}
     differing = [
         f"{name} was {saved.get(name)} and is {value}" for name, value in asked.items() if saved.get(name) != value
     ]

@@ -11,9 +11,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
+from vaebm_fast.chain.langevin import schedule
 from vaebm_fast.config import PRESETS, Potential
-from vaebm_fast.langevin import schedule
 from vaebm_fast.ops._backend import Backend
+from vaebm_fast.runtime.devices import DeviceName
+from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.sampling.outputs import Format
 
 MOST_SEEDS = 100_000_000  # of a job, which keeps a list of its blocks
@@ -63,15 +65,15 @@ class SampleOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and features."""
     backend: Backend = "auto"
-    """What the frozen networks run on; auto is cpu with the compiled part on a CPU, else reference."""
+    """What the frozen networks run on; auto is cpp with the compiled part on a CPU, else reference."""
     batch_size: int | None = None
     """Images at a time; by default found from the memory, and kept for later runs in the same folder."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where to compute; auto is the GPUs where there are any."""
     processes: int | None = None
     """Processes to start; by default one per GPU, or one on a CPU."""
     energy_arch: str | None = None
-    """The energy network of a published file, such as celeba64 or '1-1d 1-2'; by default recognised."""
+    """The energy network of a published file, such as celeba_64 or '1-1d 1-2'; by default recognised."""
     progress: bool = True
     """Show a progress bar, where the output is a terminal."""
 
@@ -79,11 +81,11 @@ class SampleOptions:
         for name in ("batch_size", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+                raise UserError(f"{name} is {value}; it must be at least 1.")
         for name in ("temperature", "start_temperature"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; it must be a number from 0 up.")
+                raise UserError(f"{name} is {value}; it must be a number from 0 up.")
 
     def chain(self) -> Chain:
         """The preset's chain with what is given in its place.
@@ -91,17 +93,17 @@ class SampleOptions:
         Raises ValueError where neither says enough, for steps that make no chain, and for some without an energy.
         """
         if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"Preset {self.preset!r} is not known; there are {', '.join(PRESETS)}.")
+            raise UserError(f"Preset {self.preset!r} is not known; there are {', '.join(PRESETS)}.")
         published = PRESETS[self.preset].sampling if self.preset else None
         steps = published.steps if self.steps is None and published else self.steps
         step_size = published.step_size if self.step_size is None and published else self.step_size
         if steps == 0 and step_size is None:
             step_size = ()
         if steps is None or step_size is None:
-            raise ValueError("The chain is not known: name a preset, or give both the steps and the step size.")
+            raise UserError("The chain is not known: name a preset, or give both the steps and the step size.")
         schedule(steps, step_size)
         if steps > 0 and self.energy is None:
-            raise ValueError("A chain's steps need an energy network: give --energy, or --steps 0 for the NVAE's own.")
+            raise UserError("A chain's steps need an energy network: give --energy, or --steps 0 for the NVAE's own.")
         return Chain(
             steps,
             step_size,
@@ -120,21 +122,21 @@ class Seeds:
 
     @classmethod
     def parse(cls, text: str) -> Seeds:
-        """From such as `0-99,200-299,1000`. Raises ValueError for anything else, for twins and for too many."""
+        """From such as `0-99,200-299,1000`. Raises ValueError for anything else, repeated seeds and too many."""
         ranges = []
         for word in text.split(","):
             match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word, re.ASCII)
             if match is None:
-                raise ValueError(f"Seeds {word.strip()!r} are not of the form FIRST-LAST or SEED, such as 0-49999.")
+                raise UserError(f"Seeds {word.strip()!r} are not of the form FIRST-LAST or SEED, such as 0-49999.")
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first or last >= 2**64:
-                raise ValueError(f"Seeds {word.strip()!r} do not run upwards within 0 to 2^64-1; give FIRST-LAST so.")
+                raise UserError(f"Seeds {word.strip()!r} do not run upwards within 0 to 2^64-1; give FIRST-LAST so.")
             if last - first >= 2**40:
-                raise ValueError(f"Seeds {word.strip()!r} are more images than any disk holds; give fewer.")
+                raise UserError(f"Seeds {word.strip()!r} are more images than any disk holds; give fewer.")
             ranges.append(range(first, last + 1))
         seeds = cls(_joined(sorted(ranges, key=lambda seeds: seeds.start)))
         if len(seeds) > MOST_SEEDS:
-            raise ValueError(f"{len(seeds):,} seeds are too many for one folder; give at most {MOST_SEEDS:,} to each.")
+            raise UserError(f"{len(seeds):,} seeds are too many for one folder; give at most {MOST_SEEDS:,} to each.")
         return seeds
 
     def __len__(self) -> int:
@@ -184,7 +186,7 @@ def _joined(ranges: Sequence[range]) -> list[range]:
     joined: list[range] = []
     for seeds in ranges:
         if joined and seeds.start < joined[-1].stop:
-            raise ValueError(f"Seed {seeds.start} is given twice; an image is made once.")
+            raise UserError(f"Seed {seeds.start} is given twice; an image is made once.")
         if joined and seeds.start == joined[-1].stop:
             joined[-1] = range(joined[-1].start, seeds.stop)
         else:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from vaebm_fast.langevin import LangevinSampler
+from vaebm_fast.chain.langevin import LangevinSampler
+from vaebm_fast.runtime.errors import AGAIN
 from vaebm_fast.sampling import journal, manifest
 from vaebm_fast.sampling.assembly import intact_products, needs_part
 from vaebm_fast.sampling.blocks import automatic_batch_size
-from vaebm_fast.sampling.folder import AGAIN, Folder, SamplingError
+from vaebm_fast.sampling.folder import Folder, SamplingError
 from vaebm_fast.sampling.options import SampleOptions, Seeds
 from vaebm_fast.sampling.outputs import Output
 
@@ -55,7 +56,7 @@ def make_plan(
         },
     )
     batch_size = settings["batch_size"]
-    output = Output(options.format, seeds.largest, sampler.layout.image_shape)
+    output = Output(options.format, seeds.largest, sampler.noise_layout.image_shape)
     products, whole = output.products(len(seeds)), intact_products(folder, output, len(seeds))
     records = journal.read(folder)
     done = journal.intact(folder, records)

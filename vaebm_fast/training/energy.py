@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vaebm_fast.chain.langevin import LangevinSampler
+from vaebm_fast.chain.noise import Stream, step_seeds, uniform
 from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json
 from vaebm_fast.data import ImageSource
+from vaebm_fast.data.loader import StepData
 from vaebm_fast.frozen import FrozenVAEBM, freeze
-from vaebm_fast.langevin import LangevinSampler, NonFiniteChainError
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.noise import Stream, uniform
-from vaebm_fast.replay import ReplayRing
+from vaebm_fast.runtime.errors import NonFiniteError
 from vaebm_fast.training.guard import DivergenceGuard
 from vaebm_fast.training.losses import finite, weight_norm
+from vaebm_fast.training.replay import ReplayRing
 from vaebm_fast.training.spectral import SpectralRegulariser
-from vaebm_fast.training.stepdata import StepData, step_seeds
 
 
 @torch.no_grad()
@@ -162,7 +163,7 @@ class EnergyTrainer:
         )
         self._frozen = freeze(self.model)
         self.sampler = self._sampler_of(self._frozen)
-        latent_dim = self.sampler.layout.latent_dim
+        latent_dim = self.sampler.noise_layout.latent_dim
         self.buffer = self._ring_of(training.buffer, latent_dim) if training.buffer else None
         self._guard = DivergenceGuard(
             self.update, max_gap=training.max_energy_gap, max_rollbacks=training.max_rollbacks
@@ -212,7 +213,7 @@ class EnergyTrainer:
         annealed = min(1.0, step / max(buffer.anneal_steps, 1))
         chosen = (chance < buffer.max_probability * annealed).nonzero().flatten()
         kept = self.buffer.gather((place[chosen] * len(self.buffer)).long())
-        eps[chosen.to(self.device), : self.sampler.layout.latent_dim] = kept
+        eps[chosen.to(self.device), : self.sampler.noise_layout.latent_dim] = kept
         return eps
 
     def _seeds(self, step: int) -> Tensor:
@@ -221,13 +222,10 @@ class EnergyTrainer:
     def negatives(self, step: int) -> Tensor:
         """Images [N, C, H, W] at the end of a step's chains; their latents go into the replay buffer.
 
-        Raises FloatingPointError or NonFiniteChainError where the energy network does not allow for chains any more.
+        Raises NonFiniteError where the energy network does not allow for chains any more.
         """
-        layout = self.sampler.layout
-        try:
-            self._frozen.refresh()
-        except ValueError as error:  # the VAE stays in evaluation mode: the only reason left is a weight
-            raise FloatingPointError(str(error)) from error
+        layout = self.sampler.noise_layout
+        self._frozen.refresh()
         chains = self.sampler.run(self._seeds(step), start=self.start(step), stream=Stream.TRAIN_CHAIN)
         if self.buffer is not None:
             self.buffer.push(chains.eps[:, : layout.latent_dim])
@@ -250,7 +248,7 @@ class EnergyTrainer:
         try:
             scalars = finite(self.update(images, self.negatives(step)), step + 1)
             gap, cause = float(scalars["loss"]), ""
-        except (FloatingPointError, NonFiniteChainError) as error:
+        except NonFiniteError as error:
             gap, cause = math.inf, str(error)
         if self._guard.after_step(step, gap, cause):
             self._recover(step, cause or f"energy gap {gap:.4g}")

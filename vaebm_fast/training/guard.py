@@ -11,6 +11,8 @@ import math
 from collections import deque
 from typing import Any, Protocol
 
+from vaebm_fast.runtime.errors import UserError
+
 
 class Trainable(Protocol):
     """What can be rolled back."""
@@ -20,7 +22,7 @@ class Trainable(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError, RuntimeError):
     """Training diverged more often than `max_rollbacks`; the trainee has been put back to its last good state."""
 
 

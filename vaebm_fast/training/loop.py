@@ -7,26 +7,26 @@ is counter-based), so running the same command again continues bit for bit where
 from __future__ import annotations
 
 import json
-import signal
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from vaebm_fast.checkpoint import CheckpointError, load_training, save_training
-from vaebm_fast.langevin import NonFiniteChainError
+from vaebm_fast.data.loader import UnreadableDataError
+from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.runtime.files import write
+from vaebm_fast.runtime.signals import noted
 from vaebm_fast.training.guard import DivergedError
 from vaebm_fast.training.losses import finite
-from vaebm_fast.training.pictures import save_grid
 from vaebm_fast.training.progress import Progress
-from vaebm_fast.training.stepdata import UnreadableDataError
 
 Scalars = Mapping[str, Tensor | float]
+DrawSamples = Callable[[Tensor, Path], None]  # uint8 [N, H, W, C], and the PNG file to write
 STATE_FILE = "training.safetensors"
 SHOWN = 3  # settings that differ, in an error
 OLDER = {"random_crop": False}  # what checkpoints do not say that were written before it was a setting
@@ -45,7 +45,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "grid_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it counts steps and must be at least 1.")
+                raise UserError(f"{name} is {getattr(self, name)}; it counts steps and must be at least 1.")
 
 
 class Trainee(Protocol):
@@ -70,8 +70,10 @@ class Trainee(Protocol):
         """Write the trained network into `out` and return its path."""
 
 
-def train(trainee: Trainee, options: RunOptions) -> Path | None:
+def train(trainee: Trainee, options: RunOptions, draw: DrawSamples | None = None) -> Path | None:
     """Run the trainee to its last step, or continue it; returns the exported network's path.
+
+    draw: writes the pictures of samples, such as `vaebm_fast.report.save_grid`; without it there are none.
 
     SIGINT and SIGTERM finish the step, save, and return None. Raises CheckpointError when `out` holds a run with other
     settings, FloatingPointError when a scalar is not finite, DivergedError after exporting the last good network,
@@ -82,7 +84,7 @@ def train(trainee: Trainee, options: RunOptions) -> Path | None:
     saved = start = _resume(trainee, state_file)
     scalars: Scalars = {}
     bar = Progress(start, total, shown=options.progress)
-    with closing(_Log(options.out, start)) as log, closing(bar), _stop_signals() as stopped:
+    with closing(_Log(options.out, start)) as log, closing(bar), noted() as stopped:
         for step in range(start, total):
             try:
                 scalars = trainee.step(step)
@@ -99,8 +101,8 @@ def train(trainee: Trainee, options: RunOptions) -> Path | None:
                 values = finite(scalars, done)
                 log.write(done, values)
                 bar.report(done, values)
-            if done % options.grid_every == 0 or last:
-                _draw(trainee, options.out / "samples" / f"step_{done:07d}.png")
+            if draw is not None and (done % options.grid_every == 0 or last):
+                _draw(draw, trainee, options.out / "samples" / f"step_{done:07d}.png")
             if done % options.save_every == 0 or last or stop:
                 _save(trainee, state_file, done, scalars)
                 saved = done
@@ -115,14 +117,14 @@ def _save(trainee: Trainee, path: Path, done: int, scalars: Scalars) -> None:
     save_training({"step": done, "settings": trainee.settings(), "state": trainee.state_dict()}, path)
 
 
-def _draw(trainee: Trainee, path: Path) -> None:
+def _draw(draw: DrawSamples, trainee: Trainee, path: Path) -> None:
     """A grid of samples; a network that is about to be rolled back may have none, of which a warning tells."""
     try:
         images = trainee.sample_images()
-    except (NonFiniteChainError, ValueError) as error:
+    except UserError as error:
         warnings.warn(f"{path.name} was not drawn: {error}", stacklevel=2)
         return
-    save_grid(images, path)
+    draw(images, path)
 
 
 def _resume(trainee: Trainee, path: Path) -> int:
@@ -161,7 +163,7 @@ class _Log:
 
         path = out / "metrics.jsonl"
         kept = [record for record in _records(path) if record["step"] <= start]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
@@ -184,21 +186,3 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Any]:
-    """Yields a function that tells whether SIGINT or SIGTERM came; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

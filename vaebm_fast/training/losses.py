@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vaebm_fast.config import VAETraining
 from vaebm_fast.models.nvae import Elbo
+from vaebm_fast.runtime.errors import NonFiniteError
 
 
 def kl_coeff(step: int, total_steps: int, anneal_portion: float, const_portion: float, const_coeff: float) -> float:
@@ -86,5 +87,5 @@ def finite(scalars: Mapping[str, Tensor | float], done: int) -> dict[str, float]
     values = {name: float(value) for name, value in scalars.items()}
     for name, value in values.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"{name} is {value} at step {done}; lower the learning rate.")
+            raise NonFiniteError(f"{name} is {value} at step {done}; lower the learning rate.")
     return values

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.checkpoint import CheckpointError, describe, load_nvae, save_nvae
 from vaebm_fast.models import NVAE
-from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
+from vaebm_fast.runtime.errors import NonFiniteError, UserError
 
 
 @torch.no_grad()
@@ -33,11 +34,11 @@ def readjust_batch_norm(
     0 and 1: at 1 the statistics are those of training. progress: a bar, where stderr is a terminal.
     """
     if not 0 < temperature < 1:
-        raise ValueError(f"temperature is {temperature}; batch normalisation is readjusted to one above 0 and below 1.")
+        raise UserError(f"temperature is {temperature}; batch normalisation is readjusted to one above 0 and below 1.")
     for name, value in (("batches", batches), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    layout, device = NoiseLayout(vae.latent_shapes, vae.image_shape), vae.prior_ftr0.device
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+    layout, device = vae.noise_layout, vae.prior_ftr0.device
     before = {name: buffer.clone() for name, buffer in vae.named_buffers()}
     vae.train()
     try:
@@ -60,7 +61,7 @@ def _require_finite_statistics(vae: NVAE, batch: int, temperature: float) -> Non
     finite = torch.stack([torch.isfinite(buffer).all() for buffer in statistics.values()])
     if not bool(finite.all()):
         name = list(statistics)[int((~finite).nonzero()[0])]
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"Batch {batch} of the readjustment at temperature {temperature:g} made {name} non-finite; "
             "sample at temperature 1, or at a higher one than this."
         )

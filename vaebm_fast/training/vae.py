@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vaebm_fast.chain.langevin import to_uint8
+from vaebm_fast.chain.noise import Stream, normal, step_seeds
 from vaebm_fast.checkpoint import save_nvae
 from vaebm_fast.config import NVAEConfig, VAETraining, to_json
 from vaebm_fast.data import ImageSource, batches_per_epoch
-from vaebm_fast.langevin import to_uint8
+from vaebm_fast.data.loader import StepData
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.models.nvae import NVAE, bits_per_dim
-from vaebm_fast.noise import NoiseLayout, Stream, normal
 from vaebm_fast.training.losses import (
     batchnorm_loss,
     kl_alpha,
@@ -31,7 +32,6 @@ from vaebm_fast.training.losses import (
     weight_norm,
 )
 from vaebm_fast.training.spectral import SpectralRegulariser
-from vaebm_fast.training.stepdata import StepData, step_seeds
 
 
 class VAEUpdate:
@@ -129,7 +129,7 @@ class VAETrainer:
             **self._augmentation,
             device=self.device,
         )
-        self._layout = NoiseLayout(config.latent_shapes, config.image_shape)
+        self._layout = config.noise_layout
 
     def settings(self) -> dict[str, Any]:
         """What a continuation must share with its checkpoint."""

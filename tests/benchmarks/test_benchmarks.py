@@ -1,0 +1,292 @@
+"""The benchmarks' own arithmetic, and that nothing red is measured. Their figures are no tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gate, gpu, measure, ops, replay, report, sampling
+from benchmarks.conftest import Replay
+from benchmarks.pair import COMPILED, NHWC, PLAIN
+from benchmarks.results_file import ResultsFile
+from tests.helpers.benchmark_rows import CEILINGS, CPU, content, op_row, pair_row, run_python
+from vaebm_fast.config import NoiseLayout, ReplayBuffer, Sampling
+from vaebm_fast.ops._backend import OP_BACKENDS
+
+
+def test_rates_ratios_and_shares() -> None:
+    plain, nhwc, fast = report.derived(content(pair_row(PLAIN, 0.8), pair_row(NHWC, 0.4), pair_row("frozen, cpp", 0.2)))
+    assert (plain["over plain"], nhwc["over plain"], fast["over plain"]) == (1, 2, 4)
+    assert fast["over plain NHWC"] == 2 and fast["over reference"] is None
+    assert fast["gflops"] == pytest.approx(40) and fast["matrix_share"] == pytest.approx(0.4)
+    slow, op = report.derived(content(op_row("reference", 4e-4), op_row("cpp", 2e-4)))
+    assert op["over reference"] == 2 and slow["over plain"] is None
+    assert op["gbps"] == pytest.approx(5) and op["copy_share"] == pytest.approx(0.5)
+
+
+def test_the_roofline_is_the_nearer_ceiling_in_what_the_row_multiplies_with() -> None:
+    rows = [
+        pair_row("frozen, triton", 0.2, products="float32", bytes=10**9),  # 40 of 100 GFLOP/s, 5 of 10 GB/s
+        pair_row("plain", 0.2, products="tf32 in cuDNN", bytes=0),
+        pair_row("frozen, triton, bf16", 0.2, products="bf16", bytes=0),
+    ]
+    given = content(*rows)
+    given["ceilings"] = CEILINGS | {"matrix_gflops_tf32": 400.0, "matrix_gflops_bf16": 800.0}
+    fp32, tf32, bf16 = report.derived(given)
+    assert (fp32["matrix_share"], fp32["copy_share"]) == (pytest.approx(0.4), pytest.approx(0.5))
+    assert fp32["roofline_share"] == pytest.approx(0.5)
+    assert (tf32["roofline_share"], bf16["roofline_share"]) == (pytest.approx(0.1), pytest.approx(0.05))
+    assert "100 GFLOP/s, 400 GFLOP/s in tf32, 800 GFLOP/s in bf16" in report.table(given)
+
+
+def test_a_ratio_is_taken_within_its_own_case_only() -> None:
+    rows = report.derived(content(pair_row(PLAIN, 0.8, batch=1), pair_row("frozen, cpp", 0.2, batch=4)))
+    assert rows[1]["over plain"] is None
+
+
+def test_tables_hold_every_row_under_its_columns() -> None:
+    text = report.table(content(pair_row(PLAIN, 0.8), pair_row(COMPILED, 0.2, compile_s=60.0, peak_memory_mib=None)))
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [dict(zip(header.split(" | "), row.split(" | "), strict=True)) for row in rows]
+    assert cells[0]["s/image/step"] == "0.400" and cells[1]["x plain"] == "4.00"
+    assert cells[1]["peak MiB"] == "-" and cells[1]["p20 - p80"] == "0.090 - 0.110"
+    assert f"torch {torch.__version__}" in text and "matrix product 100 GFLOP/s" in text
+
+
+def test_the_report_writes_tables_and_plot_and_only_its_part_of_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "pair_cpu.json").write_text(json.dumps(content(pair_row(PLAIN, 0.8), pair_row("frozen, cpp", 0.2))))
+    (tmp_path / "ops_cpu.json").write_text(json.dumps(content(op_row("reference", 4e-4), op_row("cpp", 2e-4))))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):  # a second run changes nothing
+        report.main(["--results", str(tmp_path), "--readme", str(readme)])
+        text = readme.read_text()
+        assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"\n{report.END}\nafter\n")
+        assert text.count("| digits, 2 | 400 | 100 | 4.0 | - | 40 |") == 1 and "old" not in text
+    assert "| digits, 2 | frozen, cpp | 0.100 |" in (tmp_path / "pair_cpu.md").read_text()
+    assert (tmp_path / "pair_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "| blur | 1x2 | cpp | 0.200 |" in (tmp_path / "ops_cpu.md").read_text()
+    readme.write_text("no markers\n")
+    with pytest.raises(ValueError, match="needs the line"):
+        report.main(["--results", str(tmp_path), "--readme", str(readme)])
+
+
+def test_a_case_has_one_line_in_the_readme_with_the_gains_of_its_fastest_frozen_candidate() -> None:
+    rows = [
+        pair_row("frozen, cpp", 0.2, batch=4),
+        pair_row("frozen, reference", 0.4, batch=4),
+        pair_row(NHWC, 0.6, batch=4),
+        pair_row(PLAIN, 8.0, batch=4),
+        pair_row(PLAIN, 2.0, batch=1),
+    ]
+    header, _, *lines = report.by_case(report.derived(content(*rows))).splitlines()
+    candidates = "frozen, cpp | frozen, reference | plain NHWC | plain"
+    assert header == f"| preset, N | {candidates} | x plain | x plain NHWC | % of ceiling |"
+    assert lines[0] == "| digits, 1 | - | - | - | 2,000 | - | - | - |"
+    assert lines[1].startswith("| digits, 4 | 50 | 100 | 150 | 2,000 | 40.0 | 3.0 | ")
+
+
+def test_the_readme_has_the_markers() -> None:
+    text = report.README.read_text()
+    assert text.count(report.BEGIN) == text.count(report.END) == 1
+
+
+def test_candidates_take_turns_and_each_is_first_once() -> None:
+    calls: list[str] = []
+    samples = measure.take_turns({name: lambda name=name: calls.append(name) for name in "abc"}, CPU, rounds=3)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert [len(taken) for taken in samples.values()] == [3, 3, 3]
+
+
+def test_rounds_follow_the_length_of_a_call() -> None:
+    assert [measure.rounds_for(call_s, 2.0) for call_s in (1e-6, 0.1, 1.0, 3.1)] == [100, 20, 5, 3]
+
+
+def test_a_sample_sees_time_and_fresh_memory() -> None:
+    taken = measure.sample(lambda: torch.ones(2**23), CPU)  # 32 MiB
+    assert taken.wall_s > 0 and taken.user_s + taken.system_s > 0
+    summary = measure.summary([measure.Sample(float(wall_s), 1.0, 0.5, 3) for wall_s in (5, 1, 2, 4, 3)])
+    assert (summary["median_s"], summary["p20_s"], summary["p80_s"], summary["rounds"]) == (3, 2, 4, 5)
+
+
+def test_the_replayed_timer_gives_the_measured_times() -> None:
+    timer = Replay()
+    timer.load([0.25, 0.5])
+    assert [-timer() + timer() for _ in range(2)] == [0.25, 0.5]
+
+
+def test_ceilings_are_rates() -> None:
+    found = measure.ceilings(CPU, sides=(64,))
+    assert found["matrix_gflops"] > 0 and found["copy_gbps"] > 0
+
+
+def test_a_result_file_holds_what_ran_after_every_row(tmp_path: Path) -> None:
+    file = ResultsFile("pair", "How long?", CEILINGS, tmp_path)
+    file.add(pair_row(PLAIN, 1.0))
+    file.refuse("blur", "red\nmore")
+    kept = json.loads(file.path.read_text())
+    assert kept["results"][0]["candidate"] == PLAIN and kept["refused"][0]["what"] == "blur"
+    assert {"device", "torch", "commit", "threads", "date"} <= set(kept["environment"])
+    assert "No figure for blur: red\n" in report.table(kept)
+
+
+@pytest.mark.parametrize("body", ["assert False", "raise ImportError"])
+def test_a_red_test_is_seen(body: str, tmp_path: Path) -> None:
+    red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
+    red.write_text(f"def test_it():\n    {body}\n")
+    green.write_text("def test_it():\n    pass\n")
+    reason = gate.why_red(str(green), str(red))
+    assert reason is not None and "exit code 1" in reason and "test_it" in reason
+
+
+def test_green_tests_are_not_red_and_missing_ones_are(tmp_path: Path) -> None:
+    green = tmp_path / "test_green.py"
+    green.write_text("def test_it():\n    pass\n")
+    assert gate.why_red(str(green)) is None
+    assert "exit code" in (gate.why_red(str(tmp_path / "test_missing.py")) or "")
+
+
+def test_an_op_with_red_tests_gets_no_figure_and_the_run_fails(tmp_path: Path) -> None:
+    (tmp_path / "test_red.py").write_text("def test_it():\n    assert False\n")
+    program = (
+        "import dataclasses, sys, pytest\n"
+        "from benchmarks import measure, ops\n"
+        f"measure.ceilings = lambda device: {CEILINGS}\n"
+        "case = next(case for case in ops.CASES if case.op == 'philox_normal')\n"
+        f"ops.CASES = (dataclasses.replace(case, tests={str(tmp_path / 'test_red.py')!r}),)\n"
+        f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}]\n"
+        "sys.exit(pytest.main([*arguments, 'benchmarks/bench_ops.py']))"
+    )
+    done = run_python(program)
+    assert done.returncode == 1 and "No figure for philox_normal" in done.stdout, done.stdout + done.stderr
+    (path,) = tmp_path.glob("ops_*.json")
+    kept = json.loads(path.read_text())
+    assert kept["results"] == [] and "test_red.py" in kept["refused"][0]["reason"]
+
+
+def test_every_case_names_an_op_and_a_file_of_tests_that_exist() -> None:
+    for case in ops.CASES:
+        assert case.op in OP_BACKENDS and (gate.REPOSITORY / case.tests).is_file()
+    assert len({case.name for case in ops.CASES}) == len(ops.CASES)
+    with pytest.raises(ValueError, match="blur has no case; there are bilinear_upsample"):
+        ops.cases_of(["blur"])
+
+
+def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pytest.CaptureFixture[str]) -> None:
+    chain = Sampling(steps=1, step_size=0.1, potential="paper")
+    job, bare = sampling.measure("digits", chain, batch=2, blocks=3, rounds=2, plain=False, compile=False)
+    assert (job["candidate"], bare["candidate"]) == (sampling.JOB, sampling.BARE)
+    assert len(job["times_s"]) == 2 and bare["images_per_second"] == pytest.approx(6 / bare["median_s"])
+    assert job["over_bare_chain"] == pytest.approx(bare["median_s"] / job["median_s"])
+    assert job["whole_job_s"] > job["median_s"] and bare["whole_job_s"] is None
+    assert capfd.readouterr().out.count("Made 6 images") == 3, "one round warms up"
+    with pytest.raises(ValueError, match="digits has another potential"):
+        sampling.measure("digits", chain, batch=2, blocks=1, rounds=1, plain=True, compile=False)
+
+
+def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
+    def stage(name: str, limit_s: float, *command: str, needs: tuple[str, ...] = ("build",)) -> gpu.Stage:
+        return gpu.Stage(name, lambda sound: command, limit_s, needs)
+
+    def python(program: str) -> tuple[str, ...]:
+        return (sys.executable, "-c", program)
+
+    hanging = "import subprocess, sys; print('on', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
+    planned = [
+        stage("build", 60, *python("print('built')"), needs=()),
+        stage("tests", 60, *python("raise SystemExit(3)")),
+        stage("memcheck", 3, *python(hanging.format("import time; time.sleep(60)"))),
+        stage("racecheck", 60, "no-such-program"),
+        stage("pair", 60, *python("print('measured')")),
+    ]
+    done = gpu.run_stages(planned, 300, tmp_path / "results" / "gpu_run.json", tmp_path / "logs")
+    outcomes = ["passed", "exit code 3", "stopped after 3 s", "no-such-program is not on this machine", "passed"]
+    assert [stage["outcome"] for stage in done] == outcomes
+    assert done[0]["last_lines"] == ["built"] and done[2]["last_lines"] == ["on"]
+    assert json.loads((tmp_path / "results" / "gpu_run.json").read_text())["stages"] == done
+
+
+def test_nothing_that_needs_a_stage_follows_its_failure_nor_anything_the_end_of_the_time(tmp_path: Path) -> None:
+    failing = gpu.Stage("build", lambda sound: (sys.executable, "-c", "raise SystemExit(1)"), 60, needs=())
+    profile = gpu.Stage("profile, cuda", lambda sound: (sys.executable, "-c", ""), 60, ("build", "smoke, cuda"))
+    done = gpu.run_stages([failing, profile], 300, tmp_path / "run.json", tmp_path)
+    assert done[1] == {"stage": "profile, cuda", "outcome": "not run: it needs build and smoke, cuda"}
+    late = gpu.run_stages([failing], 1, tmp_path / "run.json", tmp_path)
+    assert late == [{"stage": "build", "outcome": "no time left"}]
+
+
+def test_gpu_tests_are_found_without_tyro() -> None:
+    arguments = ["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
+    program = f"import sys; sys.modules['tyro'] = None; import pytest; sys.exit(pytest.main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=gate.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_gpu.py" in done.stdout, done.stdout + done.stderr
+
+
+def test_gpu_stages_need_what_comes_before_them_and_are_understood(tmp_path: Path) -> None:
+    planned = gpu.stages(tmp_path)
+    names = [stage.name for stage in planned]
+    for index, stage in enumerate(planned):
+        assert set(stage.needs) <= set(names[:index]), stage.name
+    cases = [case for group in gpu.CASES for case in group]
+    assert len(set(cases)) == len(cases) == 12 and set(gpu.COMPILED) <= set(cases)
+    compiling = next(stage for stage in planned if stage.name == "pair, torch.compile")
+    command = [*compiling.command(("triton", "cuda")), "--collect-only"]
+    done = subprocess.run(command, cwd=gate.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and f"celeba_64-16-{NHWC}" in done.stdout, done.stdout + done.stderr
+
+
+def test_only_what_this_run_measured_is_shown(tmp_path: Path) -> None:
+    for name, changed in (("pair_cuda", 200.0), ("pair_sizes_cuda", 100.0), ("ops_cuda", 200.0), ("pair_cpu", 200.0)):
+        (tmp_path / f"{name}.json").touch()
+        os.utime(tmp_path / f"{name}.json", (changed, changed))
+    assert [path.stem for path in gpu.measured_since(150.0, tmp_path)] == ["ops_cuda", "pair_cuda"]
+
+
+def test_without_a_gpu_make_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = run_python("from benchmarks import gpu; gpu.main()")
+    assert done.returncode == 1 and "sees no GPU; `make gpu` needs one." in done.stderr
+
+
+def test_the_replay_benchmark_has_a_row_for_every_buffer_and_measures_nothing_on_red_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--preset", "digits", "--batch", "2", "5", "--results", str(tmp_path)]
+    monkeypatch.setattr(replay, "why_red", lambda *files: "one failed")
+    with pytest.raises(SystemExit, match="red tests: one failed"):
+        replay.main(command)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(replay, "why_red", lambda *files: None)
+    monkeypatch.setattr(replay, "ceilings", lambda device: CEILINGS)
+    with pytest.raises(SystemExit, match="19 states is too small .* 20 are the fewest"):
+        replay.main([*command, "--capacity", "19"])
+    replay.main([*command, "--capacity", "23"])
+    (kept,) = (json.loads(path.read_text()) for path in tmp_path.glob("replay_*.json"))
+    assert {(row["operation"], row["batch"]) for row in kept["results"]} == {
+        (operation, batch) for operation in ("push, filling", "push, full", "gather") for batch in (2, 5)
+    }
+    (text,) = (path.read_text() for path in tmp_path.glob("replay_*.md"))
+    assert text.count("| list |") == 6 and text.count("| 1.00x |") >= 6 and "capacity 23" in text
+    assert text.count("bfloat16") == 6 * len(replay.placements(measure.default_device()))
+
+
+def test_the_list_and_the_rings_of_the_replay_benchmark_must_hold_the_same() -> None:
+    layout = NoiseLayout(((2, 2, 2), (1, 4, 4)), (1, 4, 4))
+    replay.Buffers(layout, 6, 4, CPU).fill(4)
+    wrong = replay.Buffers(layout, 6, 4, CPU)
+    wrong.pushes(1)["ring, float32, device"]()
+    with pytest.raises(RuntimeError, match="ring, float32, device does not hold"):
+        wrong.fill(4)
+
+
+def test_the_default_capacity_of_the_replay_benchmark_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "free_memory", lambda device: 10_000)
+    assert replay.default_capacity(ReplayBuffer(size=2000), 10) == 60  # 100 bytes per state in all buffers
+    assert replay.default_capacity(ReplayBuffer(size=50), 10) == 50

@@ -1,0 +1,397 @@
+"""Images in: decoding, resizing, the three sources, and the order of training batches."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tests.helpers.golden import case_path
+from vaebm_fast.data import ArraySource, batches, batches_per_epoch, digits, mnist, open_source, quantise, to_tensor
+from vaebm_fast.data.folder import ImageFolder
+from vaebm_fast.data.images import crop_square, read_image, resize_short_side
+from vaebm_fast.data.plan import plan_epoch
+
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def halves(mode: str, left: Any, right: Any) -> Image.Image:
+    """A picture 12 pixels wide and 8 high, of one colour on each side."""
+    image = Image.new(mode, (12, 8), left)
+    image.paste(right, (6, 0, 12, 8))
+    return image
+
+
+def grey16(left: int, right: int) -> Image.Image:
+    samples = np.full((8, 12), left, np.uint16)
+    samples[:, 6:] = right
+    return Image.fromarray(samples)
+
+
+def palette() -> Image.Image:
+    image = halves("P", 0, 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    return image
+
+
+def numbered(total: int, side: int = 4) -> ArraySource:
+    """Image i has i in the left corner of its top row and 255 below it, which tells it from its mirror image."""
+    images = np.zeros((total, side, side, 1), np.uint8)
+    images[:, 0, 0, 0] = np.arange(total)
+    images[:, 1, 0, 0] = 255
+    return ArraySource("numbered", images)
+
+
+def indices_of(batch: torch.Tensor) -> list[int]:
+    """The largest byte of each top row, be it mirrored or not."""
+    return (batch[:, 0, 0].amax(-1) * 255).round().int().tolist()
+
+
+FORMATS = {
+    "grey.png": (halves("L", 50, 200), {}, (50, 50, 50), (200, 200, 200)),
+    "palette.png": (palette(), {}, (10, 20, 30), (200, 100, 50)),
+    "transparent_palette.png": (palette(), {"transparency": 1}, (10, 20, 30), (0, 0, 0)),
+    "one_bit.png": (halves("1", 0, 1), {}, (0, 0, 0), (255, 255, 255)),
+    "alpha.png": (halves("RGBA", (200, 100, 50, 128), (9, 8, 7, 0)), {}, (100, 50, 25), (0, 0, 0)),
+    "grey_alpha.png": (halves("LA", (200, 255), (200, 51)), {}, (200, 200, 200), (40, 40, 40)),
+    "key_colour.png": (halves("RGB", (1, 2, 3), (4, 5, 6)), {"transparency": (4, 5, 6)}, (1, 2, 3), (0, 0, 0)),
+    "sixteen_bits.png": (grey16(0x1234, 0xFFFF), {}, (0x12, 0x12, 0x12), (255, 255, 255)),
+    "sixteen_bits.tif": (grey16(0x0100, 0x80FF), {}, (1, 1, 1), (128, 128, 128)),
+    "cmyk.TIFF": (halves("CMYK", (0, 255, 0, 51), (255, 0, 255, 0)), {}, (204, 0, 204), (0, 255, 0)),
+    "cmyk.jpg": (halves("CMYK", (0, 255, 0, 51), (255, 0, 255, 0)), {"quality": 100}, (204, 0, 204), (0, 255, 0)),
+    "colour.JPEG": (halves("RGB", (90, 60, 30), (90, 60, 30)), {"quality": 100}, (90, 60, 30), (90, 60, 30)),
+    "colour.webp": (halves("RGB", (1, 2, 3), (250, 9, 99)), {"lossless": True}, (1, 2, 3), (250, 9, 99)),
+    "colour.bmp": (halves("RGB", (1, 2, 3), (250, 9, 99)), {}, (1, 2, 3), (250, 9, 99)),
+    "palette.GIF": (palette(), {}, (10, 20, 30), (200, 100, 50)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_becomes_upright_rgb(name: str, tmp_path: Path) -> None:
+    image, options, left, right = FORMATS[name]
+    image.save(tmp_path / name, **options)
+    pixels = read_image(tmp_path / name, channels=3)
+    assert pixels.shape == (8, 12, 3) and pixels.dtype == np.uint8
+    tolerance = 2 if name.lower().endswith(("jpg", "jpeg")) else 0
+    inner = pixels[:, [2, 9]].astype(int)  # away from the edge, where JPEG rings
+    np.testing.assert_allclose(inner, np.broadcast_to([left, right], inner.shape), atol=tolerance)
+
+
+def test_one_channel_is_the_luma_of_rgb_and_grey_stays_itself(tmp_path: Path) -> None:
+    halves("RGB", (100, 150, 200), (7, 7, 7)).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", channels=1)
+    assert pixels.shape == (8, 12, 1)
+    assert pixels[0, 0, 0] == round((299 * 100 + 587 * 150 + 114 * 200) / 1000)
+    assert pixels[0, 9, 0] == 7
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_exif_orientation_is_applied_once(name: str, orientation: int, turns: int, tmp_path: Path) -> None:
+    stored = halves("RGB", (0, 0, 0), (240, 240, 240))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored.save(tmp_path / name, exif=exif)
+    expected = np.rot90(np.asarray(stored), turns)
+    np.testing.assert_allclose(read_image(tmp_path / name, 3).astype(int), expected, atol=12)
+
+
+def damaged_files(folder: Path) -> dict[str, Path]:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    paths = {name: folder / name for name in ("cut.jpg", "cut.png", "empty.png", "text.png", "header.gif", "float.tif")}
+    for name in ("cut.jpg", "cut.png"):
+        noise.save(paths[name])
+        paths[name].write_bytes(paths[name].read_bytes()[:2000])
+    paths["empty.png"].touch()
+    paths["text.png"].write_text("<!DOCTYPE html>")
+    paths["header.gif"].write_bytes(b"GIF89a")
+    Image.new("F", (8, 8), 0.5).save(paths["float.tif"])
+    return paths
+
+
+@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "empty.png", "text.png", "header.gif", "float.tif"])
+def test_a_file_that_cannot_be_read_is_named_and_never_left_out(name: str, tmp_path: Path) -> None:
+    path = damaged_files(tmp_path)[name]
+    with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
+        read_image(path, 3)
+    for other in tmp_path.iterdir():
+        if other != path:
+            other.unlink()
+    halves("RGB", (1, 1, 1), (2, 2, 2)).save(tmp_path / "good.png")
+    source = open_source(tmp_path, image_size=8, image_channels=3)
+    assert len(source) == 2
+    with pytest.raises(ValueError, match=name):
+        next(batches(source, 2, seed=0))
+
+
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    size=st.integers(1, 24),
+    value=st.integers(0, 255),
+    channels=st.sampled_from([1, 3]),
+)
+@settings(deadline=None, max_examples=100)
+def test_resizing_keeps_constants_and_gives_the_exact_side(
+    height: int, width: int, size: int, value: int, channels: int
+) -> None:
+    resized = resize_short_side(np.full((height, width, channels), value, np.uint8), size)
+    assert min(resized.shape[:2]) == size and resized.shape[2] == channels
+    assert abs(max(resized.shape[:2]) - max(height, width) * size / min(height, width)) <= 0.5
+    assert (resized == value).all()
+    assert crop_square(resized, size).shape == (size, size, channels)
+
+
+def test_resizing_is_antialiased() -> None:
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[:, :, None]
+    assert np.abs(resize_short_side(board, 8).astype(int) - 127.5).max() <= 1
+
+
+def test_the_crop_is_central_unless_placed_and_places_reach_both_ends() -> None:
+    pixels = np.broadcast_to(np.arange(7, dtype=np.uint8)[None, :, None], (3, 7, 1))
+    assert crop_square(pixels, 3)[0, :, 0].tolist() == [2, 3, 4]
+    lefts = [int(crop_square(pixels, 3, 0.0, place)[0, 0, 0]) for place in np.linspace(0, 1, 1000, endpoint=False)]
+    assert np.bincount(lefts).tolist() == [200] * 5
+
+
+def test_a_folder_is_read_in_the_order_of_relative_paths_whatever_the_case(tmp_path: Path) -> None:
+    for name in ("b/2.PNG", "b/10.jpeg", "a.JPG", "c/d/e.Tiff"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        halves("RGB", (1, 1, 1), (2, 2, 2)).save(tmp_path / name)
+    (tmp_path / "b" / "notes.txt").write_text("not an image")
+    source = ImageFolder(tmp_path, image_size=8, image_channels=3)
+    assert [path.relative_to(tmp_path).as_posix() for path in source.files] == [
+        "a.JPG", "b/10.jpeg", "b/2.PNG", "c/d/e.Tiff",
+    ]  # fmt: skip
+    assert source.read(np.array([3, 0])).shape == (2, 8, 8, 3)
+
+
+def test_the_cache_spares_decoding_up_to_its_limit(tmp_path: Path) -> None:
+    for index in range(3):
+        Image.new("L", (12, 8), index).save(tmp_path / f"{index}.png")
+    source = ImageFolder(tmp_path, image_size=8, image_channels=1, cache_bytes=2 * 12 * 8)
+    before = source.read(np.arange(3))
+    for path in source.files:
+        path.unlink()
+    assert (source.read(np.arange(2)) == before[:2]).all()
+    with pytest.raises(ValueError, match=r"2\.png"):
+        source.read(np.array([2]))
+
+
+def test_digits_are_scikit_learns_scaled_to_bytes_and_parted_without_overlap() -> None:
+    truth = load_digits()
+    train, held_out = digits(split="train"), digits(split="held_out")
+    assert (len(train), len(held_out)) == (898, 899)
+    assert train.image_shape == (1, 8, 8)
+    both = np.concatenate([train.images, held_out.images])[..., 0]
+    labels = np.concatenate([train.labels, held_out.labels])
+    expected = np.floor(truth.images * 255 / 16 + 0.5).astype(np.uint8)
+    found = sorted(zip(map(bytes, both), labels, strict=True))
+    assert found == sorted(zip(map(bytes, expected), truth.target, strict=True))
+    assert np.bincount(train.labels).min() > 70
+
+
+def test_digits_come_in_any_size_with_equal_channels() -> None:
+    source = digits(image_size=20, image_channels=3)
+    images = source.read(np.arange(5))
+    assert source.image_shape == (3, 20, 20) and images.shape == (5, 20, 20, 3)
+    assert (images == images[..., :1]).all()
+
+
+def write_idx(path: Path, magic: int, array: npt.NDArray[np.uint8], cut: int | None = None) -> None:
+    data = struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
+    data = data[:cut]
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_images_are_padded_with_zeros_and_carry_their_labels(suffix: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (5, 28, 28), np.uint8), np.arange(5, dtype=np.uint8)
+    write_idx(tmp_path / f"train-images-idx3-ubyte{suffix}", 2051, images)
+    write_idx(tmp_path / f"train-labels-idx1-ubyte{suffix}", 2049, labels)
+    write_idx(tmp_path / f"t10k-images-idx3-ubyte{suffix}", 2051, images[:2])
+    source = open_source(tmp_path, image_size=32, image_channels=1)
+    padded = source.read(np.arange(5))
+    assert padded.shape == (5, 32, 32, 1)
+    assert (padded[:, 2:30, 2:30, 0] == images).all() and padded.sum() == images.sum()
+    assert source.labels is not None and source.labels.tolist() == [0, 1, 2, 3, 4]
+    held_out = open_source(tmp_path, image_size=28, image_channels=3, split="held_out")
+    assert held_out.labels is None and (held_out.read(np.arange(2)) == images[:2, ..., None]).all()
+
+
+@pytest.mark.parametrize(
+    "file, magic, shape, cut, sentence",
+    [
+        ("train-images-idx3-ubyte", 2049, (5, 28, 28), None, "magic number is 2049, not 2051"),
+        ("train-images-idx3-ubyte", 2051, (5, 28, 28), 3000, r"is truncated: its header announces 5 x 28 x 28 = 3920"),
+        ("train-images-idx3-ubyte.gz", 2051, (5, 28, 28), 7, "7 bytes cannot hold the 16-byte idx header"),
+        ("train-images-idx3-ubyte", 2051, (0, 28, 28), None, "holds no images"),
+        ("train-images-idx3-ubyte", 2051, (5, 27, 28), None, "holds 27x28 images"),
+        ("train-images-idx3-ubyte", 2051, (5, 29, 29), None, "try 29 or 33"),
+        ("train-labels-idx1-ubyte", 2049, (4,), None, "holds 4 labels for 5 images"),
+        ("train-labels-idx1-ubyte", 2051, (5,), None, "magic number is 2051, not 2049"),
+    ],
+)
+def test_wrong_idx_files_are_named(
+    file: str, magic: int, shape: tuple[int, ...], cut: int | None, sentence: str, tmp_path: Path
+) -> None:
+    if "labels" in file:
+        write_idx(tmp_path / "train-images-idx3-ubyte.gz", 2051, np.zeros((5, 28, 28), np.uint8))
+    write_idx(tmp_path / file, magic, np.zeros(shape, np.uint8), cut)
+    with pytest.raises(ValueError, match=f"{file}.*{sentence}"):
+        mnist(tmp_path)
+
+
+def test_a_truncated_gzip_file_and_surplus_bytes_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    write_idx(path, 2051, np.random.default_rng(0).integers(0, 256, (5, 28, 28), np.uint8))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is a truncated or damaged gzip file"):
+        mnist(tmp_path)
+    path.unlink()
+    write_idx(tmp_path / path.stem, 2051, np.zeros((1, 28, 28), np.uint8))
+    with open(tmp_path / path.stem, "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ValueError, match="is too long"):
+        mnist(tmp_path)
+
+
+def test_a_split_folder_reads_its_own_part(tmp_path: Path) -> None:
+    for name, total in (("train", 3), ("validation", 2)):
+        (tmp_path / name).mkdir()
+        for index in range(total):
+            Image.new("L", (8, 8), index).save(tmp_path / name / f"{index}.png")
+    sizes = {
+        split: len(open_source(tmp_path, image_size=8, image_channels=1, split=split))  # type: ignore[arg-type]
+        for split in ("train", "held_out")
+    }
+    assert sizes == {"train": 3, "held_out": 2}
+
+
+@pytest.mark.parametrize(
+    "name, options, error, sentence",
+    [
+        ("missing", {}, FileNotFoundError, "There is no .*missing"),
+        ("file.zip", {}, ValueError, r"file\.zip is a file"),
+        ("empty", {}, ValueError, "empty holds no images: of 0 files"),
+        ("texts", {}, ValueError, "texts holds no images: of 1 files"),
+        ("images", {"split": "held_out"}, ValueError, "images has no held-out images"),
+        ("images", {"split": "test"}, ValueError, "split is 'test'; it is train or held_out"),
+        ("images", {"image_channels": 2}, ValueError, "image_channels is 2"),
+        ("images", {"image_size": 0}, ValueError, "image_size is 0"),
+        ("idx", {"split": "held_out"}, FileNotFoundError, "idx has neither t10k-images"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_one_sentence(
+    name: str, options: dict[str, Any], error: type[Exception], sentence: str, tmp_path: Path
+) -> None:
+    for folder in ("empty", "texts", "images", "idx"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file.zip").touch()
+    (tmp_path / "texts" / "a.txt").touch()
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "a.png")
+    write_idx(tmp_path / "idx" / "train-images-idx3-ubyte", 2051, np.zeros((1, 28, 28), np.uint8))
+    with pytest.raises(error, match=sentence):
+        open_source(tmp_path / name, **({"image_size": 8, "image_channels": 1} | options))
+
+
+def test_every_epoch_is_another_permutation() -> None:
+    source = numbered(12)
+    assert batches_per_epoch(source, 4) == 3
+    stream = batches(source, 4, seed=1)
+    epochs = [[index for batch in islice(stream, 3) for index in indices_of(batch)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    other_seed = [index for batch in islice(batches(source, 4, seed=2), 3) for index in indices_of(batch)]
+    assert other_seed != epochs[0]
+
+
+def test_the_last_smaller_batch_is_left_out() -> None:
+    stream = batches(numbered(10), 4, seed=0)
+    epoch = [index for batch in islice(stream, 2) for index in indices_of(batch)]
+    assert len(set(epoch)) == 8
+
+
+@pytest.mark.parametrize("start, workers", [(1, 1), (3, 2), (7, 4)])
+def test_starting_late_is_bit_equal_to_having_run_through(start: int, workers: int) -> None:
+    source = digits()
+    options = {"seed": 2**63, "horizontal_flip": True}
+    whole = list(islice(batches(source, 256, **options), 10))
+    resumed = islice(batches(source, 256, start_iteration=start, workers=workers, **options), 10 - start)
+    assert all(torch.equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+
+
+def test_half_of_the_images_are_mirrored_by_position_and_none_unless_asked() -> None:
+    source = numbered(200)
+    mirrored = []
+    for batch, plain in zip(
+        islice(batches(source, 50, seed=3, horizontal_flip=True), 80), batches(source, 50, seed=3), strict=False
+    ):
+        flips = batch[:, 0, 1, -1] == 1
+        assert torch.equal(torch.where(flips[:, None, None, None], batch.flip(-1), batch), plain)
+        mirrored.append(flips)
+    flips = torch.cat(mirrored)
+    assert abs(flips.float().mean() - 0.5) < 4 * 0.5 / len(flips) ** 0.5
+    assert not torch.equal(flips[:200], flips[200:400])
+
+
+def test_random_crops_move_the_window_and_are_central_otherwise(tmp_path: Path) -> None:
+    ramp = np.broadcast_to(np.arange(24, dtype=np.uint8) * 10, (8, 24))
+    Image.fromarray(ramp.copy()).save(tmp_path / "a.png")
+    source = open_source(tmp_path, image_size=8, image_channels=1)
+    assert indices_of(next(batches(source, 1, seed=0))[..., :1]) == [80]
+    lefts = {indices_of(batch[..., :1])[0] for batch in islice(batches(source, 1, seed=0, random_crop=True), 200)}
+    assert lefts == {10 * left for left in range(17)}
+
+
+def test_the_order_of_an_epoch_never_changes_between_versions() -> None:
+    plan = plan_epoch(seed=7, epoch=2, total_images=8)
+    assert plan.order.tolist() == [7, 3, 2, 6, 5, 4, 0, 1]
+    assert plan.flip.astype(int).tolist() == [1, 1, 0, 1, 0, 0, 1, 1]
+    assert plan.crop[0].tolist() == [0.8748063891716887, 0.7120509458632766]
+
+
+def test_batches_are_pixels_over_255_channels_first() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
+    batch = to_tensor(images)
+    assert batch.dtype == torch.float32 and batch.shape == (2, 3, 4, 5) and batch.is_contiguous()
+    assert (batch.numpy() == images.transpose(0, 3, 1, 2) / np.float32(255)).all()
+
+
+@pytest.mark.parametrize("batch_size, seed, workers", [(0, 0, 1), (13, 0, 1), (4, -1, 1), (4, 0, 0)])
+def test_wrong_batch_arguments_are_refused_at_once(batch_size: int, seed: int, workers: int) -> None:
+    with pytest.raises(ValueError, match="is (0|13|-1)"):
+        batches(numbered(12), batch_size, seed=seed, workers=workers)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_quantising_keeps_the_top_bits_of_every_pixel(bits: int) -> None:
+    pixels = torch.arange(256)
+    expected = (pixels >> (8 - bits)).float() / (2**bits - 1)
+    assert torch.equal(quantise(pixels.float() / 255, bits), expected)
+
+
+def test_quantising_agrees_with_the_published_numbers() -> None:
+    published = json.loads(case_path("", "schedules.json").read_text())["quantise"]
+    pixels = torch.tensor([0, 1, 7, 8, 100, 127, 128, 254, 255]) / 255
+    for bits, expected in published.items():
+        torch.testing.assert_close(quantise(pixels, int(bits)), torch.tensor(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_quantising_to_impossible_bits_is_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"bits is {bits}"):
+        quantise(torch.zeros(1), bits)

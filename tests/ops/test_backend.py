@@ -1,0 +1,147 @@
+"""The dispatcher: what `auto` picks, what a missing backend says, and the package without its compiled part."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+from vaebm_fast import reference
+from vaebm_fast.chain.noise import draw_tensor, seed_tensor
+from vaebm_fast.ops import _backend
+from vaebm_fast.ops._backend import OP_BACKENDS, choose, report
+from vaebm_fast.ops.philox_normal import philox_normal
+from vaebm_fast.runtime import extension
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine whose compiled part holds everything."""
+    monkeypatch.setattr(extension, "_why_missing", None)
+    monkeypatch.setattr(extension, "_with_cuda", True)
+    return monkeypatch
+
+
+def test_every_op_has_a_reference_of_the_same_name() -> None:
+    for op, backends in OP_BACKENDS.items():
+        assert "reference" in backends
+        assert callable(getattr(reference, op))
+
+
+def test_the_table_names_the_compiled_ops_and_no_others() -> None:
+    if not extension.is_available():
+        pytest.skip(str(extension.why_missing()))
+    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("vaebm_fast::")]
+    on_tensors = {s.name for s in schemas if any(str(argument.type) == "Tensor" for argument in s.arguments)}
+    compiled = {op for op, backends in OP_BACKENDS.items() if {"cpp", "cuda"} & set(backends)}
+    assert on_tensors == {f"vaebm_fast::{op}" for op in compiled}
+
+
+def test_auto_picks_the_best_backend_of_the_device(compiled: pytest.MonkeyPatch) -> None:
+    assert choose("philox_normal", CPU, "auto") == "cpp"
+    assert choose("philox_normal", CUDA, "auto") == "cuda"
+    assert choose("philox_normal", torch.device("meta"), "auto") == "reference"
+
+
+def test_auto_falls_back_to_what_is_there(compiled: pytest.MonkeyPatch) -> None:
+    compiled.setattr(_backend, "OP_BACKENDS", {"blur": ("reference", "triton", "cuda"), "sum": ("reference",)})
+    compiled.setattr(extension, "_with_cuda", False)
+    compiled.setattr(_backend, "_is_installed", lambda package: True)
+    assert choose("blur", CUDA, "auto") == "triton"
+    assert choose("sum", CUDA, "auto") == "reference"
+    compiled.setattr(_backend, "_is_installed", lambda package: False)
+    assert choose("blur", CUDA, "auto") == "reference"
+
+
+def test_triton_takes_cpu_tensors_only_when_interpreted(compiled: pytest.MonkeyPatch) -> None:
+    compiled.setattr(_backend, "OP_BACKENDS", {"blur": ("reference", "triton")})
+    compiled.setattr(_backend, "_is_installed", lambda package: True)
+    compiled.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"blur cannot run with backend='triton'.*runs on cuda tensors"):
+        choose("blur", CPU, "triton")
+    compiled.setenv("TRITON_INTERPRET", "1")
+    assert choose("blur", CPU, "triton") == "triton"
+
+
+def test_a_missing_backend_says_how_to_get_it(compiled: pytest.MonkeyPatch) -> None:
+    compiled.setattr(extension, "_with_cuda", False)
+    with pytest.raises(RuntimeError, match=r"VAEBM_CUDA=1 pip install"):
+        choose("philox_normal", CUDA, "cuda")
+    with pytest.raises(RuntimeError, match=r"has no such implementation; it has reference, cpp"):
+        choose("power_iteration", CUDA, "triton")
+    with pytest.raises(RuntimeError, match=r"runs on cpu tensors and these are on cuda:0; move them with"):
+        choose("philox_normal", CUDA, "cpp")
+    compiled.setattr(extension, "_why_missing", "the compiled part has not been built; `pip install` builds it")
+    with pytest.raises(RuntimeError, match=r"cpp'.*has not been built; `pip install` builds it"):
+        philox_normal(seed_tensor([0]), draw_tensor(0), stream=0, numel=4, backend="cpp")
+
+
+def test_an_unknown_backend_is_named_together_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'cudnn' is not known; it is auto, reference, cpp, triton, cuda"):
+        choose("philox_normal", CPU, "cudnn")
+
+
+def test_report_lists_each_op_with_its_pick_and_what_is_missing(compiled: pytest.MonkeyPatch) -> None:
+    compiled.setattr(extension, "_with_cuda", False)
+    compiled.setattr(_backend, "_is_installed", lambda package: True)
+    reports = {entry.op: entry for entry in report(CUDA)}
+    assert set(reports) == set(OP_BACKENDS)
+    assert reports["philox_normal"].backend == "triton" and reports["power_iteration"].backend == "reference"
+    assert "VAEBM_CUDA=1" in reports["philox_normal"].unusable["cuda"]
+
+
+def test_a_compiled_part_of_another_torch_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    reason, with_cuda = extension._load()
+    assert reason is not None and "does not fit torch" in reason and "undefined symbol" in reason
+    assert not with_cuda
+
+
+def test_the_package_works_without_its_compiled_part() -> None:
+    program = (
+        "import sys; sys.modules['vaebm_fast._C'] = None\n"
+        "from vaebm_fast.chain import noise\nfrom vaebm_fast.runtime import extension\n"
+        "z = noise.normal(noise.seed_tensor([3]), 1, noise.Stream.CHAIN, 5)\n"
+        "print(z.tolist()); print(extension.why_missing())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    numbers, reason = done.stdout.splitlines()
+    expected = reference.philox_normal(seed_tensor([3]), draw_tensor(1), stream=0, numel=5)
+    assert numbers == str(expected.tolist())
+    assert "has not been built" in reason
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("VAEBM_CUDA", "yes", "VAEBM_CUDA is 'yes'; it must be auto, 0 or 1."),
+        ("VAEBM_CUDA", "1", "VAEBM_CUDA=1 asks for the CUDA part, but torch .* was built without CUDA"),
+        ("CXX", "no-such-compiler", "needs a C\\+\\+ compiler, and 'no-such-compiler' is not on the PATH"),
+    ],
+)
+def test_setup_says_in_a_sentence_why_it_cannot_build(
+    variable: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit, match=sentence):
+        runpy.run_path(str(REPOSITORY / "setup.py"))
+
+
+def test_setup_says_that_setuptools_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"by setuptools 77.0.3 or newer, and this is 65.5.0; run `pip install"):
+        runpy.run_path(str(REPOSITORY / "setup.py"))

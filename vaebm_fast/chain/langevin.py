@@ -1,0 +1,387 @@
+"""Langevin chains over any potential, from counter-based noise: image i is a function of seed i alone.
+
+`langevin_chain` is the algorithm on a flat [N, D] state; `LangevinSampler` binds it to a model's noise layout, to seeds
+and to images. Neither knows what network is behind the potential.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from vaebm_fast.chain.graphs import Graphs
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
+from vaebm_fast.config import POTENTIALS, NoiseLayout, Potential
+from vaebm_fast.ops.langevin_update import langevin_update
+from vaebm_fast.runtime.errors import NonFiniteError, UserError
+
+OnNonFinite = Literal["raise", "redo"]
+ON_NON_FINITE: tuple[OnNonFinite, ...] = get_args(OnNonFinite)
+# An explicit step is unstable where h times the curvature of U exceeds 4. A tenth of h is stable where U is ten times
+# as curved, and noise of sqrt(h) strays a third as far; much less, and the chain would not leave its start.
+REDO_STEP_SCALE = 0.1
+
+PotentialAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Decoder(Protocol):
+    """What a chain of no steps needs of a model."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def noise_layout(self) -> NoiseLayout: ...
+
+    def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor: ...
+
+
+@runtime_checkable
+class ChainModel(Decoder, Protocol):
+    """What a chain needs of a model; a `VAEBM` and its frozen form both have it."""
+
+    def potential_and_grad(
+        self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+
+@runtime_checkable
+class FrozenModel(Decoder, Protocol):
+    """A compiled form of a live model, whose weights stay at one place in memory."""
+
+    def refresh(self) -> None: ...
+
+    def require_fresh(self) -> None: ...
+
+
+@runtime_checkable
+class LiveModel(Protocol):
+    """A model that has a compiled form, as `VAEBM` has."""
+
+    def freeze(self) -> FrozenModel: ...
+
+
+class NonFiniteChainError(NonFiniteError, RuntimeError):
+    """Some chains left the finite numbers: `images` are their positions among those asked for, `seeds` their seeds."""
+
+    def __init__(self, images: list[int], seeds: list[int], circumstance: str) -> None:
+        self.images, self.seeds = images, seeds
+        super().__init__(
+            f"{len(images)} chains became non-finite{circumstance} (seeds {seeds[:8]}); "
+            "use a smaller step size, or check the energy network's weights."
+        )
+
+
+class Update(Protocol):
+    """A step of the chain in place: `langevin_update` bound to seeds and stream, or one like it.
+
+    draw: int64 [], the number k of the step. nonfinite_at: int64 [N], where -1 is to become k once a row of eps [N, D]
+    is not finite. step_size: h of this step.
+    """
+
+    def __call__(
+        self, eps: Tensor, gradient: Tensor, *, draw: Tensor, nonfinite_at: Tensor, step_size: float
+    ) -> None: ...
+
+
+class Course(NamedTuple):
+    """What a chain comes to: the final eps [N, D], U before each step [T, N], and nonfinite_at, int64 [N].
+
+    nonfinite_at: the step after which chain n first was not finite, -1 where it always was.
+    """
+
+    eps: Tensor
+    potentials: Tensor
+    nonfinite_at: Tensor
+
+
+def langevin_chain(
+    potential_and_grad: PotentialAndGrad,
+    start: Tensor,
+    update: Update,
+    *,
+    step_sizes: Sequence[float],
+    before_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Course:
+    """One step of each of the sizes h_1, h_2, ... from `start` [N, D], which stays as it is.
+
+    One other tensor holds the state, and each step writes over it: U must not be a view of it, and
+    `before_step(k, eps, gradient)` and `on_step(k, eps)`, which see it before and after step k = 1, 2, ..., clone what
+    they keep. Nothing here waits for the device; `Course.nonfinite_at` tells what went wrong. A graph may capture it:
+    the step's number is a tensor, each step's size is a constant of its own launch.
+    """
+    eps = start.detach().clone(memory_format=torch.contiguous_format)
+    draw = torch.zeros((), dtype=torch.int64, device=eps.device)
+    nonfinite_at = torch.full((eps.shape[0],), -1, dtype=torch.int64, device=eps.device)
+    potentials = []
+    for k, step_size in enumerate(step_sizes, start=1):
+        u, gradient = potential_and_grad(eps)
+        if before_step is not None:
+            before_step(k, eps, gradient)
+        with torch.no_grad():
+            update(eps, gradient, draw=draw.add_(1), nonfinite_at=nonfinite_at, step_size=step_size)
+        potentials.append(u)
+        if on_step is not None:
+            on_step(k, eps)
+    return Course(eps, torch.stack(potentials) if potentials else eps.new_empty(0, eps.shape[0]), nonfinite_at)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the chains were like before the steps 1, 1 + every, 1 + 2 every, ..., T' of them.
+
+    steps: these numbers. potentials: U [T', N]. gradient_norms: |dU/deps| [T', N]. images: the mean images
+    [T', N, C, H, W].
+    """
+
+    steps: list[int]
+    potentials: Tensor
+    gradient_norms: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Finished chains: the state eps [N, D], U before each step [T, N], the mean images [N, C, H, W].
+
+    redone: positions of those that became non-finite and ran again. failed: those of them that did so again; their
+    images are NaN. trace: where it was asked for.
+    """
+
+    eps: Tensor
+    potentials: Tensor
+    images: Tensor
+    redone: list[int] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+    trace: Trace | None = None
+
+
+class _Plan(NamedTuple):
+    """What all chains of a batch share, and what a captured batch is known by."""
+
+    stream: int
+    step_sizes: tuple[float, ...]
+    trace_every: int | None
+
+
+class _Outcome(NamedTuple):
+    """A batch of chains as tensors: `Course`, the mean images, and the trace's norms and images (T' may be 0)."""
+
+    eps: Tensor
+    potentials: Tensor
+    nonfinite_at: Tensor
+    images: Tensor
+    traced_norms: Tensor
+    traced_images: Tensor
+
+    def with_chains(self, positions: list[int], others: _Outcome) -> _Outcome:
+        """These chains, but at `positions` those of `others`, whose images are NaN where they are not finite."""
+        at = torch.tensor(positions, device=self.eps.device)
+        others = others._replace(images=others.images.where(others.nonfinite_at.view(-1, 1, 1, 1) < 0, math.nan))
+        image_dims = (0, 1, 0, 0, 1, 1)  # [N, ...] or [T, N, ...]
+        merged = [mine.index_copy(dim, at, new) for dim, mine, new in zip(image_dims, self, others, strict=True)]
+        return _Outcome(*merged)
+
+
+class LangevinSampler:
+    """Samples a model by `steps` Langevin steps of size h = `step_size`; `steps=0` gives the NVAE's own samples.
+
+    step_size: one number, or a schedule: a number h_k for each step k. start_temperature: standard deviation of a
+    chain's own start. temperature: what scales the latents' noise in the decoder. A chain per seed.
+    A live model is frozen, in float32, and folded anew before a run when its weights changed meanwhile. For another
+    precision or backend give it frozen: `model.freeze(...)`, whose `refresh` is then the caller's.
+    capture: on CUDA, a batch of a size and settings that were there before is captured into a CUDA graph and replayed
+    from then on (`vaebm_fast.chain.graphs`). A model of another kind keeps its weights in one place, or goes without.
+    """
+
+    def __init__(
+        self,
+        model: Decoder | LiveModel,
+        *,
+        steps: int,
+        step_size: float | Sequence[float] | Tensor,
+        potential: Potential = "official",
+        temperature: float = 1.0,
+        start_temperature: float = 1.0,
+        capture: bool = True,
+    ) -> None:
+        if potential not in POTENTIALS:
+            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+        for name, value in (("temperature", temperature), ("start_temperature", start_temperature)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} is {value}; it must be a number from 0 up.")
+        self.step_sizes = schedule(steps, step_size)
+        self._followed: FrozenModel | None = None
+        if isinstance(model, LiveModel):
+            model = self._followed = model.freeze()
+        if steps > 0 and not isinstance(model, ChainModel):
+            raise UserError(
+                "A chain's steps need an energy network, and this is an NVAE alone; use no steps, or a VAEBM."
+            )
+        self.model: Decoder = model
+        self.steps = steps
+        self.potential: Potential = potential
+        self._has_prior = potential == "paper"
+        self.temperature = temperature
+        self.start_temperature = start_temperature
+        self.device = self.model.device
+        self.noise_layout = self.model.noise_layout
+        self._graphs = Graphs() if capture else None
+
+    def start(self, seeds: Iterable[int] | Tensor, stream: Stream = Stream.CHAIN) -> Tensor:
+        """The seeds' own starting states, N(0, start_temperature^2 I), [N, D]: draw 0 of their noise."""
+        return normal(self._keys(seeds), 0, stream, self.noise_layout.dim).mul_(self.start_temperature)
+
+    def _keys(self, seeds: Iterable[int] | Tensor) -> Tensor:
+        return seeds if isinstance(seeds, Tensor) else seed_tensor(seeds, self.device)
+
+    def run(
+        self,
+        seeds: Iterable[int] | Tensor,
+        *,
+        start: Tensor | None = None,
+        stream: Stream = Stream.CHAIN,
+        nonfinite: OnNonFinite = "raise",
+        trace_every: int | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Chains:
+        """One batch of chains from `start` [N, D], or from `self.start`; seeds as numbers or as `seed_tensor`'s [N].
+
+        nonfinite: "raise" raises NonFiniteChainError when a state stopped being finite. "redo" runs such chains once
+        more, from their own starts with steps REDO_STEP_SCALE as large, and tells which in `Chains`.
+        trace_every: trace every so many steps, from the first; each costs a pass of the decoder. on_step: as in
+        `langevin_chain`; chains that are redone are not shown to it again.
+        The host waits once, at the end. Raises ValueError for arguments that do not fit.
+        """
+        if nonfinite not in ON_NON_FINITE:
+            raise ValueError(f"nonfinite is {nonfinite!r}; it is one of {', '.join(ON_NON_FINITE)}.")
+        if trace_every is not None and trace_every < 1:
+            raise ValueError(f"trace_every is {trace_every}; it must be at least 1.")
+        keys = self._keys(seeds)
+        needed = (keys.shape[0], self.noise_layout.dim)
+        if start is not None and tuple(start.shape) != needed:
+            raise ValueError(f"start has shape {tuple(start.shape)}; {needed[0]} seeds of this model need {needed}.")
+
+        start = self.start(keys, stream) if start is None else start
+        plan = _Plan(int(stream), self.step_sizes, trace_every)
+        outcome = self._run(keys, start, plan, on_step)
+        redone, failed = _positions_not_finite(outcome.nonfinite_at), []
+        if redone and nonfinite == "raise":
+            first = int(outcome.nonfinite_at[redone].min())
+            raise NonFiniteChainError(redone, _numbers(keys[redone]), f", the first at step {first}")
+        if redone:
+            smaller = plan._replace(step_sizes=tuple(REDO_STEP_SCALE * step_size for step_size in self.step_sizes))
+            outcome = outcome.with_chains(redone, self._chains(keys[redone], start[redone], smaller))
+            failed = _positions_not_finite(outcome.nonfinite_at)
+        trace = None if trace_every is None else _trace_of(outcome, trace_every)
+        return Chains(outcome.eps, outcome.potentials, outcome.images, redone, failed, trace)
+
+    def _run(self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None) -> _Outcome:
+        """`_chains` with fresh weights, captured where that can be."""
+        if self._followed is not None:
+            self._followed.refresh()
+        elif isinstance(self.model, FrozenModel):
+            self.model.require_fresh()  # a replay would not look
+        if self._graphs is None or on_step is not None:
+            return self._chains(keys, start, plan, on_step)
+        key = (plan, self.potential, self.temperature)
+        return _Outcome(*self._graphs(partial(self._chains, plan=plan), (keys, start), key))
+
+    def _chains(
+        self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None = None
+    ) -> _Outcome:
+        """The chains of `keys`, whatever becomes of them."""
+        every = plan.trace_every
+        norms: list[Tensor] = []
+        images: list[Tensor] = []
+
+        @torch.no_grad()
+        def look(k: int, eps: Tensor, gradient: Tensor) -> None:
+            if every is not None and (k - 1) % every == 0:
+                norms.append(torch.linalg.vector_norm(gradient + eps if self._has_prior else gradient, dim=1))
+                images.append(self._mean_images(eps))
+
+        update = partial(langevin_update, seeds=keys, stream=plan.stream, prior=self._has_prior)
+        course = langevin_chain(
+            self._potential_and_grad, start, update, step_sizes=plan.step_sizes, before_step=look, on_step=on_step
+        )
+        final = self._mean_images(course.eps)
+        traced_norms = torch.stack(norms) if norms else course.potentials.new_empty(0, len(keys))
+        traced_images = torch.stack(images) if images else final.new_empty(0, *final.shape)
+        return _Outcome(*course, final, traced_norms, traced_images)
+
+    def _potential_and_grad(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """U, and its gradient without the prior's part, which `langevin_update` adds on its way."""
+        eps_z, eps_x = self.noise_layout.split(eps)
+        potential = "energy" if self._has_prior else self.potential
+        model = cast(ChainModel, self.model)  # __init__ refuses steps without an energy network
+        u, gradients = model.potential_and_grad(eps_z, eps_x, potential, self.temperature)
+        if self._has_prior:
+            u = u + torch.linalg.vector_norm(eps, dim=1).square() / 2
+        return u, self.noise_layout.join(gradients[:-1], gradients[-1])
+
+    @torch.no_grad()
+    def _mean_images(self, eps: Tensor) -> Tensor:
+        return self.model.mean_image(self.noise_layout.split(eps)[0], self.temperature)
+
+    def sample(self, seeds: Iterable[int], batch_size: int = 64) -> Tensor:
+        """Images uint8 [N, H, W, C], one per seed; image i depends on seed i alone, whatever the batch.
+
+        batch_size: how many chains are kept in memory at a time. Chains that become non-finite are redone as in `run`;
+        raises NonFiniteChainError where that did not help.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        everything = list(seeds)
+        channels, height, width = self.noise_layout.image_shape
+        images = []
+        for at in range(0, len(everything), batch_size):
+            chains = self.run(everything[at : at + batch_size], nonfinite="redo")
+            if chains.failed:
+                positions = [at + position for position in chains.failed]
+                failed = [everything[position] for position in positions]
+                raise NonFiniteChainError(positions, failed, f" twice, with steps {REDO_STEP_SCALE} as large too")
+            images.append(to_uint8(chains.images).cpu())
+        return torch.cat(images) if images else torch.empty(0, height, width, channels, dtype=torch.uint8)
+
+
+def schedule(steps: int, step_size: float | Sequence[float] | Tensor) -> tuple[float, ...]:
+    """The sizes h_k of all steps. Raises ValueError for what makes no chain."""
+    if steps < 0:
+        raise UserError(f"steps is {steps}; a chain has 0 steps or more.")
+    given: float | Sequence[float] = step_size.tolist() if isinstance(step_size, Tensor) else step_size
+    is_one = isinstance(given, (int, float))
+    sizes = (float(given),) if isinstance(given, (int, float)) else tuple(map(float, given))
+    for size in sizes:
+        if not (size > 0 and math.isfinite(size)):
+            raise UserError(f"step_size is {size}; it must be a positive number.")
+    if not is_one and len(sizes) != steps:
+        raise UserError(f"step_size holds {len(sizes)} numbers; a chain of {steps} steps takes one, or {steps}.")
+    return sizes * steps if is_one else sizes
+
+
+def _positions_not_finite(nonfinite_at: Tensor) -> list[int]:
+    positions: list[int] = (nonfinite_at.cpu() >= 0).nonzero().flatten().tolist()
+    return positions
+
+
+def _numbers(keys: Tensor) -> list[int]:
+    """The seeds of which `seed_tensor` makes these."""
+    return [key % 2**64 for key in keys.tolist()]
+
+
+def _trace_of(outcome: _Outcome, every: int) -> Trace:
+    steps = list(range(1, 1 + len(outcome.potentials), every))
+    return Trace(steps, outcome.potentials[::every], outcome.traced_norms, outcome.traced_images)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [0, 1], [N, C, H, W], as uint8 [N, H, W, C]: round(255 x), never rescaled per image."""
+    return torch.round(x.detach().clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,44 @@
+"""`vaebm-fast`: one module a command. Thin: options in, a call of the library, lines out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from vaebm_fast import __version__
+from vaebm_fast.cli import convert, cost, demo, info, likelihood, readjust, sample, train
+from vaebm_fast.runtime import command
+
+COMMANDS: Mapping[str, Callable[..., Any]] = {
+    "train": train.describe,
+    "sample": sample.sample,
+    "info": info.info,
+    "convert": convert.convert,
+    "likelihood": likelihood.likelihood,
+    "readjust": readjust.readjust,
+    "cost": cost.cost,
+    "demo": demo.demo,
+}
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if list(arguments) == ["--version"]:
+        print(f"vaebm-fast {__version__}")
+        return 0
+    if arguments and arguments[0] == "train":  # a preset decides its defaults, so it reads its options itself
+        return train.run(arguments[1:], "vaebm-fast train")
+    code: int | None = tyro.extras.subcommand_cli_from_dict(
+        dict(COMMANDS),
+        prog="vaebm-fast",
+        description="Train, sample and evaluate VAEBM models fast. `vaebm-fast --version` prints the version.",
+        args=arguments or ["--help"],
+    )
+    return code or 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `vaebm-fast` with these arguments, by default the command line's; returns the exit code."""
+    return command.run(_run, sys.argv[1:] if arguments is None else arguments)

@@ -1,0 +1,40 @@
+"""`vaebm-fast likelihood`: bounds of an NVAE on a data set."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import tyro
+
+from vaebm_fast import checkpoint
+from vaebm_fast.cli._options import NVAEFile, aligned
+from vaebm_fast.data import open_source
+from vaebm_fast.evaluation.likelihood import evaluate_likelihood
+from vaebm_fast.runtime.devices import DeviceName, choose_device
+
+
+def likelihood(
+    nvae: NVAEFile,
+    *,
+    data: Annotated[str, tyro.conf.arg(metavar="FOLDER", help="Images, idx files, or `digits`, which are built in.")],
+    split: Literal["train", "held_out"] = "held_out",
+    importance_samples: int = 1,
+    batch_size: int = 64,
+    device: DeviceName = "auto",
+) -> None:
+    """Print an NVAE's negative ELBO and its importance-weighted bound on a data set, in bits per dimension.
+
+    Args:
+        split: Which part of the data.
+        importance_samples: Samples of the posterior per image; more make the bound tighter.
+        batch_size: Images at a time; it changes nothing but speed.
+        device: Where to compute; auto is the GPU where there is one.
+    """
+    vae = checkpoint.load_nvae(nvae, device=choose_device(device))
+    channels, size, _ = vae.image_shape
+    source = open_source(data, image_size=size, image_channels=channels, split=split)
+    facts = evaluate_likelihood(
+        vae, source, importance_samples=importance_samples, batch_size=batch_size, progress=True
+    )
+    print(aligned({name.replace("_", " "): value for name, value in asdict(facts).items()}))

@@ -1,0 +1,352 @@
+"""What one chain step costs per image: FLOPs, memory traffic, and the least time these take on a GPU.
+
+A step is `potential_and_grad` of the official potential: forward, and backward to the noise. Everything is counted on
+the meta device, where shapes flow and nothing is computed, or follows from the shapes of the decoder's cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from vaebm_fast.chain.langevin import ChainModel
+from vaebm_fast.config import PRESETS
+from vaebm_fast.frozen import FrozenVAEBM, freeze
+from vaebm_fast.frozen.cells import FUSED_SIDE, freeze_cell
+from vaebm_fast.frozen.part import tensors_of
+from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
+from vaebm_fast.models.layers import Cell, InvertedResidual
+from vaebm_fast.ops._backend import Backend, why_absent
+from vaebm_fast.runtime.errors import UserError
+
+META = torch.device("meta")
+BF16_BYTES = 2
+
+# What allocates or renames, besides the operators that call themselves views.
+UNMOVED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like}
+# Arguments that a kernel takes for their shape, for a gradient that nobody asks for here, or for its own backward: they
+# are not read.
+UNREAD = {
+    "aten::convolution_backward": (1,),
+    "aten::avg_pool2d_backward": (1,),
+    "vaebm_fast::pointwise": (2,),
+    "vaebm_triton::pointwise": (2,),
+    "vaebm_fast::inverted_residual": (2,),
+}
+# Whose sizes an op of several kernels moves once more inside, by (arguments, results): what one of its kernels writes
+# and another reads. Not counted: swish(h2), which few cells store beside h2.
+INSIDE: dict[str, Callable[[Any, Any], tuple[Tensor, ...]]] = {
+    "vaebm_triton::residual_tail": lambda args, results: results[1:3],  # h2 and s, read again
+    "vaebm_triton::residual_tail_backward": lambda args, results: (args[0], args[2], args[2]),  # dy; dh2 both ways
+}
+# Pairs of compiled kernels; on the meta device their ops' fakes answer, so that counting them needs no GPU.
+COMPILED: dict[str, tuple[Backend, torch.dtype]] = {
+    "frozen, cpp, float32": ("cpp", torch.float32),
+    "frozen, triton, bfloat16": ("triton", torch.bfloat16),
+    "frozen, cuda, bfloat16": ("cuda", torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """A GPU's stated peak rates: dense bfloat16 tensor cores and float32 CUDA cores [TFLOP/s], memory [TB/s]."""
+
+    tensor_tflops: float
+    fp32_tflops: float
+    memory_tbps: float
+
+
+GPUS = {"A100": Peaks(312, 19.5, 2.039), "H200": Peaks(989, 67, 4.8)}  # NVIDIA's data sheets: A100 80 GB SXM, H200 SXM
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a step moves: for each image, and once for the batch (the weights)."""
+
+    per_image: float
+    per_step: float
+
+
+@dataclass(frozen=True)
+class CellShape:
+    """An inverted residual of the decoder: x [in_channels] -> hidden -> y [out_channels] at `side` x `side` pixels.
+
+    An upsampled cell has x, and its expanded tensor h1, at half the side; h2 is what comes out of the depthwise.
+    """
+
+    in_channels: int
+    hidden: int
+    out_channels: int
+    side: int
+    window: int
+    is_upsampled: bool
+    weights: int
+
+    @property
+    def x(self) -> int:
+        """Elements of the input."""
+        return self.in_channels * self._source_pixels
+
+    @property
+    def y(self) -> int:
+        """Elements of the output, and of the branch s before the gate."""
+        return self.out_channels * self.side**2
+
+    @property
+    def h1(self) -> int:
+        """Elements of the expanded tensor."""
+        return self.hidden * self._source_pixels
+
+    @property
+    def h2(self) -> int:
+        """Elements of the depthwise's output: what "hidden elements" means below."""
+        return self.hidden * self.side**2
+
+    @property
+    def depthwise_flops(self) -> int:
+        """Forward and backward; the taps that read one source pixel of an upsampled cell are summed beforehand."""
+        taps = (self.window + 1) // 2 if self.is_upsampled else self.window
+        return 2 * 2 * taps**2 * self.h2
+
+    @property
+    def _source_pixels(self) -> int:
+        return (self.side // 2 if self.is_upsampled else self.side) ** 2
+
+
+# Elements that a fused inverted residual moves, forward and backward, weights apart. Common to all: the block reads x
+# and writes s, the gate reads s and x and writes y; backward the gate's sum reads s, the block reads x and the
+# gradient of y and writes that of x: 4 x and 5 y. Two kernels each way read x once less, because h1 is kept, which is
+# written, read by the depthwise, and read twice more backward; the gradient between the two is written and read.
+PLANS: dict[str, Callable[[CellShape], int]] = {
+    "two kernels each way": lambda c: 3 * c.x + 5 * c.y + 4 * c.h1 + 2 * c.h2,
+    "one kernel, depthwise output saved": lambda c: 4 * c.x + 5 * c.y + 2 * c.h2,
+    "one kernel, all recomputed": lambda c: 4 * c.x + 5 * c.y,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `cost` counts. FLOPs are per image; `traffic` is that of kernels dispatched today, `plans` in bfloat16."""
+
+    preset: str
+    noise_dim: int
+    plain_flops: int
+    frozen_flops: int
+    traffic: dict[str, Traffic]
+    plans: dict[str, Traffic]
+    rest_bytes: float  # per image, of each plan: what no plan fuses, as dispatched today in bfloat16
+    cells: tuple[CellShape, ...]
+    weights: int  # numbers that a frozen step reads
+
+    @property
+    def depthwise_flops(self) -> int:
+        """Part of `frozen_flops` that tensor cores cannot do."""
+        return sum(cell.depthwise_flops for cell in self.cells)
+
+    def floors_ms(self, gpu: str) -> dict[str, float]:
+        """Milliseconds per image that each part of the GPU is busy for at its stated peak; weights apart."""
+        peaks = GPUS[gpu]
+        floors = {
+            "tensor cores, all but the depthwise": (self.frozen_flops - self.depthwise_flops) / peaks.tensor_tflops,
+            "CUDA cores in float32, depthwise": self.depthwise_flops / peaks.fp32_tflops,
+        }
+        floors |= {f"memory, {name}": plan.per_image / peaks.memory_tbps for name, plan in self.plans.items()}
+        return {name: floor * 1e-9 for name, floor in floors.items()}
+
+
+def cost(preset: str) -> Cost:
+    """Count a preset's step in every form that can be counted here. Raises ValueError for other names."""
+    model = _without_values(preset)
+    reference, halved = (freeze(model, dtype, "reference") for dtype in (torch.float32, torch.bfloat16))
+    traffic = {
+        "plain modules, float32": step_traffic(model),
+        "frozen, reference, float32": step_traffic(reference),
+        "frozen, reference, bfloat16": step_traffic(halved),
+    }
+    if why_absent("cpp") is None:
+        traffic |= {name: step_traffic(freeze(model, dtype, backend)) for name, (backend, dtype) in COMPILED.items()}
+    shapes, dispatched = _decoder_cells(model)
+    weights = _weights_of(halved)
+    rest = traffic["frozen, reference, bfloat16"].per_image - dispatched
+    plans = _plans(shapes, rest, weights)
+    dim = model.noise_layout.dim
+    return Cost(preset, dim, step_flops(model), step_flops(reference), traffic, plans, rest, tuple(shapes), weights)
+
+
+def text(counted: Cost) -> str:
+    """The cost as a person reads it."""
+    cells, wide = counted.cells, [cell for cell in counted.cells if cell.side >= FUSED_SIDE]
+    hidden, hidden_wide = sum(cell.h2 for cell in cells), sum(cell.h2 for cell in wide)
+    lines = [
+        f"{counted.preset}: one chain step, counted (official potential, forward and backward to the noise)",
+        "",
+        f"noise                {counted.noise_dim:,} elements per image",
+        f"frozen weights       {counted.weights / 1e6:.1f} M, of them {sum(c.weights for c in cells) / 1e6:.1f} M in "
+        f"{len(cells)} inverted residuals of the decoder",
+        f"hidden elements      {hidden / 1e6:.1f} M per image in these; {hidden_wide / 1e6:.1f} M of them in the "
+        f"{len(wide)} with H >= {FUSED_SIDE}, whose weights are {sum(c.weights for c in wide) / 1e6:.1f} M",
+        f"GFLOP per image      {counted.plain_flops / 1e9:.1f} plain, {counted.frozen_flops / 1e9:.1f} frozen, "
+        f"of it {counted.depthwise_flops / 1e9:.1f} depthwise",
+        "",
+        f"{'memory traffic, no cache':52}  GB per image  of it in cells  GB of weights per step",
+    ]
+    rest = counted.rest_bytes / 1e9
+    for name, moved in counted.traffic.items():
+        lines.append(f"{name:52}{moved.per_image / 1e9:14.3f}{'':16}{moved.per_step / 1e9:24.3f}")
+    for name, moved in counted.plans.items():
+        image = moved.per_image / 1e9
+        lines.append(f"{f'plan: {name}, bfloat16':52}{image:14.3f}{image - rest:16.3f}{moved.per_step / 1e9:24.3f}")
+    missing = why_absent("cpp")
+    if missing is not None:
+        lines.append(f"{'; '.join(COMPILED)}: not counted, because {missing}")
+    lines += ["", f"{'least ms per image at stated peak rates':52}" + "".join(f"{gpu:>10}" for gpu in GPUS)]
+    floors = {gpu: counted.floors_ms(gpu) for gpu in GPUS}
+    lines += [f"{name:52}" + "".join(f"{floors[gpu][name]:10.3f}" for gpu in GPUS) for name in floors["A100"]]
+    return "\n".join(lines)
+
+
+def pair_flops(preset: str) -> tuple[int, int]:
+    """FLOPs per image of a preset's step, plain and frozen. Raises ValueError for an unknown preset."""
+    model = _without_values(preset)
+    return step_flops(model), step_flops(freeze(model, backend="reference"))
+
+
+def least_traffic(preset: str) -> Traffic:
+    """Bytes of a preset's step in the leanest of PLANS, in bfloat16. Raises ValueError for an unknown preset."""
+    model = _without_values(preset)
+    halved = freeze(model, torch.bfloat16, "reference")
+    shapes, dispatched = _decoder_cells(model)
+    plans = _plans(shapes, step_traffic(halved).per_image - dispatched, _weights_of(halved))
+    return min(plans.values(), key=lambda plan: plan.per_image)
+
+
+def _plans(shapes: list[CellShape], rest: float, weights: int) -> dict[str, Traffic]:
+    """Traffic of every plan in bfloat16; `rest`: bytes per image outside of the cells."""
+    return {
+        name: Traffic(rest + BF16_BYTES * sum(map(moved, shapes)), 2 * BF16_BYTES * weights)  # each pass reads weights
+        for name, moved in PLANS.items()
+    }
+
+
+def _weights_of(pair: FrozenVAEBM) -> int:
+    return sum(tensor.numel() for part in pair._parts for tensor in tensors_of(part.weights))
+
+
+def step_flops(pair: ChainModel) -> int:
+    """FLOPs per image of a step, a multiply-add being two, by torch's counter: convolutions and matrix products.
+
+    A pair on the meta device. Compiled ops are unknown to the counter; the reference pair does the same arithmetic.
+    """
+    with FlopCounterMode(display=False) as counter:
+        _step(pair, 1)
+    return int(counter.get_total_flops())
+
+
+def step_traffic(pair: ChainModel) -> Traffic:
+    """Bytes that the kernels of a step read and write, were no cache between them; a pair on the meta device."""
+    one, two = (_bytes_moved(partial(_step, pair, batch)) for batch in (1, 2))
+    return Traffic(per_image=two - one, per_step=2 * one - two)
+
+
+def _without_values(preset: str) -> VAEBM:
+    """The preset's networks on the meta device."""
+    if preset not in PRESETS:
+        raise UserError(f"Preset {preset!r} is not known; there are {', '.join(PRESETS)}.")
+    with META:
+        model = VAEBM(NVAE(PRESETS[preset].nvae), EnergyNetwork(PRESETS[preset].energy))
+    return model.eval().requires_grad_(False)
+
+
+def _step(pair: ChainModel, batch: int) -> None:
+    layout = pair.noise_layout
+    pair.potential_and_grad(*layout.split(torch.empty(batch, layout.dim, device=META)), "official", 1.0)
+
+
+def _bytes_moved(run: Callable[[], object]) -> int:
+    with _KernelBytes() as counter:
+        run()
+    return counter.total
+
+
+class _KernelBytes(TorchDispatchMode):
+    """Sums the bytes of every kernel's tensor arguments and results; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket not in UNMOVED:
+            read = [arg for index, arg in enumerate(args) if index not in UNREAD.get(func.name(), ())]
+            inside = INSIDE[func.name()](args, result) if func.name() in INSIDE else ()
+            self.total += sum(map(_distinct_bytes, tree_leaves((read, kwargs, result, inside))))
+        return result
+
+
+def _distinct_bytes(value: object) -> int:
+    """Bytes behind a tensor, each once where it is expanded; 0 for anything else."""
+    if not isinstance(value, Tensor):
+        return 0
+    sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride != 0)
+    return math.prod(sizes) * value.element_size()
+
+
+def _decoder_cells(model: VAEBM) -> tuple[list[CellShape], int]:
+    """The decoder's inverted residuals, and the bytes per image that they move today in bfloat16."""
+    shapes: list[CellShape] = []
+    moved = 0
+
+    def record(cell: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal moved
+        assert isinstance(cell, Cell)
+        if isinstance(cell._ops[0], InvertedResidual):
+            shapes.append(_cell_shape(cell, inputs[0], output))
+            moved += _cell_bytes(cell, inputs[0].shape, 2) - _cell_bytes(cell, inputs[0].shape, 1)
+
+    cells = [m for part in (model.vae.dec_tower, model.vae.post_process) for m in part if isinstance(m, Cell)]
+    hooks = [cell.register_forward_hook(record) for cell in cells]
+    try:
+        model.vae.decode([torch.empty(1, *shape, device=META) for shape in model.latent_shapes])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes, moved
+
+
+def _cell_shape(cell: Cell, x: Tensor, y: Tensor) -> CellShape:
+    op = cell._ops[0]
+    assert isinstance(op, InvertedResidual)
+    _, depthwise, project = (m for m in op.modules() if isinstance(m, nn.Conv2d))
+    weights = sum(parameter.numel() for parameter in cell.parameters())
+    return CellShape(
+        in_channels=x.shape[1],
+        hidden=project.in_channels,
+        out_channels=y.shape[1],
+        side=y.shape[2],
+        window=depthwise.kernel_size[0],
+        is_upsampled=y.shape[2] > x.shape[2],
+        weights=weights,
+    )
+
+
+def _cell_bytes(cell: Cell, shape: torch.Size, batch: int) -> int:
+    """Bytes of a frozen cell's forward and backward pass, weights included."""
+    frozen = freeze_cell("cell", cell, torch.bfloat16, "reference")
+    x = torch.empty(batch, *shape[1:], dtype=torch.bfloat16, device=META).to(memory_format=torch.channels_last)
+
+    def run() -> None:
+        leaf = x.detach().requires_grad_()
+        y = frozen(leaf)
+        torch.autograd.grad(y, leaf, torch.empty_like(y))
+
+    return _bytes_moved(run)
