@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, Any]:
     """Device, threads, versions, commit and date, as JSON values.
 
-    Where the files are no checkout of git's, the commit is what the variable VAEBM_COMMIT says.
+    VAEBM_COMMIT overrides the commit, for a copy of the files that git does not know.
     """
     cuda = torch.cuda.is_available()
     return {
@@ -49,7 +49,10 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, with a plus where tracked files differ from it."""
+    """What the variable VAEBM_COMMIT says; else the commit, with a plus where tracked files differ from it."""
+    told = os.environ.get("VAEBM_COMMIT")
+    if told:
+        return told
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -60,5 +63,5 @@ def _commit() -> str:
 
     known = git("rev-parse", "--short", "HEAD")
     if not known:
-        return os.environ.get("VAEBM_COMMIT", "unknown")
+        return "unknown"
     return known + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

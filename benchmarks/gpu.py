@@ -1,6 +1,6 @@
 """Everything that needs a GPU, most important first, within nine minutes: build, smoke tests, figures, tests, tuning.
 
-    make gpu, or: python3 -m benchmarks.gpu [--limit SECONDS] [--results FOLDER] [--logs FOLDER] [--stage NAME ...]
+    make gpu, or: python3 -m benchmarks.gpu [--budget SECONDS] [--results FOLDER] [--logs FOLDER] [--stage NAME ...]
 
 Builds in place with the Python that runs this. Each stage is a process with a limit of its own; one that fails or runs
 out of time keeps no other from running, but for the build. Smoke tests run every op of a backend once: figures of a
@@ -155,9 +155,9 @@ def chosen(planned: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
     return [stage for stage in planned if not names or stage.name in always or stage.name in names]
 
 
-def run_stages(planned: Sequence[Stage], limit_s: float, path: Path, logs: Path = LOGS) -> list[dict[str, Any]]:
-    """Run the stages until `limit_s` is over; what became of each is in `path` after every one."""
-    ends = time.monotonic() + limit_s
+def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path = LOGS) -> list[dict[str, Any]]:
+    """Run the stages until `budget_s` is over; what became of each is in `path` after every one."""
+    ends = time.monotonic() + budget_s
     done: list[dict[str, Any]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def measured_since(began: float, results: Path) -> list[Path]:
 def main() -> None:
     """Run all stages on the GPU at hand; exit code 1 where one did not pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=520, metavar="SECONDS")
+    parser.add_argument("--budget", type=float, default=500, metavar="SECONDS")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--logs", type=Path, default=LOGS)
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this one, and what it needs")
@@ -226,7 +226,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(f"torch {torch.__version__} sees no GPU; `make gpu` needs one.")
     began = time.time()
-    done = run_stages(planned, options.limit, options.results / "gpu_run.json", options.logs)
+    done = run_stages(planned, options.budget, options.results / "gpu_run.json", options.logs)
     for path in measured_since(began, options.results):
         print(f"\n{write_table(path)}", flush=True)
     print(f"\n{verdict(options.results)}", flush=True)

@@ -19,20 +19,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.captured import EAGER, GRAPH, captured, launched_by
+from benchmarks.counted import WORK
 from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
 from benchmarks.sensitive import make_sensitive
 from benchmarks.torch_compile import PotentialAndGrad, compiled
 from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
-from vaebm_fast.evaluation.cost import least_traffic, pair_flops
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.ops._backend import Backend, backend_for, why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
@@ -245,15 +245,15 @@ def _measure_group(
         samples = take_turns(steps, device, rounds=rounds, seconds=GPU_SECONDS if device.type == "cuda" else 2.0)
     except Exception as error:
         return rows | {name: rows[name] | refusal(error) for name in built}
-    plain_flops, frozen_flops = flops_of(preset)
+    work = WORK[preset]
     for name, candidate in built.items():
         rows[name] |= {
             "backend": candidate.backend,
             "launched": candidate.launched,
             "products": candidate.products,
             "dtype": "bfloat16" if candidate.products == "bf16" else "float32",
-            "flops": batch * (frozen_flops if name in FROZEN else plain_flops),
-            "bytes": least_bytes(preset, batch, 2 if candidate.products == "bf16" else 4),
+            "flops": batch * (work.frozen_flops if name in FROZEN else work.plain_flops),
+            "bytes": work.least_bytes(batch, 2 if candidate.products == "bf16" else 4),
             "compile_s": candidate.compile_s,
             **summary(samples[name]),
         }
@@ -309,15 +309,6 @@ def true_gradient(preset: str, batch: int, device: torch.device, model: VAEBM) -
     with multiplying("float32"):
         each = [model.potential_and_grad(*layout.split(row), "official")[1] for row in start.split(1)]
     return torch.cat([layout.join(gradients[:-1], gradients[-1]) for gradients in each])
-
-
-flops_of, traffic_of = cache(pair_flops), cache(least_traffic)
-
-
-def least_bytes(preset: str, batch: int, element_size: int) -> float:
-    """What a step of N chains must move where every block is one kernel; `evaluation.cost` counts in bfloat16."""
-    traffic = traffic_of(preset)
-    return (batch * traffic.per_image + traffic.per_step) * element_size / 2
 
 
 def _agreement(truth: Tensor, name: str, candidate: Candidate) -> float:

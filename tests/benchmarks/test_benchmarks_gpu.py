@@ -36,13 +36,6 @@ OFFICIAL = Sampling(steps=1, step_size=1e-3)
 on_a_gpu = pytest.mark.usefixtures("gpu")
 
 
-@pytest.fixture(autouse=True)
-def _no_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of FLOPs and bytes, which takes seconds."""
-    monkeypatch.setattr(pair, "flops_of", lambda preset: (2, 1))
-    monkeypatch.setattr(pair, "least_bytes", lambda preset, batch, element_size: 1.0)
-
-
 def measured(*candidates: str, kept: list[str] | None = None) -> dict[str, pair.Row]:
     def keep(name: str, row: pair.Row) -> None:
         if kept is not None:
@@ -288,15 +281,16 @@ def test_a_result_file_is_whole_whenever_a_run_is_stopped(tmp_path: Path, monkey
     assert file.path.read_text() == before
 
 
-def test_a_copy_without_git_carries_the_commit_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_carries_the_commit_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_git(*_: Any, **__: Any) -> Any:
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(environment.subprocess, "run", without_git)
-    monkeypatch.delenv("VAEBM_COMMIT", raising=False)
-    assert environment.environment()["commit"] == "unknown"
     monkeypatch.setenv("VAEBM_COMMIT", "abc1234")
+    assert environment.environment()["commit"] == "abc1234", "where git knows another too"
+    monkeypatch.setattr(environment.subprocess, "run", without_git)
     assert environment.environment()["commit"] == "abc1234"
+    monkeypatch.delenv("VAEBM_COMMIT")
+    assert environment.environment()["commit"] == "unknown"
 
 
 def content(gpu_name: str, *rows: pair.Row) -> dict[str, Any]:
