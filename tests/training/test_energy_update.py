@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from builders import SMALL_ENERGY
-from by_hand import ClippedAdam, largest_change_error, seen_by, spectral_sum, start_vectors
 from torch import Tensor
-from trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer
 
+from tests.helpers.builders import SMALL_ENERGY
+from tests.helpers.by_hand import ClippedAdam, largest_change_error, seen_by, spectral_sum, start_vectors
+from tests.helpers.trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer
+from vaebm_fast.chain.langevin import LangevinSampler
+from vaebm_fast.chain.noise import Stream, normal, step_seeds
 from vaebm_fast.config import PRESETS, EnergyTraining, Potential, ReplayBuffer
-from vaebm_fast.langevin import LangevinSampler
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import DecoderCombiner, WNConv2d
-from vaebm_fast.noise import NoiseLayout, Stream, normal
 from vaebm_fast.training import EnergyTrainer
 from vaebm_fast.training.energy import EnergyUpdate
-from vaebm_fast.training.stepdata import step_seeds
 
 TRAINING = EnergyTraining(
     learning_rate=5e-3, beta1=0.7, beta2=0.9, weight_decay=0.1, spectral_coeff=0.3, ema_decay=0.8, buffer=None
@@ -106,10 +105,10 @@ def steepen(trainer: EnergyTrainer) -> None:
 
 def chain_by_hand(trainer: EnergyTrainer, step: int, *, steps: int, h: float, potential: Potential) -> Tensor:
     """eps [N, D] after the Langevin steps of a training step, on the plain model as it is now."""
-    layout = NoiseLayout(trainer.model.latent_shapes, trainer.model.image_shape)
+    layout = trainer.model.noise_layout
     seeds, eps = step_seeds(5, step, 8, torch.device("cpu")), trainer.start(step)
     for k in range(1, steps + 1):
-        _, gradients = trainer.model.energy_and_grad(*layout.split(eps), potential)
+        _, gradients = trainer.model.potential_and_grad(*layout.split(eps), potential)
         gradient = layout.join(gradients[:-1], gradients[-1])
         eps = eps - h / 2 * gradient + math.sqrt(h) * normal(seeds, k, Stream.TRAIN_CHAIN, layout.dim)
     return eps
@@ -127,9 +126,9 @@ def test_negatives_are_images_of_chains_at_the_present_energy(mean: bool, potent
     @torch.no_grad()
     def written_out() -> tuple[Tensor, Tensor]:
         eps = chain_by_hand(trainer, 1, steps=3, h=h, potential=potential)
-        eps_z, eps_x = trainer.sampler.layout.split(eps)
+        eps_z, eps_x = trainer.sampler.noise_layout.split(eps)
         images = trainer.model.mean_image(eps_z) if mean else trainer.model.image(eps_z, eps_x)
-        return images, eps[:, : trainer.sampler.layout.latent_dim]
+        return images, eps[:, : trainer.sampler.noise_layout.latent_dim]
 
     other, _ = written_out()
     steepen(trainer)
@@ -143,10 +142,10 @@ def test_negatives_are_images_of_chains_at_the_present_energy(mean: bool, potent
 
 
 def test_an_update_gets_the_steps_images_and_the_ends_of_the_steps_chains() -> None:
-    trainer, twin = energy_trainer(), energy_trainer()
+    trainer, other = energy_trainer(), energy_trainer()
     positive, negative = seen_by(trainer.model.energy, lambda: trainer.step(1))
     assert not positive.requires_grad and not negative.requires_grad
-    assert torch.equal(negative, twin.negatives(1))
+    assert torch.equal(negative, other.negatives(1))
     pixels = (255 * positive).round().byte().flatten(1)
     images = {bytes(image.flatten()) for image in SOURCE.images}
     assert all(bytes(row.numpy()) in images for row in pixels)
@@ -180,13 +179,13 @@ def filled(size: int, **changes: Any) -> EnergyTrainer:
     trainer = energy_trainer(buffer=ReplayBuffer(size=size, **changes))
     assert trainer.buffer is not None
     rows = 100 + torch.arange(float(size))[:, None]
-    trainer.buffer.push(rows.expand(-1, trainer.sampler.layout.latent_dim))
+    trainer.buffer.push(rows.expand(-1, trainer.sampler.noise_layout.latent_dim))
     return trainer
 
 
 def test_a_chain_from_the_buffer_has_kept_latents_and_its_own_fresh_pixels() -> None:
     trainer, fresh = filled(16, max_probability=0.5, anneal_steps=0), energy_trainer()
-    latents = trainer.sampler.layout.latent_dim
+    latents = trainer.sampler.noise_layout.latent_dim
     starts, expected = (torch.cat([t.start(step) for step in range(20)]) for t in (trainer, fresh))
     assert torch.equal(starts[:, latents:], expected[:, latents:])
     kept = starts[:, 0] >= 100
@@ -207,7 +206,7 @@ def test_every_row_of_the_buffer_is_taken_equally_often() -> None:
 
 def test_the_first_step_takes_nothing_from_the_buffer_where_its_probability_is_annealed() -> None:
     trainer = filled(16, max_probability=1.0, anneal_steps=1)
-    latents = trainer.sampler.layout.latent_dim
+    latents = trainer.sampler.noise_layout.latent_dim
     assert torch.equal(trainer.start(0), energy_trainer().start(0))
     assert bool((trainer.start(1)[:, :latents] >= 100).all())
 
@@ -221,7 +220,7 @@ def test_each_step_adds_the_latents_of_its_chains() -> None:
         sizes.append(len(trainer.buffer))
         kept.append(trainer.buffer.gather(torch.tensor([0, 4])))
     assert sizes == [8, 16, 20]
-    assert kept[0].shape == (2, trainer.sampler.layout.latent_dim)
+    assert kept[0].shape == (2, trainer.sampler.noise_layout.latent_dim)
     assert torch.equal(kept[0], kept[1]) and torch.equal(kept[1][1], kept[2][1])
     assert not torch.equal(kept[1][0], kept[2][0]), "the oldest four make room"
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders import SMALL_NVAE, generic
 from torch import Tensor
-from trainers import TINY
 
+from tests.helpers.builders import SMALL_NVAE, generic
+from tests.helpers.trainers import TINY
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.data import ArraySource
 from vaebm_fast.evaluation.likelihood import evaluate_likelihood
 from vaebm_fast.models import NVAE
 from vaebm_fast.models.nvae import bits_per_dim
-from vaebm_fast.noise import NoiseLayout, Stream, normal, seed_tensor
 
 SOURCE = ArraySource("random", np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8))
 
@@ -31,7 +31,7 @@ def narrow_nvae(**changes: int) -> NVAE:
 
 def log_weights_by_hand(vae: NVAE, x: Tensor, samples: int, seed: int) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) [K, N], z from draw k of seed `seed` + i; no floor under log sigma."""
-    layout = NoiseLayout(vae.latent_shapes, vae.image_shape)
+    layout = vae.noise_layout
     seeds, weights = seed_tensor(range(seed, seed + len(x))), []
     for k in range(samples):
         elbo = vae.elbo(x, layout.split(normal(seeds, k, Stream.TRAIN_POSTERIOR, layout.dim))[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ ENERGY = {
     "celeba_256": (64, "11d 11 12d 22 22d 22 24d 44 44d 44 48d 88"),
     "digits": (32, "11d 11 12d 22"),
 }
-ENERGY_ARCH = {"cifar10": "cifar32", "celeba_64": "celeba64", "lsun_church_64": "lsun64", "celeba_256": "celeba256"}
+ENERGY_ARCH = {"cifar10": "cifar_32", "celeba_64": "celeba_64", "lsun_church_64": "lsun_64", "celeba_256": "celeba_256"}
 ENERGY_PARAMETERS = {"cifar10": 5.1, "celeba_64": 4.3, "lsun_church_64": 5.8, "celeba_256": 14.2}  # millions
 LATENTS = {"cifar10": 153_600, "celeba_64": 134_400, "lsun_church_64": 134_400, "celeba_256": 1_745_920}
 
@@ -266,9 +265,8 @@ def test_settings_without_a_preset_are_those_of_cifar10_with_means_as_negatives(
 
 @pytest.fixture(scope="module")
 def command() -> Any:
-    pytest.importorskip("tyro", reason="train.py reads its options by tyro")
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    return importlib.import_module("train")
+    pytest.importorskip("tyro", reason="the command reads its options by tyro")
+    return importlib.import_module("vaebm_fast.cli.train")
 
 
 @pytest.mark.parametrize("name", PRESETS)

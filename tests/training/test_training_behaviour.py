@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from by_hand import seen_by
 from PIL import Image
 from torch import Tensor
-from trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 
+from tests.helpers.by_hand import seen_by
+from tests.helpers.trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 from vaebm_fast.config import PRESETS, ReplayBuffer
 from vaebm_fast.data import ArraySource, ImageSource, open_source
 from vaebm_fast.models import NVAE

@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import SMALL_NVAE
-from by_hand import Adamax, Vectors, batchnorm_sum, largest_change_error, seen_by, spectral_sum, start_vectors
 from torch import Tensor, nn
-from trainers import SOURCE, TINY, vae_trainer
 
+from tests.helpers.builders import SMALL_NVAE
+from tests.helpers.by_hand import (
+    Adamax,
+    Vectors,
+    batchnorm_sum,
+    largest_change_error,
+    seen_by,
+    spectral_sum,
+    start_vectors,
+)
+from tests.helpers.trainers import SOURCE, TINY, vae_trainer
 from vaebm_fast.config import VAETraining
 from vaebm_fast.data import ArraySource
 from vaebm_fast.models import NVAE
