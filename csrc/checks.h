@@ -76,7 +76,7 @@ inline void check_image(const at::Tensor& x, const char* name) {
                     x.scalar_type(), " ", x.sizes(), ".");
 }
 
-// Of this type, float32 or bfloat16, and shape, where `other` is.
+// x must have this type (float32 or bfloat16) and shape, on the device of `other`.
 inline void check_tensor(const at::Tensor& x, const char* name, at::IntArrayRef shape, const at::Tensor& other,
                          at::ScalarType type = at::kFloat) {
   TORCH_CHECK_VALUE(x.scalar_type() == type && x.sizes() == shape, name, " must be ",
@@ -86,7 +86,7 @@ inline void check_tensor(const at::Tensor& x, const char* name, at::IntArrayRef 
                     ", where the others are.");
 }
 
-// What the energy network activates, y + shift + skip_scale skip, y [N, C, H, W].
+// The terms of y + shift + skip_scale skip, which the energy network activates; y [N, C, H, W].
 inline void check_energy_terms(const at::Tensor& y, const std::optional<at::Tensor>& skip,
                                const std::optional<at::Tensor>& shift) {
   check_image(y, "y");
@@ -100,19 +100,19 @@ inline void check_gate_weights(const at::Tensor& s, const at::Tensor& weight_in,
   check_tensor(weight_out, "weight_out", {s.size(1), weight_in.size(0)}, s);
 }
 
-// A product of x [N, C, H, W] with a weight that is packed for `channels` outputs.
+// A product of x [N, C, H, W] with a weight packed for `channels` outputs.
 inline void check_pointwise_arguments(const at::Tensor& x, const char* name, const at::Tensor& weight,
                                       int64_t channels) {
   check_image(x, name);
   check_tensor(weight, "The packed weight", {(channels + 15) / 16, x.size(1), 16}, x);
 }
 
-// Something of the image shape of x, with `channels` channels, that may be left out.
+// An optional tensor with the image size of x and `channels` channels.
 inline void check_like(const std::optional<at::Tensor>& y, const char* name, int64_t channels, const at::Tensor& x) {
   if (y) check_tensor(*y, name, {x.size(0), channels, x.size(2), x.size(3)}, x);
 }
 
-// eps and nonfinite_at are written in place, and therefore contiguous.
+// eps and nonfinite_at are written in place, so they must be contiguous.
 inline void check_langevin_arguments(const at::Tensor& eps, const at::Tensor& gradient, const at::Tensor& seeds,
                                      const at::Tensor& draw, const at::Tensor& nonfinite_at, int64_t stream,
                                      double step_size) {
@@ -132,8 +132,8 @@ inline void check_langevin_arguments(const at::Tensor& eps, const at::Tensor& gr
                     "; it must be a positive number.");
 }
 
-// For the CUDA kernels, which store bfloat16. Returns the number of hidden channels, of which `weight` has 32 in a row;
-// `products`: how many weights of [32, C] are in it.
+// For the CUDA kernels, which store bfloat16. Returns the number of hidden channels; a row of `weight` holds 32.
+// `products`: the number of [32, C] weights in a row.
 inline int64_t check_inverted_residual(const at::Tensor& x, const at::Tensor& weight, const char* name,
                                        int64_t products) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kBFloat16, "x must be bfloat16 [N, C, H, W]; it is ",

@@ -1,11 +1,11 @@
-// The Langevin update, element by element: the definition that every backend repeats letter by letter.
+// The Langevin update of one element: the definition that every backend reproduces bit for bit.
 #pragma once
 
 #include "philox.h"
 
 namespace vf {
 
-// What a step multiplies by: h / 2 and sqrt(h), each rounded to fp32 once.
+// The factors of a step, h / 2 and sqrt(h), each rounded to fp32 once.
 struct LangevinStep {
   float half, root;
   bool prior;
@@ -21,7 +21,7 @@ VF_HD float langevin_update(float eps, float gradient, float noise, const Langev
   return add(add(eps, mul(-step.half, slope)), mul(step.root, noise));
 }
 
-// The bits of |a|: they grow with |a|, and from kInfinity on a is infinite or NaN.
+// The bits of |a|, which grow with |a|; a is infinite or NaN if they are at least kInfinity.
 constexpr uint32_t kInfinity = 0x7f800000u;
 VF_HD uint32_t magnitude(float a) { return bits_of(a) & 0x7fffffffu; }
 

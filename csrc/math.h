@@ -1,6 +1,6 @@
-// fp32 elementary functions with one answer everywhere: each step is one IEEE-754 operation, rounded to nearest, in a
-// written order, so C++, CUDA, numpy and eager torch agree bit for bit. Hence no fma (numpy and eager torch have none),
-// no division, and no library function but the IEEE square root. Compile with -ffp-contract=off.
+// fp32 elementary functions with the same bits everywhere: each step is one IEEE-754 operation, rounded to nearest, in
+// a fixed order, so C++, CUDA, numpy and eager torch agree bit for bit. Hence no fma (numpy and eager torch have none),
+// no division, and no library function except the IEEE square root. Compile with -ffp-contract=off.
 //
 // C++17 and CUDA, no torch headers. Include it by relative path: were csrc an -I folder, <math.h> would find this file.
 #pragma once
@@ -87,7 +87,7 @@ struct CosSin {
 
 // Cosine and sine of 2 pi turns / 2^32, absolute error below 1.2e-7 each.
 //
-// The nearest quarter turn comes from integer bits; what is left, |x| <= pi/4, goes through minimax polynomials,
+// Integer bits give the nearest quarter turn; the rest, |x| <= pi/4, goes through minimax polynomials,
 // sin x = x + x^3 S(x^2) (2^-27.8) and cos x = 1 + x^2 C(x^2) (2^-32.8); the quarter then swaps and negates them.
 VF_HD CosSin cos_sin_of_turns(uint32_t turns) {
   const uint32_t quarter = (turns + (1u << 29)) >> 30;

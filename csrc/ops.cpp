@@ -1,6 +1,6 @@
 // The schema of every op, and the Python module vaebm_fast._C whose import registers them.
 //
-// cpu/<op>.cpp and cuda/bindings.cpp implement them; vaebm_fast/ops/<op>.py is their public face.
+// cpu/<op>.cpp and cuda/bindings.cpp implement them; vaebm_fast/ops/<op>.py is the public interface.
 #include <Python.h>
 #include <torch/library.h>
 
@@ -10,22 +10,22 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def("philox_normal(Tensor seeds, Tensor draw, int stream, int numel) -> Tensor");  // float32
 
   // h [N, C, H, W], weight [K, K, C], bias [C] -> [N, C, H, W], or [N, C, 2H, 2W] upsampled; channels_last
-  // float32, on CUDA bfloat16 too; all of one
+  // float32, on CUDA also bfloat16; all tensors share one type
   m.def("depthwise_swish(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor");
   // dy in the shape of that output -> the gradient for h
   m.def("depthwise_swish_backward(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor");
 
-  // x [N, Cin, H, W], weight and weight_t as pack_pointwise lays them out, bias [Cout], residual like the result
+  // x [N, Cin, H, W], weight and weight_t from pack_pointwise, bias [Cout], residual in the shape of the result
   // -> [N, Cout, H, W]; channels_last float32; activation of x: none, swish or elu
   m.def(
       "pointwise(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, str activation) "
       "-> Tensor");
-  // dy in the shape of that output, x where it was activated -> the gradient for x [N, Cin, H, W]
+  // dy in the shape of that output, x if it was activated -> the gradient for x [N, Cin, H, W]
   m.def("pointwise_backward(Tensor dy, Tensor weight_t, int Cin, Tensor? x, str activation) -> Tensor");
 
   // x [N, C, H, W], weight [hidden / 32, 64 C + 1920] and weight_t [hidden / 32, 96 C + 1920] of
-  // ops/inverted_residual.py, bias [C], bfloat16, channels_last; on CUDA alone -> s like x, and for the backward h2
-  // [N, hidden, H, W], [0] where not asked for
+  // ops/inverted_residual.py, bias [C], bfloat16, channels_last; CUDA only -> s like x, and for the backward h2
+  // [N, hidden, H, W], or [0] without with_h2
   m.def(
       "inverted_residual(Tensor x, Tensor weight, Tensor weight_t, Tensor bias, bool with_h2) "
       "-> (Tensor s, Tensor h2)");
@@ -56,7 +56,7 @@ TORCH_LIBRARY(vaebm_fast, m) {
       "-> Tensor");
 
   // parameters [N, 2 L, H, W] (none: zeros), eps [N, L, H, W] -> z, log_p [N] or [0]; dz, dlog_p [N] -> the gradients,
-  // dparameters [0] where there are none
+  // dparameters [0] without parameters
   m.def(
       "gaussian_latent(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) "
       "-> (Tensor z, Tensor log_p)");
@@ -69,13 +69,13 @@ TORCH_LIBRARY(vaebm_fast, m) {
   m.def(
       "pixel_head_backward(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)");
 
-  // eps and gradient float32 [N, D], seeds, draw and stream as above; nonfinite_at int64 [N], -1 while finite, else the
-  // first draw after which an image was not
+  // eps and gradient float32 [N, D], seeds, draw and stream as above; nonfinite_at int64 [N]: -1, or the first draw
+  // after which an image is not finite
   m.def(
       "langevin_update(Tensor(a!) eps, Tensor gradient, Tensor seeds, Tensor draw, Tensor(b!) nonfinite_at, "
       "int stream, float step_size, bool prior) -> ()");
 
-  // From begin to the matching end, CPU tensors come from blocks that are kept when freed, until release gives them back.
+  // From begin to the matching end, CPU tensors use blocks that are kept when freed; release_memory frees them.
   m.def("reuse_memory(bool begin) -> ()");
   m.def("release_memory() -> int");  // bytes
 }

@@ -1,6 +1,6 @@
-// Counter-based noise, element by element: the definition that every backend repeats letter by letter.
+// Counter-based noise of one element: the definition that every backend reproduces bit for bit.
 //
-// Element e of draw k of an image is a function of (seed, k, stream, e) alone. Philox4x32-10 (Salmon et al., "Parallel
+// Element e of draw k of an image depends only on (seed, k, stream, e). Philox4x32-10 (Salmon et al., "Parallel
 // random numbers: as easy as 1, 2, 3", SC 2011) takes key (seed lo, seed hi) and counter (e / 4, k, stream, 0); its
 // four words belong to elements 4 (e / 4) .. + 3. Normals are two Box-Muller pairs: words (0, 1) and words (2, 3).
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace vf {
 
-// Whose noise: one image's seed, one draw, one stream.
+// Identifies one noise vector: an image's seed, a draw, a stream.
 struct NoiseKey {
   uint32_t seed_lo, seed_hi, draw, stream;
 };

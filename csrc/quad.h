@@ -1,4 +1,4 @@
-// Four neighbouring elements, and how a thread moves them: at once where it can. C++17 and CUDA, no torch headers.
+// Four adjacent elements, which a thread moves in one access if alignment allows. C++17 and CUDA, no torch headers.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ struct alignas(16) Quad {
   T v[4];
 };
 
-// The first `count` elements at `from`, then zeros; nothing is read where count <= 0. whole: count is a multiple of
-// four and `from` is aligned.
+// The first `count` elements at `from`, then zeros; reads nothing if count <= 0. whole: count is a multiple of four and
+// `from` is aligned.
 template <class T>
 VF_HD Quad<T> load_quad(const T* from, int64_t count, bool whole) {
   Quad<T> values{};

@@ -1,6 +1,6 @@
-"""The reference of every op, in plain PyTorch: same names, same signatures, any device. Truth for the kernels.
+"""The reference of every op in plain PyTorch: same names, same signatures, any device. Kernels are tested against it.
 
-Eager PyTorch only: a compiler may contract a product and a sum into one fma, and the bits of the normals would change.
+Run it eagerly: a compiler may contract a product and a sum into an fma, which changes the bits of the normals.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def pointwise_backward(
 
 
 def bilinear_upsample(x: Tensor) -> Tensor:
-    """Twice the sides, corners aligned; see `vaebm_fast.ops.bilinear_upsample.bilinear_upsample`.
+    """Upsampling by 2, corners aligned; see `vaebm_fast.ops.bilinear_upsample.bilinear_upsample`.
 
-    PyTorch's own, but for its gradient on CUDA, which adds with atomics.
+    PyTorch's, except for the gradient on CUDA, where PyTorch uses atomics.
     """
     y: Tensor = _BilinearUpsample.apply(x) if x.is_cuda else _interpolate(x)
     return y
@@ -317,7 +317,7 @@ def _interpolate(x: Tensor) -> Tensor:
 
 
 class _BilinearUpsample(torch.autograd.Function):
-    """`_interpolate` whose gradient gathers."""
+    """`_interpolate` with a gradient that gathers."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ class _BilinearUpsample(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass  # the gradient needs no more than its own shape
+        pass  # the gradient depends only on dy
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ class _BilinearUpsample(torch.autograd.Function):
 
 
 def _gather_bilinear(dy: Tensor, dim: int) -> Tensor:
-    """The sums of dy's rows 2h - 1 .. 2h + 2, or columns, in this order; in float32, or float64 for float64."""
+    """Weighted sums of dy's rows (or columns) 2h - 1 .. 2h + 2, in this order; float32, or float64 for float64."""
     size = dy.shape[dim] // 2
     span, h = 2 * size - 1, torch.arange(size, device=dy.device)
     taps = torch.arange(-1, 3, device=dy.device)[:, None] + 2 * h  # [4, size]
@@ -349,7 +349,7 @@ def _gather_bilinear(dy: Tensor, dim: int) -> Tensor:
 
 
 def _raw_parameters(parameters: Tensor | None, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """Raw means and log sigmas in the noise's precision; zeros that broadcast where there are none."""
+    """Raw means and log sigmas in the dtype of eps; broadcastable zeros if parameters is None."""
     if parameters is None:
         return eps.new_zeros(1, 1, 1, 1), eps.new_zeros(1, 1, 1, 1)
     mu, log_sigma = parameters.to(eps.dtype).chunk(2, dim=1)
@@ -379,7 +379,7 @@ def _philox_quads(seeds: Tensor, draw: Tensor, stream: int, quads: int) -> Tenso
 
 
 def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a b for 32-bit a and b, in halves of a so that nothing leaves int64's range."""
+    """High and low 32 bits of a b for 32-bit a and b, by halves of a so that int64 does not overflow."""
     upper, lower = (a >> 16) * b, (a & 0xFFFF) * b
     return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & _MASK
 
@@ -418,7 +418,7 @@ def _cos_sin_of_turns(turns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """The polynomial with these coefficients, highest power first; each step one product and one sum."""
+    """The polynomial with these coefficients, highest power first; each step is one product and one sum."""
     value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         value = value * x + coefficient

@@ -1,6 +1,5 @@
-// Vector width chosen at run time: GCC compiles a VF_CLONES function for AVX-512, for AVX2 and for the plain target,
-// and the loader takes the widest that the machine has. The bits are the same: -ffp-contract=off keeps fma out of all
-// three.
+// Vector width chosen at run time: GCC compiles a VF_CLONES function for AVX-512, AVX2 and the default target, and the
+// loader picks the widest that the machine supports. The bits are the same: -ffp-contract=off prevents fma in all.
 #pragma once
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12

@@ -18,8 +18,8 @@ constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How the cells of an image are cut into tiles. The ring of a 5x5 window takes 170 KB of the L2 cache at 128 columns
-// and 64 channels, or at 64 and 128. Channels are cut evenly, in whole cache lines; rows only where threads would idle.
+// Splits an image's cells into tiles. The ring of a 5x5 window takes 170 KB of the L2 cache at 128 columns and 64
+// channels, or at 64 and 128. Channels are split evenly, in whole cache lines; rows only if threads would idle.
 struct Cut {
   int64_t columns, channels, rows;  // of a tile
   int64_t tiles_across, tiles_deep, tiles_down;
@@ -45,7 +45,7 @@ struct Cut {
   }
 };
 
-// Runs the window over N images that lie behind each other, `image` the first of them.
+// Runs the window over N contiguous images; `image` is the first.
 void run_batch(int64_t N, const Image& image, const Window& window) {
   const int64_t source_size = image.H * image.W * image.C;
   const int64_t target_size = image.cell_rows * image.cell_columns * window.phases * window.phases * image.C;

@@ -1,5 +1,5 @@
-// What a task of the depthwise kernels works on: how the taps of a window move (the same for rows and columns), one
-// image, and a tile of it.
+// The work of one task of the depthwise kernels: how a window's taps move (the same for rows and columns), one image,
+// and a tile of it.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@ namespace vf::depthwise {
 
 constexpr int kCells = 8;  // summed in registers at a time
 
-// A cell is what one step writes: a pixel, or the 2x2 pixels that upsampling makes of one. Phase p of cell a reads the
-// source rows stride a - origin + shift[p] + e for e = 0 .. taps-1; tap e is the sum of the weight's rows
+// A cell is the output of one step: a pixel, or the 2x2 pixels that upsampling makes from one. Phase p of cell a reads
+// the source rows stride a - origin + shift[p] + e for e = 0 .. taps-1; tap e is the sum of the weight's rows
 // entries[p taps + e]. Columns likewise.
 struct Window {
   struct Range {
@@ -34,8 +34,8 @@ inline Window plain_window(int K, bool transposed) {
   return window;
 }
 
-// y[2a + p] = sum_k w[k] s[floor((2a + p + k - K/2) / 2)]: two taps fall on one source row. Source rows -1 and H stand
-// for two rows outside the upsampled image each, so zeros there are exactly its zero padding.
+// y[2a + p] = sum_k w[k] s[floor((2a + p + k - K/2) / 2)]: two taps fall on one source row. Source rows -1 and H each
+// represent two rows outside the upsampled image, so zeros there equal its zero padding.
 inline Window upsampling_window(int K) {
   const int P = K / 2, origin = (P + 1) / 2;
   Window window{K, P + 1, 1, 2, origin, {0, P % 2}, {}};

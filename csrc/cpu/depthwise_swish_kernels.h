@@ -1,9 +1,9 @@
 // The depthwise kernels for one instruction set; see each_isa.h.
 //
-// A tile walks down its rows. Each source row is read once (forward: activated; outside the image: zeros) into a ring
-// of as many rows as the window is high, which stays in the L2 cache; from there kCells columns of output are summed in
-// registers, so that one load of a source vector serves up to `taps` products. An output is summed in the same order
-// whatever the tile, so its bits depend neither on the number of threads nor on the batch.
+// A tile is processed row by row. Each source row is read once (forward: activated; outside the image: zeros) into a
+// ring of as many rows as the window is high, which stays in the L2 cache. From there kCells columns of output are
+// summed in registers, so that one load of a source vector serves up to `taps` products. The order of summation does
+// not depend on the tile, so the bits depend neither on the number of threads nor on the batch.
 
 using depthwise::Image;
 using depthwise::kCells;
@@ -82,7 +82,7 @@ VF_INLINE void read_row(const Pass& pass, int64_t r) {
   }
 }
 
-// sum[t] += sum_k row[stride t + k] weight[k] over `taps` taps; kTaps is their number, or 0 where only `taps` knows it.
+// sum[t] += sum_k row[stride t + k] weight[k] over `taps` taps; kTaps is their number, or 0 if known only at run time.
 template <int kTaps, int kStride>
 VF_INLINE void add_row(Vec (&sum)[kCells], const Vec* row, const Vec* weight, int taps) {
   if constexpr (kTaps == 0) {
@@ -103,8 +103,8 @@ VF_INLINE void add_row(Vec (&sum)[kCells], const Vec* row, const Vec* weight, in
   }
 }
 
-// Phase (py, px) of cells (a, x) .. (a, x + kCells - 1), x counted from the tile's left; those right of the tile are
-// summed, from columns that the ring has for them, but not stored.
+// Phase (py, px) of cells (a, x) .. (a, x + kCells - 1), x counted from the tile's left. Cells right of the tile are
+// computed from padding columns of the ring but not stored.
 template <bool kForward, int kTaps, int kStride>
 VF_INLINE void write_cells(const Pass& pass, int64_t a, int64_t x, int64_t v, int py, int px) {
   const Image& image = pass.image;

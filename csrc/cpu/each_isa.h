@@ -1,7 +1,7 @@
-// Compiles the file VF_KERNELS once per instruction set, into vf::avx512, vf::avx2 and vf::portable; vf::isa() says
-// which to call on this machine. AVX-512 and AVX2 are made by GCC for x86-64; everything else has the portable one.
+// Compiles the file VF_KERNELS once per instruction set, into vf::avx512, vf::avx2 and vf::portable; vf::isa() selects
+// one on this machine. GCC on x86-64 builds AVX-512 and AVX2; other targets have only the portable one.
 //
-// For code that lays out its own vectors; loops that the compiler can turn into vectors take VF_CLONES of clones.h.
+// For explicitly vectorised code; loops that the compiler vectorises use VF_CLONES of clones.h.
 #pragma once
 
 #include <ATen/Version.h>
@@ -18,7 +18,7 @@ namespace vf {
 
 enum class Isa { portable, avx2, avx512 };
 
-// Torch's own choice, so ATEN_CPU_CAPABILITY=avx2 or =default narrows these kernels together with torch's.
+// Follows torch's choice, so ATEN_CPU_CAPABILITY=avx2 or =default narrows these kernels together with torch's.
 inline Isa isa() {
   static const Isa widest = [] {
     const std::string capability = at::get_cpu_capability();
@@ -77,7 +77,7 @@ namespace avx512 = portable;
 }  // namespace vf
 #endif
 
-// The function of this name in VF_KERNELS that suits this machine best.
+// The function of this name in VF_KERNELS for the best instruction set of this machine.
 #define VF_BEST(function)                                  \
   (vf::isa() == vf::Isa::avx512 ? vf::avx512::function     \
    : vf::isa() == vf::Isa::avx2 ? vf::avx2::function       \

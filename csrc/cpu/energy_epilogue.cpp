@@ -16,7 +16,7 @@ namespace vf {
 namespace {
 
 constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
-// y, skip and shift of t = y + shift + skip_scale skip, dense; skip and shift undefined where there is none.
+// y, skip and shift of t = y + shift + skip_scale skip, dense; an omitted skip or shift is undefined.
 struct Terms {
   at::Tensor y, skip, shift;
   int64_t C;

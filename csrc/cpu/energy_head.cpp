@@ -1,7 +1,7 @@
 // energy_head and its backward on CPU tensors, in chunks of an image's pixels.
 //
-// A chunk is summed in float as if in twice the precision, the chunks of an image in double: energies are sums that
-// cancel. Chunks do not depend on the number of threads, nor on the batch, and neither do the bits.
+// A chunk is summed in float with compensation (twice the precision), the chunks of an image in double, because the
+// energy's terms cancel. Chunks, and so the bits, depend neither on the number of threads nor on the batch.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -21,7 +21,7 @@ namespace {
 
 constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
-// The image tensors in channels_last, skip and shift undefined where there is none, cut into chunks of pixels.
+// The image tensors in channels_last, split into chunks of pixels; an omitted skip or shift is undefined.
 struct Chunks {
   at::Tensor y, skip, shift;
   int64_t N, C, pixels, size, per_image;

@@ -25,7 +25,7 @@ void check_latent(const std::optional<at::Tensor>& parameters, const at::Tensor&
   check_tensor(*parameters, "parameters", {eps.size(0), 2 * eps.size(1), eps.size(2), eps.size(3)}, eps);
 }
 
-// The raw parameters of `count` pixels of image n from `first` on, taken apart.
+// The raw parameters of `count` pixels of image n from `first` on, separated into means and log sigmas.
 void read_parameters(const std::optional<at::Tensor>& parameters, int64_t n, int64_t first, int64_t count, int64_t L,
                      float* raw) {
   split_parameters(parameters.has_value() ? image_of(*parameters, n) + 2 * first * L : nullptr, count, L, raw);

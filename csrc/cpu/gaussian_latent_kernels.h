@@ -1,7 +1,7 @@
 // Normal latents for one instruction set; see each_isa.h. `raw` holds the raw means of a block, `count` of them, then
 // the raw log sigmas. sigma is exp(5 tanh(raw / 5)) + 0.01, without the temperature.
 
-// z = mu + temperature sigma eps; returns the sum of eps^2 / 2 + log sigma where asked for, else 0.
+// z = mu + temperature sigma eps; returns the sum of eps^2 / 2 + log sigma if requested, else 0.
 inline double run_forward(const float* raw, const float* eps, int64_t count, float temperature, bool with_log_p,
                           float* z) {
   Sum sum;
@@ -15,7 +15,7 @@ inline double run_forward(const float* raw, const float* eps, int64_t count, flo
   return sum.across_lanes();
 }
 
-// From dz and the image's dlog_p: deps, and the gradients for `raw` in its place.
+// Computes deps from dz and the image's dlog_p, and overwrites `raw` with its gradients.
 inline void run_backward(const float* dz, float dlog_p, const float* eps, int64_t count, float temperature, float* raw,
                          float* deps) {
   const Vec scale = broadcast(temperature), weight = broadcast(dlog_p);

@@ -1,4 +1,4 @@
-// langevin_update on CPU tensors: blocks of 16 Philox counters, whose lanes the compiler turns into vectors.
+// langevin_update on CPU tensors: blocks of 16 Philox counters, which the compiler vectorises.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -18,7 +18,7 @@ constexpr int64_t kLanes = 16;          // counters per block
 constexpr int64_t kBlock = 4 * kLanes;  // elements per block
 constexpr int64_t kBlocksPerTask = 256;
 
-// Moves one block of an image; returns whether it is finite then.
+// Updates one block of an image; returns whether the result is finite.
 VF_CLONES bool update_block(const NoiseKey& key, uint32_t quad, const LangevinStep& step, const float* gradient,
                             float* eps) {
   float noise[kBlock];
@@ -34,7 +34,7 @@ VF_CLONES bool update_block(const NoiseKey& key, uint32_t quad, const LangevinSt
   return largest < kInfinity;
 }
 
-// The last block of an image, of fewer elements.
+// The last block of an image, which may be partial.
 bool update_ragged(const NoiseKey& key, uint32_t quad, const LangevinStep& step, const float* gradient, int64_t count,
                    float* eps) {
   float state[kBlock] = {}, slope[kBlock] = {};

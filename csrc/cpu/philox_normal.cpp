@@ -1,4 +1,4 @@
-// philox_words and philox_normal on CPU tensors: blocks of 16 counters, whose lanes the compiler turns into vectors.
+// philox_words and philox_normal on CPU tensors: blocks of 16 counters, which the compiler vectorises.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

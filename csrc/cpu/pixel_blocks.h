@@ -1,5 +1,5 @@
-// NHWC images of normals, a pixel's 2 C parameters being C means and C log sigmas: cut into blocks of pixels for the
-// threads, a block's parameters taken apart so that kernels run over plain arrays, and log densities summed up.
+// NHWC images of normals; a pixel's 2 C parameters are C means, then C log sigmas. Splits images into blocks of pixels
+// for the threads, separates a block's parameters into plain arrays for the kernels, and sums log densities.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,14 +14,14 @@ namespace vf {
 
 constexpr double kLogTwoPi = 1.8378770664093453;
 
-// `x` if its images are NHWC, at any distance from each other (as views of flat noise are), else a copy that is so.
+// `x` if its images are NHWC, with any stride between images (as in views of flat noise), else a channels_last copy.
 inline at::Tensor nhwc_images(const at::Tensor& x) {
   const int64_t C = x.size(1), H = x.size(2), W = x.size(3);
   const bool fits = (C == 1 || x.stride(1) == 1) && (W == 1 || x.stride(3) == C) && (H == 1 || x.stride(2) == W * C);
   return fits ? x : x.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// Image n of what `nhwc_images` or at::empty in channels_last gave.
+// Image n of a tensor from `nhwc_images` or at::empty in channels_last.
 inline const float* image_of(const at::Tensor& x, int64_t n) { return x.const_data_ptr<float>() + n * x.stride(0); }
 inline float* mutable_image_of(const at::Tensor& x, int64_t n) { return x.mutable_data_ptr<float>() + n * x.stride(0); }
 
@@ -59,7 +59,7 @@ struct PixelBlocks {
   }
 };
 
-// [pixels, 2 C] into two [pixels, C] that lie behind each other; zeros where there is nothing.
+// [pixels, 2 C] into two consecutive [pixels, C]; zeros if there are no parameters.
 inline void split_parameters(const float* parameters, int64_t pixels, int64_t C, float* halves) {
   if (parameters == nullptr) {
     std::fill_n(halves, 2 * pixels * C, 0.0f);
@@ -71,7 +71,7 @@ inline void split_parameters(const float* parameters, int64_t pixels, int64_t C,
   }
 }
 
-// The way back.
+// The inverse.
 inline void join_parameters(const float* halves, int64_t pixels, int64_t C, float* parameters) {
   for (int64_t p = 0; p < pixels; ++p) {
     std::copy_n(halves + p * C, C, parameters + 2 * p * C);

@@ -15,14 +15,14 @@ VF_INLINE Pixels pixels_of(const float* raw, const float* eps_x, int64_t count, 
   p.log_sigma = soft_clamp5(load(raw + count + i, lanes));
   p.exponential = exp_keeping_nan(p.log_sigma.value);
   p.sigma = p.exponential + broadcast(0.01f);
-  p.unclamped = p.mu.value + p.sigma * load(eps_x + i, lanes);  // no fma: on which side of the clamp, as plain PyTorch
+  p.unclamped = p.mu.value + p.sigma * load(eps_x + i, lanes);  // no fma, so the clamp decides as in plain PyTorch
   p.clamped = p.unclamped < -one ? -one : (p.unclamped > one ? one : p.unclamped);
   p.sigma_of_p = p.log_sigma.value < broadcast(-2.0f) ? sigma_floor : p.sigma;
   p.normalised = (p.clamped - p.mu.value) / p.sigma_of_p;
   return p;
 }
 
-// x; returns the sum of normalised^2 / 2 + log sigma where asked for, else 0.
+// Computes x; returns the sum of normalised^2 / 2 + log sigma if requested, else 0.
 inline double run_forward(const float* raw, const float* eps_x, int64_t count, bool with_log_p, float* x) {
   const Vec half = broadcast(0.5f);
   Sum sum;
@@ -36,8 +36,9 @@ inline double run_forward(const float* raw, const float* eps_x, int64_t count, b
   return sum.across_lanes();
 }
 
-// From dx and the image's dlog_p: deps_x, and the gradients for `raw` in its place. A number at the clamp's bounds, or
-// a log sigma at its floor, still has a gradient. Inside the bounds log p has none for mu: x moves along with it.
+// Computes deps_x from dx and the image's dlog_p, and overwrites `raw` with its gradients. Values exactly at the
+// clamp's bounds and a log sigma exactly at its floor have a gradient. Inside the bounds log p has none for mu, because
+// x moves with it.
 inline void run_backward(const float* dx, float dlog_p, const float* eps_x, int64_t count, float* raw, float* deps_x) {
   const Vec zero{}, one = broadcast(1.0f), weight = broadcast(dlog_p);
   for (int64_t i = 0; i < count; i += kLanes) {

@@ -21,7 +21,7 @@ constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a product is cut into tiles: rows first, because a tile packs its rows; panels only where threads would idle.
+// Splits a product into tiles: rows first, because a tile packs its rows; panels only if threads would idle.
 struct Cut {
   int64_t tiles_down, tiles_across;
 

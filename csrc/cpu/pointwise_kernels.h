@@ -1,8 +1,8 @@
 // The pointwise kernels for one instruction set; see each_isa.h.
 //
-// A tile of rows is packed (activated on the way) for kTileDepth channels at a time; then every group of panels meets
-// every group of kRows rows in registers. An output is the sum, in order, of one sum for each depth, so its bits depend
-// neither on the tiles nor on the number of threads, and its error grows with the depth rather than with K.
+// A tile's rows are activated and packed for kTileDepth channels at a time; then each group of panels is multiplied
+// with each group of kRows rows in registers. An output is the ordered sum of one partial sum per depth block, so its
+// bits depend neither on the tiles nor on the number of threads, and its error grows with the depth rather than with K.
 
 using pointwise::Activation;
 using pointwise::kPanel;
@@ -41,8 +41,8 @@ void pack_rows(const Product& product, int64_t top, int64_t rows, int64_t begin,
   }
 }
 
-// sum[r][v] of kRows packed rows and kPanels panels over `depth` channels. Nothing else, so that all sums stay in
-// registers.
+// sum[r][v] of kRows packed rows and kPanels panels over `depth` channels. A separate function, so that all sums stay
+// in registers.
 template <int kPanels>
 __attribute__((noinline)) void multiply(const float* packed, int64_t stride, const float* weight, int64_t panel_stride,
                                         int64_t depth, Vec* sums) {
@@ -63,8 +63,8 @@ __attribute__((noinline)) void multiply(const float* packed, int64_t stride, con
   }
 }
 
-// Asks for the cache lines of rows before they are read or written: pieces of rows are too short a pattern for the
-// processor to foresee.
+// Prefetches the cache lines of rows before they are read or written: segments of rows are too short for the hardware
+// prefetcher.
 template <bool kWrite>
 VF_INLINE void prefetch(const float* rows, int64_t stride, int count, int64_t floats) {
   for (int r = 0; r < count; ++r) {
@@ -72,7 +72,8 @@ VF_INLINE void prefetch(const float* rows, int64_t stride, int count, int64_t fl
   }
 }
 
-// Rows [m, m + rows) of `panels` panels: the sums over one depth, with what precedes the first and follows the last.
+// Rows [m, m + rows) of `panels` panels: the sums over one depth block, with initial terms at the first and final
+// operations at the last.
 inline void finish(const Product& product, int64_t m, int rows, int64_t panel, int panels, bool is_first, bool is_last,
                    const Vec* sums) {
   const int64_t N = product.N, begin = panel * kPanel, end = std::min(N, begin + panels * kPanel);
@@ -97,7 +98,7 @@ inline void finish(const Product& product, int64_t m, int rows, int64_t panel, i
   }
 }
 
-// How many of `left` panels to take together: four as two and two, because a single one starves for loads.
+// How many of `left` panels to process together: four as two and two, because a single panel is load-bound.
 VF_INLINE int panels_of(int64_t left) {
   if (kMostPanels == 1) return 1;
   return left == 4 ? 2 : static_cast<int>(std::min<int64_t>(left, 3));
@@ -111,7 +112,7 @@ inline void run_tile(const Product& product, const Tile& tile, float* scratch) {
                                            : pack_rows<Activation::none>;
   alignas(64) Vec sums[kRows * kMostPanels * kPanelVectors];
   int64_t begin = 0;
-  do {  // once for K = 0 too, where the bias alone is left
+  do {  // also once for K = 0, to write the bias
     const int64_t depth = std::min(kTileDepth, K - begin), stride = scratch_stride(depth);
     const bool is_first = begin == 0, is_last = begin + depth == K;
     pack(product, tile.top, tile.bottom - tile.top, begin, depth, scratch);

@@ -1,5 +1,5 @@
-// power_iteration on CPU tensors: a matrix for each thread, or, where there are fewer matrices than threads, the rows
-// of one matrix after another for all of them.
+// power_iteration on CPU tensors: one matrix per thread, or, with fewer matrices than threads, all threads share the
+// rows of one matrix after another.
 //
 // Rows are summed in chunks and the chunks in order, so the bits depend neither on the number of threads nor on the
 // batch.
@@ -22,7 +22,7 @@ namespace vf::power {
 namespace {
 
 constexpr int64_t kMostLanes = 16;
-constexpr int64_t kChunk = 64;  // rows; a multiple of what the kernel takes at a time
+constexpr int64_t kChunk = 64;  // rows; a multiple of the kernel's kRows
 
 struct Kernels {
   decltype(&portable::run_rows) run_rows;
@@ -74,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor> power_iteration_cpu(const at::Tensor& weight,
   at::Tensor left = with_padded_rows(u), right = at::empty({B, padded(K)}, v.options());
   const float* from = rows.const_data_ptr<float>();
   float *t = left.mutable_data_ptr<float>(), *next = right.mutable_data_ptr<float>();
-  // A grain of the whole batch leaves the threads to the rows: only a loop that is not itself parallel has inner ones.
+  // A grain of the whole batch leaves the threads to the rows: nested parallel loops run serially.
   const int64_t grain = B < at::get_num_threads() ? std::max<int64_t>(B, 1) : 1;
   at::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {

@@ -1,9 +1,9 @@
 // Power iteration for one instruction set; see each_isa.h.
 //
-// With t = W v not yet normalised, the next v is normalize(W't / |t|): the division can wait, so one reading of a row
-// gives its t and adds t times the row to the next v. K is a multiple of kLanes here; rows are padded with zeros.
+// With t = W v unnormalised, the next v is normalize(W't / |t|). The division comes last, so one pass over a row gives
+// its t and adds t times the row to the next v. K is a multiple of kLanes here; rows are padded with zeros.
 
-constexpr int kRows = 8;  // summed in registers at a time; their second reading finds them in the cache
+constexpr int kRows = 8;  // summed in registers at a time; their second read hits the cache
 
 VF_INLINE Vec load(const float* from) { return load(from, kLanes); }
 
@@ -14,12 +14,12 @@ VF_INLINE float sum_of_lanes(Vec x) {
   return x[0];
 }
 
-// t = W v for rows [begin, end), or as it is where v is null; then sum = t'W over these rows, unless sum is null.
+// t = W v for rows [begin, end), unless v is null (t is given); then sum = t'W over these rows, unless sum is null.
 inline void run_rows(const float* weight, int64_t K, int64_t begin, int64_t end, const float* v, float* t, float* sum) {
   if (sum != nullptr) std::fill_n(sum, K, 0.0f);
   for (int64_t m = begin; m < end; m += kRows) {
     const int64_t count = std::min<int64_t>(kRows, end - m);
-    const float* row[kRows];  // the last one again in place of those that are not there
+    const float* row[kRows];  // repeats the last row if fewer remain
     VF_UNROLL_FULLY for (int r = 0; r < kRows; ++r) row[r] = weight + (m + std::min<int64_t>(r, count - 1)) * K;
     if (v != nullptr) {
       Vec product[kRows] = {};

@@ -1,8 +1,8 @@
-// A CPU allocator that keeps freed blocks for the next allocation of about their size.
+// A CPU allocator that keeps freed blocks for the next allocation of about the same size.
 //
-// A step of a chain frees gigabytes and asks for the same again; malloc gives large blocks back to the kernel, which
-// zeroes each page anew, and for a large batch that costs as much as the arithmetic. Used while a frozen pair computes
-// (frozen/memory.py); tensors made then may outlive that, their memory comes back here whenever they go.
+// A chain step frees gigabytes and allocates them again. malloc returns large blocks to the kernel, which zeroes every
+// page again; for a large batch that costs as much as the arithmetic. Used while a frozen pair computes
+// (frozen/memory.py); tensors may outlive that, and their memory returns here when they are freed.
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
@@ -21,7 +21,7 @@
 namespace vf {
 namespace {
 
-constexpr size_t kLeastKept = 64 << 10;   // smaller blocks are malloc's, which keeps them itself
+constexpr size_t kLeastKept = 64 << 10;   // smaller blocks go to malloc, which caches them itself
 constexpr size_t kHugePage = 2 << 20;     // blocks from here on ask for huge pages
 constexpr size_t kAlignment = 64;         // a cache line, and the header's place in front of the data
 
@@ -34,13 +34,13 @@ class ReusedMemory final : public c10::Allocator {
   c10::DeleterFnPtr raw_deleter() const override { return &give; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-  // From now on freed blocks are kept.
+  // Start keeping freed blocks.
   void keep() {
     const std::lock_guard lock(mutex_);
     keeps_ = true;
   }
 
-  // Gives every kept block back, and until `keep` those that are freed; returns the bytes of the former.
+  // Frees every kept block and returns their bytes; until `keep`, freed blocks are not kept.
   int64_t release() {
     const std::lock_guard lock(mutex_);
     keeps_ = false;
@@ -68,7 +68,7 @@ class ReusedMemory final : public c10::Allocator {
     return static_cast<char*>(block) + kAlignment;
   }
 
-  // A kept block that is at most a quarter too large, else a new one.
+  // A kept block at most a quarter larger than needed, else a new one.
   void* reuse_or_create(size_t size) {
     const std::lock_guard lock(mutex_);
     const auto found = kept_.lower_bound(size);
@@ -79,7 +79,7 @@ class ReusedMemory final : public c10::Allocator {
       return block;
     }
     use(size);
-    // Kept blocks that fit nothing may not pile up: with them no more than a quarter above what was used at one time.
+    // Limit unused blocks: total memory is at most a quarter above the most ever used at one time.
     while (!kept_.empty() && owned_ + size > most_used_ + most_used_ / 4) discard(std::prev(kept_.end()));
     void* block = create(size);
     owned_ += size;
@@ -102,7 +102,7 @@ class ReusedMemory final : public c10::Allocator {
     const int failed = posix_memalign(&block, size < kHugePage ? kAlignment : kHugePage, size);
     TORCH_CHECK(failed == 0, "Out of memory: ", size, " bytes are not to be had; take a smaller batch.");
 #ifdef MADV_HUGEPAGE
-    if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // advice only: a refusal costs speed, nothing else
+    if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // advice only: a failure costs only speed
 #endif
     size_of(block) = size;
     return block;
@@ -130,7 +130,7 @@ class ReusedMemory final : public c10::Allocator {
   size_t owned_ = 0, used_ = 0, most_used_ = 0;  // bytes in large blocks: all, handed out, most ever handed out
 };
 
-// Nested and concurrent uses count; the last to end puts torch's allocator back.
+// Counts nested and concurrent uses; the last to end restores torch's allocator.
 void reuse_memory(bool begin) {
   static std::mutex mutex;
   static int64_t users = 0;

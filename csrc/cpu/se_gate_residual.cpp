@@ -1,5 +1,5 @@
-// se_gate_residual and its backward on CPU tensors, image by image so that what the sum read is still in a cache for
-// what follows it.
+// se_gate_residual and its backward on CPU tensors, image by image, so that the pixels read for the sum are still in
+// cache for the second pass.
 //
 // Sums over pixels run over chunks of a fixed length in float, four pixels at a time, and over the chunks in double:
 // the bits depend neither on the number of threads nor on the batch, and the error does not grow with the image.
@@ -65,7 +65,7 @@ VF_CLONES void gradient_pixels(const float* dy, const float* gate, const float* 
   }
 }
 
-// y = W x + b, W [out, in]; 16 sums beside each other, so that the compiler may make vectors of them.
+// y = W x + b, W [out, in]; 16 independent sums, which the compiler vectorises.
 VF_CLONES void linear(const float* weight, const float* bias, const float* x, int64_t in, int64_t out, float* y) {
   for (int64_t o = 0; o < out; ++o, weight += in) {
     float sums[16] = {};
@@ -108,7 +108,7 @@ std::vector<double> sum_over_pixels(int64_t pixels, int64_t C, const Add& add) {
   return sums;
 }
 
-// Images to the threads where these suffice; else one after another, each of them to all threads.
+// One image per thread if there are enough images; else one after another, each split over all threads.
 template <class Run>
 void for_each_image(int64_t N, const Run& run) {
   const auto run_some = [&](int64_t begin, int64_t end) {

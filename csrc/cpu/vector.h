@@ -1,7 +1,7 @@
 // Vectors of floats for one instruction set, and swish on them. each_isa.h includes this file once per instruction set,
 // inside a namespace of its own and under the compiler's target for it; hence no include guard.
 //
-// VF_LANES: floats in a vector. VF_FMA(a, b, c): a b + c, in one rounding where the instruction set can.
+// VF_LANES: floats in a vector. VF_FMA(a, b, c): a b + c, with one rounding if the instruction set has fma.
 
 typedef float Vec __attribute__((vector_size(4 * VF_LANES)));
 typedef float UnalignedVec __attribute__((vector_size(4 * VF_LANES), aligned(4), may_alias));
@@ -29,7 +29,7 @@ VF_INLINE void store(float* to, Vec value, int lanes) {
   }
 }
 
-// t = y + shift + scale skip at element i, of channel c; a null skip or shift is none.
+// t = y + shift + scale skip at element i, of channel c; skip and shift may be null.
 VF_INLINE Vec sum_of_terms(const float* y, const float* skip, Vec scale, const float* shift, int64_t i, int64_t c,
                            int lanes) {
   Vec value = load(y + i, lanes);
@@ -37,13 +37,13 @@ VF_INLINE Vec sum_of_terms(const float* y, const float* skip, Vec scale, const f
   return skip == nullptr ? value : fma(scale, load(skip + i, lanes), value);
 }
 
-// exp(-x) = 2^n (1 + r quotient); n is where a float has its exponent.
+// exp(-x) = 2^n (1 + r quotient); n is stored in the exponent bits of a float.
 struct ExpParts {
   Vec r, quotient;
   IntVec exponent;
 };
 
-// For |x| <= 87; an x beyond counts as -87 or 87.
+// For |x| <= 87; larger |x| is clamped to 87.
 //
 // -x = n ln 2 + r with n whole and |r| <= ln 2 / 2; ln 2 is in two parts, the first of 9 bits, so that its product with
 // n is exact without fma too. exp r is a polynomial (minimax, 2^-28.2).
@@ -68,7 +68,7 @@ VF_INLINE Vec scaled_by_power(Vec x, IntVec exponent) {
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) + exponent);
 }
 
-// exp(-x) for |x| <= 87; an x beyond counts as -87 or 87.
+// exp(-x) for |x| <= 87; larger |x| is clamped to 87.
 VF_INLINE Vec exp_minus(Vec x) {
   const ExpParts e = exp_minus_in_parts(x);
   return scaled_by_power(fma(e.quotient, e.r, broadcast(1.0f)), e.exponent);
@@ -122,8 +122,8 @@ struct SoftClamp {
 
 // 5 tanh(x / 5) and its slope 1 - tanh^2(x / 5); NaN stays NaN.
 //
-// With e = exp(-2 |x| / 5) the tanh is 1 - 2 e / (1 + e), which cancels for small x: there it is a polynomial (minimax,
-// 2^-30). The slope 4 e / (1 + e)^2 never cancels.
+// With e = exp(-2 |x| / 5), tanh is 1 - 2 e / (1 + e). That cancels for small x, where a polynomial replaces it
+// (minimax, 2^-30). The slope 4 e / (1 + e)^2 never cancels.
 VF_INLINE SoftClamp soft_clamp5(Vec x) {
   const Vec one = broadcast(1.0f), magnitude = x < 0 ? -x : x, x2 = x * x;
   const Vec e = exp_keeping_nan(magnitude * broadcast(-0.4f)), inverse = one / (one + e);
@@ -140,8 +140,9 @@ VF_INLINE SoftClamp soft_clamp5(Vec x) {
 // x with zeros behind its first `lanes` floats.
 VF_INLINE Vec first_lanes(Vec x, int lanes) { return load(reinterpret_cast<const float*>(&x), lanes); }
 
-// A sum of vectors as if in twice the precision: what each addition rounds away is exact (Knuth's TwoSum), and is summed
-// beside. Unlike Kahan's, it keeps what is left where large numbers cancel, and its additions do not wait for each other.
+// A compensated sum of vectors, as if in twice the precision: the exact rounding error of each addition (Knuth's
+// TwoSum) is summed separately. Unlike Kahan's, it stays accurate when large terms cancel, and its additions are
+// independent.
 struct Sum {
   Vec total{}, rounded_away{};
 

@@ -51,7 +51,7 @@ void langevin_update_cuda(at::Tensor& eps, const at::Tensor& gradient, const at:
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Calls launch(T{}) with the type that a kernel has for this scalar type.
+// Calls launch(T{}) with the kernels' storage type for this scalar type.
 template <class Launch>
 void with_storage(at::ScalarType type, const Launch& launch) {
   type == at::kBFloat16 ? launch(Bf16{}) : launch(float{});
@@ -125,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor> power_iteration_cuda(const at::Tensor& weight
   return {left, right};
 }
 
-// Contiguous in this order and 16-byte aligned, which a part of a larger tensor need not be.
+// Contiguous in this memory format and 16-byte aligned; a view of a larger tensor may be neither.
 at::Tensor aligned(const at::Tensor& tensor, at::MemoryFormat format = at::MemoryFormat::Contiguous) {
   const at::Tensor packed = tensor.contiguous(format);
   return reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0 ? packed : packed.clone(format);

@@ -1,18 +1,18 @@
 // depthwise_swish and its backward on a GPU, NHWC.
 //
-// A cell is a pixel, or the 2x2 pixels that upsampling makes of one. A block owns 32 words of channels (a word: one
-// float or two bf16) of 16 neighbouring cells, or of 8 in the upsampled forms, and a band of 8 to 64 rows of them. A
-// thread owns one word of 4 neighbouring cells (2 where it gathers an upsampled gradient); when it upsamples, of one of
-// their two rows. Grid: x covers channels, strips, bands, images, in this order.
+// A cell is a pixel, or the 2x2 pixels that upsampling makes from one. A block owns 32 words of channels (a word: one
+// float or two bf16) of 16 adjacent cells, or of 8 in the upsampled forms, in a band of 8 to 64 rows. A thread owns one
+// word of 4 adjacent cells (2 where it gathers an upsampled gradient); when it upsamples, of one of their two rows.
+// Grid: x covers channels, strips, bands, images, in this order.
 //
-// The block walks down its band. Each source row is read once, activated once and put into shared memory; from there
+// The block steps down its band. Each source row is read once, activated once and put into shared memory. From there
 // each thread adds it to all output rows that it reaches, which are in registers, so a shared load serves K rows. While
-// a row is added, the next is on its way from memory.
+// a row is added, the loads of the next are in flight.
 //
 // Bytes: source read 1.25 (1 + (K - 1) / rows) times for K = 5, from L2 beyond the first; target written once; backward
 // h read once. FLOP: 2 K^2 per output, 2 ((K + 1) / 2)^2 per upsampled pixel. Special functions: 2 per source element
 // that is read, backward 2 per output. Shared memory: two steps of rows in fp32, 2.5 to 20 KB.
-// An output is summed in the same order whatever the tile, so its bits do not depend on the batch.
+// The order of summation does not depend on the tile, so the bits do not depend on the batch.
 #include <cstdint>
 
 #include "depthwise_window.h"
@@ -24,8 +24,8 @@ namespace vf {
 namespace {
 
 constexpr int kThreads = 32 * depthwise::kWarps;
-constexpr int kBlocksPerSm = 3;          // hence 168 registers a thread: its sums, its taps, its inputs
-constexpr int64_t kEnoughBlocks = 1024;  // for any GPU to have a few rounds of them
+constexpr int kBlocksPerSm = 3;          // limits a thread to 168 registers: its sums, taps and inputs
+constexpr int64_t kEnoughBlocks = 1024;  // several waves on any GPU
 
 using depthwise::Form;
 using depthwise::kWarps;
@@ -50,7 +50,7 @@ struct Place {
   int64_t n;
   int top, bottom, left;  // the block's band and strip, in cells
   int channel;            // the first of the thread's word
-  bool has_channel;       // or it has nothing to read and write
+  bool has_channel;       // false: the thread reads and writes nothing
   int lane, warp, group, phase;
 };
 
@@ -104,8 +104,8 @@ struct Taps {
   }
 };
 
-// The way down the source, in steps of as many rows as a cell is high. fetch() reads the share of a thread of the next
-// step into registers, put() activates it into shared memory.
+// Steps down the source, as many rows at a time as a cell is high. fetch() reads the thread's part of the next step
+// into registers; put() activates it into shared memory.
 template <class T, class Win>
 struct Rows {
   static constexpr int kFetches = Strip<Win>::kFetches;
@@ -152,7 +152,7 @@ struct Rows {
   }
 };
 
-// The cells that a thread sums: slot s holds those that began at a step = s modulo kInFlight.
+// The cells that a thread sums: slot s holds those that began at a step congruent to s modulo kInFlight.
 template <class T, class Win>
 struct Sums {
   static constexpr int kCells = Strip<Win>::kCells;
@@ -197,12 +197,12 @@ struct Sums {
   }
 };
 
-// The way down the output: each step completes one row of cells, which counts from `top` to before `bottom`.
+// Steps down the output: each step completes one row of cells; only rows from `top` to before `bottom` are written.
 template <class T, class Win>
 struct Output {
   static constexpr int kCells = Strip<Win>::kCells;
 
-  int row, count;  // count: of the thread's cells that exist, from the left; none where it is 0 or less
+  int row, count;  // count: the thread's cells inside the image, from the left; none if 0 or less
   int64_t first;   // the element where they begin, in that row
   Word<T> slope_of[kCells];
 
@@ -216,7 +216,7 @@ struct Output {
 
   __device__ bool has(int cell, const Place& at) const { return at.top <= row && row < at.bottom && cell < count; }
 
-  // Backward the inputs whose slopes write() needs, early, for they take a while to come.
+  // Backward: loads the inputs whose slopes write() needs early, to hide the latency.
   __device__ void fetch(const Arguments<T>& a, const Place& at) {
     if (!Win::kForward) {
       VF_UNROLL
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) depthwise_swish_kernel
       const bool more = step + 1 < steps;
       if (more) rows.fetch(a, at);
       output.fetch(a, at);
-      __syncthreads();  // this step's rows are in their buffer, and nobody reads the other one any more
+      __syncthreads();  // this step's rows are in their buffer, and no thread still reads the other buffer
       sums.start(slot, bias);
       sums.add(slot, buffers[step % 2], taps, at);
       if (more) rows.put(at, buffers[(step + 1) % 2]);

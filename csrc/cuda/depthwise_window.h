@@ -1,4 +1,4 @@
-// How the taps of a depthwise window move, and how a block shares out the cells, for depthwise_swish.cu.
+// How the taps of a depthwise window move, and how a block divides its cells among warps, for depthwise_swish.cu.
 #pragma once
 
 namespace vf::depthwise {
@@ -38,12 +38,12 @@ struct Window {
 // How the four warps of a block share a strip.
 template <class Win>
 struct Strip {
-  static constexpr int kCells = Win::kGather ? 2 : 4;    // of a thread; where it gathers, taps fill its registers
-  static constexpr int kGroups = kWarps / Win::kPhases;  // of cells, side by side; phases have warps of their own
+  static constexpr int kCells = Win::kGather ? 2 : 4;    // per thread; 2 when gathering, where taps fill the registers
+  static constexpr int kGroups = kWarps / Win::kPhases;  // of adjacent cells; each phase has its own warps
   static constexpr int kWidth = kGroups * kCells;
   static constexpr int kInputs = Win::kStride * (kCells - 1) + Win::kHeight;  // source columns that a thread reads
   static constexpr int kColumns = Win::kStride * (kWidth - 1) + Win::kHeight;
-  static constexpr int kFetches = (kColumns + kWarps - 1) / kWarps;  // of a warp in a row
+  static constexpr int kFetches = (kColumns + kWarps - 1) / kWarps;  // per warp and row
 };
 
 }  // namespace vf::depthwise

@@ -1,20 +1,20 @@
 // inverted_residual and its backward on a GPU: a whole block in one kernel, on tensor cores. NHWC, bf16, fp32 sums.
 //
-// A block owns 8 x 16 output pixels of one image and all channels; 8 warps, of which each owns 4 x 4 of these pixels.
-// Grid: x covers tiles across, tiles down, images, in this order. The hidden channels pass by in chunks of 32:
-//   1. All warps: the hidden activations of the chunk at the 12 x 20 pixels that the 5x5 window reads, by tensor cores
-//      from the source tile in shared memory, back into shared memory, a channel's pixels side by side.
-//   2. Each warp: the window at its own pixels in fp32, a channel to a lane; through shared memory, a pixel's channels
-//      side by side; then the products with the second weight by tensor cores, into sums that stay in registers from
-//      the first chunk to the last.
-// Backward the same: ds stands for x, each weight for the other one's transpose, the window is flipped, the slope of
-// swish at h2 and at h1 for swish; h1 is computed again, at the warp's own pixels.
+// A block owns 8 x 16 output pixels of one image and all channels; each of its 8 warps owns 4 x 4 of these pixels.
+// Grid: x covers tiles across, tiles down, images, in this order. Hidden channels are processed in chunks of 32:
+//   1. All warps compute the chunk's hidden activations at the 12 x 20 pixels that the 5x5 window reads, by tensor
+//      cores from the source tile in shared memory, and store them in shared memory, a channel's pixels contiguous.
+//   2. Each warp applies the window at its own pixels in fp32, one channel per lane, transposes the result through
+//      shared memory so that a pixel's channels are contiguous, and multiplies it with the second weight by tensor
+//      cores, into sums that stay in registers for all chunks.
+// The backward is the same with ds for x, each weight replaced by the other's transpose, the window flipped, and swish
+// replaced by its slopes at h2 and h1; h1 is recomputed at the warp's own pixels.
 //
-// Bytes: x read, s written, h2 written where wanted; backward ds, x, h2 read, dx written; what is read through the
-// window 1.9 times, from L2 beyond the first. Weights are read by every warp, from L2 and L1.
+// Bytes: x read, s written, h2 written if requested; backward ds, x, h2 read, dx written. Reads through the window
+// repeat 1.9 times, from L2 after the first. Every warp reads the weights, from L2 and L1.
 // Per output pixel: tensor FLOP 2 C hidden (2 + 1), backward 2 C hidden (2 + 2); fp32 FLOP 50 hidden; special functions
 // hidden (2 + 1). Shared memory for C = 32, 64, 128: 47, 62, 92 KB, backward 57, 80, 126 KB.
-// No atomics: an output is summed in one order, whatever its place in the batch.
+// No atomics: the order of summation does not depend on the position in the batch.
 #include <cstdint>
 
 #include "inverted_residual_steps.h"
@@ -25,7 +25,7 @@ namespace {
 
 using namespace tile;
 
-// swish; the words hold eight neighbouring channels of two pixels, as the left operand then does.
+// swish; the words hold eight adjacent channels of two pixels, the layout of the left operand.
 __device__ __forceinline__ void activate(FragmentA (&left)[2], const FourWords (&pixels)[2]) {
   VF_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void activate(FragmentA (&left)[2], const FourWords (
   }
 }
 
-// Times twice swish' at h, of which `half_h` has the half: both hold the same channels of the same pixels in each lane.
+// Multiplies by 2 swish'(h); `half_h` is h / 2. Both hold the same channels of the same pixels in each lane.
 __device__ __forceinline__ void multiply_by_slope(FragmentA (&left)[2], const FourWords (&pixels)[2],
                                                   const Sums& half_h) {
   VF_UNROLL
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<C>) inverted_residual_k
   const auto* weights = reinterpret_cast<const ForwardChunk<C>*>(a.weight);
   VF_ROLL
   for (int first = 0; first < a.hidden; first += kChunk, ++weights) {
-    __syncthreads();  // the source is there, and nobody reads the chunk before any more
+    __syncthreads();  // the source is loaded, and no warp still reads the previous chunk
     fill_hidden<C, true>(a, at, runs, first, *weights, *shared);
     __syncthreads();
     FourWords h2[2];

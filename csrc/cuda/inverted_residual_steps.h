@@ -1,5 +1,5 @@
 // The steps of inverted_residual.cu: a chunk of hidden activations, the window over it, the products with weights.
-// kForward: for the forward kernel, else for the backward one. Lane q of group g as in inverted_residual_tile.h.
+// kForward selects the forward or the backward kernel. Lane q of group g: see inverted_residual_tile.h.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ __device__ __forceinline__ FragmentC to_fragment(const FourWords& words) {
   return {{float_of(words.v[0]), float_of(words.v[1]), float_of(words.v[2]), float_of(words.v[3])}};
 }
 
-// A chunk at a warp's 32 pixels of it: channels 4 g .. 4 g + 3 of the pixels of its runs. [m][t][j].v[2 i + b] is
-// channel 4 g + 2 m + i of pixel 2 j + b of run t.
+// A chunk at 32 pixels of a warp: channels 4 g .. 4 g + 3 of its runs of pixels. [m][t][j].v[2 i + b] is channel
+// 4 g + 2 m + i of pixel 2 j + b of run t.
 struct HiddenSums {
   FragmentC v[2][2][2];
 
@@ -122,11 +122,11 @@ __device__ void fill_hidden(const Arguments& a, const Place& at, const Runs& run
   }
   if (kForward) sums.activate();
   if (!kForward) sums.multiply_by_slope(h2);
-  // Outside the image swish of the bias would stand; backward zeros do, as in the source.
+  // Zeros outside the image, where the forward would give swish of the bias; the backward gives zeros, as the source.
   sums.store(runs, kForward && runs.inside != 0xff, at.lane / 4, shared.hidden);
 }
 
-// The window over a chunk: a lane has one channel of the warp's pixels.
+// The window over a chunk: a lane computes one channel of the warp's pixels.
 struct Window {
   float sums[kSide][kSide];
 
@@ -162,7 +162,7 @@ struct Window {
     }
   }
 
-  // Through shared memory: eight neighbouring channels 8 q .. 8 q + 7 of pixels g and g + 8, rounded.
+  // Through shared memory: eight adjacent channels 8 q .. 8 q + 7 of pixels g and g + 8, rounded.
   __device__ void transpose(FourWords (&pixels)[2], int lane, Middle& middle) const {
     VF_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -186,7 +186,7 @@ struct Window {
 };
 
 // A warp's sums [16 pixels, 32 channels]: a lane holds channels 8 q .. 8 q + 7 of pixels g and g + 8, two of them in
-// each tile. That is the order of a left operand too.
+// each tile. This is also the order of a left operand.
 struct Sums {
   FragmentC tiles[4];
 

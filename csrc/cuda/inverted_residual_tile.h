@@ -1,5 +1,5 @@
-// How the kernels of inverted_residual.cu lay out what they work on: packed weights, the shared memory of a block, the
-// pixels of a block, a warp and a lane.
+// Layouts for the kernels of inverted_residual.cu: packed weights, a block's shared memory, the pixels of a block, a
+// warp and a lane.
 //
 // Lane l of a warp is lane q = l % 4 of group g = l / 4, as the tensor cores count them.
 #pragma once
@@ -17,18 +17,18 @@ constexpr int kRows = 8, kColumns = 16;  // of output pixels
 constexpr int kDown = kRows + kK - 1, kAcross = kColumns + kK - 1, kPixels = kDown * kAcross;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kSide = 4;    // of the square of output pixels that a warp owns
-constexpr int kChunk = 32;  // channels that a step of every product takes, one for each lane in the window
+constexpr int kChunk = 32;  // channels per step of every product; one per lane in the window
 constexpr int kPairs = kChunk / 2;
-constexpr int kPad = 4;  // words; rows a multiple of 32 banks apart would collide in load_matrices()
+constexpr int kPad = 4;  // words; rows a multiple of 32 banks apart would conflict in load_matrices()
 static_assert(kPixels % 16 == 0 && kPixels <= 32 * kWarps && kRows * kColumns == kSide * kSide * kWarps &&
               kAcross % 4 == 0 && kColumns / kSide == 4);
 
-// What the 32 lanes load at once; [32, 32] of a weight in the order of a product's operand; a channel's taps to a lane.
+// The bytes that 32 lanes load at once; [32, 32] of a weight in the order of an operand; one channel's taps per lane.
 using Lanes = FourWords[32];
 using Tile = Lanes[4];
 
-// The weights of 32 hidden channels, as ops/inverted_residual.py packs them. Halves are for swish.h, which takes x / 2
-// and gives twice the slope. A lane reads all of it at immediate offsets from one address.
+// The weights of 32 hidden channels, as packed by ops/inverted_residual.py. They are halved for swish.h, which takes
+// x / 2 and returns twice the slope. A lane reads all of it at immediate offsets from one address.
 template <int C, int kWeights>
 struct Chunk {
   // Left operand: half of expand's, backward half of project's transposed.
@@ -56,28 +56,29 @@ struct Arguments {
   int H, W, hidden;
 };
 
-// A row of a source operand holds the channels of each 32 in another order than memory: lane q multiplies those of
-// 8 q .. 8 q + 7, where the hardware takes them for 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of two products of depth 16, so
-// that it may hold eight neighbours. Pair p (channels 2 p, 2 p + 1) thus lies at word
+// A row of a source operand permutes each 32 channels: lane q multiplies channels 8 q .. 8 q + 7, which the hardware
+// takes for 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of two products of depth 16, so a lane holds eight adjacent channels.
+// Pair p (channels 2 p, 2 p + 1) is therefore at word
 __device__ __forceinline__ int place_of_pair(int p) { return 4 * (p % 4) + p / 4; }
 
-// And pixels of each 16, of which lane q is to have 4 q .. 4 q + 3 where the hardware means 2 q and 2 q + 1 of two
-// operands of eight.
+// Likewise for each 16 pixels: lane q gets 4 q .. 4 q + 3, which the hardware takes for 2 q and 2 q + 1 of two operands
+// of eight.
 __device__ __forceinline__ int place_of_pixel(int p) { return p / 16 * 16 + p / 2 % 2 * 8 + p / 4 % 4 * 2 + p % 2; }
 
-// Two, so that one fills the tensor cores while the other is at its window; but C = 128 needs more than 128 registers.
+// Two blocks per SM, so that one uses the tensor cores while the other computes its window; C = 128 needs more than 128
+// registers and gets one.
 template <int C>
 constexpr int kBlocksPerSm = C < 128 ? 2 : 1;
 
 template <int C>
 using OperandRow = uint32_t[C / 2 + kPad];
 
-// A channel's pixels lie side by side, in bf16. The pitch is twice an odd number, so that neither the lanes that read
-// 8 bytes of a channel each nor those that write 8 of every fourth meet in a bank.
+// A channel's pixels are contiguous, in bf16. The pitch is twice an odd number, so that there are no bank conflicts
+// between lanes that read 8 bytes of a channel each, or between lanes that write 8 bytes of every fourth channel.
 using Hidden = uint32_t[kChunk][kPixels / 2 + 2];
 
-// A warp's 16 pixels of each channel: 8 words, rows apart such that neither eight that are written one after the other
-// nor the eight of a matrix, 0, 1, 8, 9, 16, 17, 24, 25 from its first, meet in a bank.
+// A warp's 16 pixels of each channel: 8 words. The row pitch avoids bank conflicts between eight consecutive rows,
+// which are written together, and between rows 0, 1, 8, 9, 16, 17, 24, 25, which form a matrix.
 __device__ constexpr int middle_row(int channel) { return 12 * channel + 8 * (channel / 8); }
 using Middle = uint32_t[middle_row(kChunk - 1) + 8];
 
@@ -94,7 +95,7 @@ struct alignas(16) BackwardShared {
   OperandRow<C> x[kWarps][16];
 };
 
-// Where a thread works: the block's first pixel and its index, the warp's first among the block's, the lane.
+// A thread's position: the block's first pixel and its index, the warp's first pixel within the block, the lane.
 struct Place {
   int64_t first;
   int top, left, row, column, warp, lane;
@@ -125,7 +126,7 @@ struct Place {
   }
 };
 
-// Eight neighbouring channels `group` of a pixel into its row of an operand; zeros for pixel -1.
+// Copies eight adjacent channels, number `group`, of a pixel into its row of an operand; zeros for pixel -1.
 template <int C>
 __device__ __forceinline__ void copy_group(const Bf16* tensor, int64_t pixel, int group, OperandRow<C>& row) {
   const FourWords words = load_four_words(tensor + pixel * C + 8 * group, pixel >= 0);
@@ -150,8 +151,8 @@ __device__ void load_own(const Arguments& a, const Place& at, OperandRow<C> (&ow
   }
 }
 
-// Pixels 4 q .. 4 q + 3 of each of the two sixteens that a warp fills of a chunk. There are 15 sixteens, and the last
-// warp has the last of them twice.
+// Pixels 4 q .. 4 q + 3 of each of the two groups of 16 that a warp fills in a chunk. There are 15 groups, so the last
+// warp computes the last one twice.
 struct Runs {
   int place[2];       // of a run's first pixel among kPixels
   const Bf16* h2[2];  // its channels 4 g .. 4 g + 3; null forward
@@ -170,9 +171,9 @@ struct Runs {
   __device__ bool is_inside(int t, int e) const { return inside >> (4 * t + e) & 1; }
 };
 
-// Pixels g and g + 8 of the warp's own, of which a lane writes eight neighbouring channels at a time.
+// Pixels g and g + 8 of the warp's own; a lane writes eight adjacent channels of them at a time.
 struct OwnPixels {
-  int first;       // index of the one less that of the block's first; the other lies two rows below
+  int first;       // index of the first relative to the block's first pixel; the second is two rows below
   bool inside[2];  // the image
 
   __device__ OwnPixels(const Arguments& a, const Place& at) {

@@ -4,8 +4,8 @@
 // past 65535. One thread owns one counter: four elements, moved by 16-byte accesses, or singly where rows are ragged.
 // Bytes: 12 N D; eps and gradient are read once, eps is written once, its noise never leaves the registers. A seed per
 // image and the draw are read from cache after the first block.
-// Per counter about 120 integer and 110 fp32 operations. No shared memory, no synchronisation; threads that find their
-// image no longer finite write the same number.
+// Per counter about 120 integer and 110 fp32 operations. No shared memory, no synchronisation: all threads that find a
+// non-finite element of an image write the same number.
 #include <algorithm>
 #include <cstdint>
 

@@ -1,10 +1,10 @@
-// What our kernels say through macros, because `<<<>>>` and memory that a block shares are the parts of CUDA that no
-// C++ compiler reads. The tests define them otherwise and so run the same kernels on a CPU.
+// Macros for launches and shared memory, the parts of CUDA that a C++ compiler cannot parse. The tests define them
+// differently and so run the same kernels on a CPU.
 //
 // VF_LAUNCH(kernel, grid, block, shared_bytes, cuda_stream, arguments...): `kernel` is a name without commas.
 // VF_SHARED(Type, name): one object of the block; give arrays a name by `using`.
 // VF_DYNAMIC_SHARED(Type, name): a Type* to the shared_bytes of the launch, 16-byte aligned; once per kernel.
-// Shared memory begins as garbage; one thread's writes are another's after __syncthreads().
+// Shared memory starts uninitialised; a thread's writes are visible to others after __syncthreads().
 #pragma once
 
 typedef struct CUstream_st* cudaStream_t;  // the same declaration as in the CUDA headers, which host code need not have
@@ -18,7 +18,7 @@ typedef struct CUstream_st* cudaStream_t;  // the same declaration as in the CUD
 
 namespace vf {
 
-// Beyond 48 KB a kernel must ask for its dynamic shared memory, once on each device: a kernel has one size of it.
+// A kernel must request more than 48 KB of dynamic shared memory once per device; each kernel uses one size.
 inline void allow_shared_bytes(const void* kernel, size_t shared_bytes) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;

@@ -1,4 +1,4 @@
-// Every launcher of cuda/<op>.cu: plain pointers to device memory, nothing checked, nothing waited for.
+// Every launcher of cuda/<op>.cu: takes plain device pointers, checks nothing, does not synchronise.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ void launch_depthwise_swish_backward(const T* dy, const T* h, const T* weight, b
 
 // NHWC: x, s, ds, dx [N, H, W, C], h2 [N, H, W, hidden]; project_bias [C]; weight and weight_t of
 // ops/inverted_residual.py pack_inverted_residual; C 32, 64 or 128, hidden a multiple of 32; all contiguous and 16-byte
-// aligned. h2 null: it is not written.
+// aligned. A null h2 is not written.
 void launch_inverted_residual(const Bf16* x, const Bf16* weight, const Bf16* project_bias, int64_t N, int H, int W,
                               int C, int hidden, Bf16* s, Bf16* h2, cudaStream_t cuda_stream);
 void launch_inverted_residual_backward(const Bf16* ds, const Bf16* x, const Bf16* h2, const Bf16* weight_t, int64_t N,

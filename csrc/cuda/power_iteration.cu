@@ -1,19 +1,18 @@
 // power_iteration on a GPU, fp32.
 //
-// With t = W v not yet normalised, the next v is normalize(W't / |t|): the division can wait, so one reading of a row
-// of W gives its t and adds t times the row to the next v, while the row is in registers. T iterations are 2 T + 2
-// launches:
+// With t = W v unnormalised, the next v is normalize(W't / |t|). The division comes last, so one pass over a row of W
+// gives its t and adds t times the row to the next v, while the row is in registers. T iterations are 2 T + 2 launches:
 //   power_pass_kernel, T + 1 times. A block owns 8, 16 or 32 rows of one matrix, its strip: t = W v for them, then the
-//     sum of t times these rows. The first pass has u for t; the last one makes no sum.
+//     sum of t times these rows. The first pass uses u for t; the last one computes no sum.
 //   power_gather_kernel, T times, between two passes. A block owns 128 columns: adds the sums of all strips to x = W't.
 //   power_normalise_kernel. A block owns u, or v, of a matrix.
-// Whoever needs the norm of t or x adds the squares that the blocks of the launch before have left, a number each.
+// A block that needs the norm of t or x adds the sums of squares that the previous launch's blocks stored, one each.
 // Grid: x covers strips (groups of columns; u and v), then matrices.
 //
 // Bytes: 4 M K for each pass; sums of strips are written and read once, 1/32 to 1/8 of that each, mostly in L2. FLOP:
 // 4 M K for each iteration. Shared memory: at most 0.2 KB, gather 4 KB. A matrix with more than 9216 columns is read
 // twice per iteration, in panels of so many.
-// No atomics: all sums are taken in an order that follows from M and K alone, whatever the place in the batch.
+// No atomics: the order of all sums depends only on M and K, not on the position in the batch.
 #include <cstdint>
 
 #include "../quad.h"
@@ -25,7 +24,7 @@ namespace {
 constexpr int kGatherWarps = 8, kGatherColumns = 128;
 constexpr int kNormaliseWarps = 8;
 
-// That a block takes at once, a thread kQuads quads of them.
+// Columns that a block processes at once; a thread owns kQuads quads of them.
 template <int kWarps, int kQuads>
 constexpr int kColumns = 32 * kWarps * 4 * kQuads;
 constexpr int kWidest = kColumns<8, 9>;  // 9216
@@ -42,15 +41,15 @@ struct Problem {
   bool whole;  // every row is whole quads, aligned in all tensors
 };
 
-// What a pass does with columns `first` and on. dots: t from v, or else t is there already. adds: onto the t of earlier
-// columns. sums: W't.
+// What a pass does with the columns from `first` on. dots: compute t from v (else t is given). adds: add to the t of
+// earlier columns. sums: compute W't.
 struct Pass {
   int first;
   bool dots, adds, sums;
 };
 
-// Lane 32 / kRows r ends with the sum of x[r] over the warp; for one row, all lanes do. Every step gives half of the
-// rows away, so that it takes fewer shuffles than one row after another.
+// Lane 32 / kRows r ends with the sum of x[r] over the warp; with one row, all lanes do. Every step halves the rows per
+// lane, which takes fewer shuffles than one row after another.
 template <int kRows>
 __device__ __forceinline__ float sum_over_warp(float (&x)[kRows]) {
   VF_UNROLL
@@ -66,7 +65,7 @@ __device__ __forceinline__ float sum_over_warp(float (&x)[kRows]) {
   return x[0];
 }
 
-// max(|x|, eps) from the squares that x was left in, by a whole block; the same bits in every thread.
+// max(|x|, eps) from stored sums of squares, computed by a whole block; the same bits in every thread.
 template <int kWarps>
 __device__ float norm_of(const float* squares, int count, float eps, float (&parts)[kWarps]) {
   float mine[1] = {0.0f};
@@ -81,7 +80,7 @@ __device__ float norm_of(const float* squares, int count, float eps, float (&par
   return norm < eps ? eps : norm;  // a NaN stays one, as it would not in fmaxf
 }
 
-// What a thread has of a row: every 32 kWarps-th quad.
+// A thread's part of a row: every 32 kWarps-th quad.
 template <int kWarps, int kQuads>
 struct Share {
   Quad<float> quads[kQuads]{};
@@ -117,7 +116,7 @@ struct Rows {
     for (int r = 0; r < kRows; ++r) rows[r].template load<kWhole>(from + r * pitch, r < count ? columns : 0);
   }
 
-  // t = rows v, the same bits in every thread. Nobody may be reading `parts` any more.
+  // t = rows v, the same bits in every thread. No thread may still be reading `parts`.
   __device__ __forceinline__ void multiply(Row& v, Parts& parts, float (&t)[kRows]) {
     VF_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(32 * kWarps) power_pass_kernel(const Problem p
     VF_UNROLL
     for (int i = 0; i < 4 * kQuads; ++i) v.element(i) /= norm;
   }
-  float square = 0.0f;  // of what thread 0 has written
+  float square = 0.0f;  // sum of squares of the elements that thread 0 wrote
   VF_ROLL
   for (int row = begin, buffer = 0; row < end; row += kRows, buffer ^= 1) {
     Block block;
@@ -175,7 +174,7 @@ __global__ void __launch_bounds__(32 * kWarps) power_pass_kernel(const Problem p
             : block.template load<false>(from, p.K, end - row, columns);
     float t[kRows];
     if (pass.dots) {
-      block.multiply(v, dot_parts[buffer], t);  // in turns: whoever has passed its barrier has read the other one
+      block.multiply(v, dot_parts[buffer], t);  // alternating: past this barrier, all have read the other buffer
       VF_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if (threadIdx.x > 0 || row + r >= end) continue;
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(32 * kWarps) power_pass_kernel(const Problem p
   if (pass.sums) sums.store(p.sums + index * p.K + pass.first, columns, p.whole);
 }
 
-// Of the strips first, first + kGatherWarps, ..
+// The sum over strips first, first + kGatherWarps, ..
 template <bool kWhole>
 __device__ __forceinline__ Quad<float> sum_of_strips(const Problem& p, int64_t b, int column, int first) {
   Quad<float> sum{};
@@ -257,13 +256,13 @@ void launch_columns(const Problem& p, const Pass& pass, int64_t B, cudaStream_t 
   VF_LAUNCH(kernel, blocks(p.strips, B), 32 * kWarps, 0, cuda_stream, p, pass);
 }
 
-// The rows of a thread fill at most 64 registers.
+// A thread's rows take at most 64 registers.
 void launch_pass(const Problem& p, const Pass& pass, int64_t B, cudaStream_t cuda_stream) {
   if (p.K <= kColumns<1, 2>) return launch_columns<1, 2, 8>(p, pass, B, cuda_stream);
   if (p.K <= kColumns<4, 2>) return launch_columns<4, 2, 4>(p, pass, B, cuda_stream);
   if (p.K <= kColumns<8, 4>) return launch_columns<8, 4, 2>(p, pass, B, cuda_stream);
   if (p.K <= kWidest) return launch_columns<8, 9, 1>(p, pass, B, cuda_stream);
-  // t needs all columns before any can be summed.
+  // t needs all columns before any W't can be summed.
   for (int first = 0; pass.dots && first < p.K; first += kWidest) {
     launch_columns<8, 9, 1>(p, {first, true, first > 0, false}, B, cuda_stream);
   }
@@ -272,7 +271,7 @@ void launch_pass(const Problem& p, const Pass& pass, int64_t B, cudaStream_t cud
   }
 }
 
-// Few sums to add, but from 257 rows on 33 strips or more.
+// Few strips to add, but at least 33 from 257 rows on.
 int strip_rows(int M) { return M > 1024 ? 32 : M > 512 ? 16 : 8; }
 
 }  // namespace

@@ -1,12 +1,12 @@
-// Every PTX instruction that we write by hand, one function each. Only the GPU's compiler reads their bodies; the stand-ins
-// that run on a CPU are in tests/csrc/emulation/ptx_emulation.h.
+// Every hand-written PTX instruction, one function each. Only nvcc compiles their bodies; tests on a CPU use
+// tests/csrc/emulation/ptx_emulation.h.
 #pragma once
 
 #include <cstdint>
 
 namespace vf {
 
-// 2^x to 2 ulp; a result below 2^-126 becomes zero.
+// 2^x to 2 ulp; results below 2^-126 become zero.
 __device__ float exp2_approx(float x);
 
 // 1/x to 1 ulp; an x or a result below 2^-126 counts as zero.
@@ -18,10 +18,10 @@ __device__ float tanh_approx(float x);
 // The bits of two bf16, rounded to nearest even, lo in the lower half.
 __device__ uint32_t bf16_pair(float lo, float hi);
 
-// Half of both, exactly but for the last bit of a number below 2^-125.
+// Half of both; exact except for the last bit of numbers below 2^-125.
 __device__ uint32_t half_of_pair(uint32_t pair);
 
-// What lane l of a warp holds of a matrix, two bf16 to a word, the left or upper one in its lower half:
+// The elements of a matrix that lane l of a warp holds, two bf16 per word, the left or upper one in the lower half:
 // A [16, 16]: v[i] is row l / 4 + 8 (i % 2), columns 2 (l % 4) + 8 (i / 2) and the next.
 // B [16, 8]:  v[i] is rows 2 (l % 4) + 8 i and the next, column l / 4.
 // C [16, 8]:  v[i] is row l / 4 + 8 (i / 2), column 2 (l % 4) + i % 2, in fp32.
@@ -78,14 +78,14 @@ __device__ __forceinline__ uint32_t half_of_pair(uint32_t pair) {
 }
 
 __device__ __forceinline__ void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b) {
-  asm volatile(  // or the compiler might move it to where the lanes part
+  asm volatile(  // otherwise the compiler might move it into divergent code
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
       : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
 }
 
-// These read memory behind the compiler's back, hence volatile and "memory".
+// These read memory that the compiler does not see, hence volatile and "memory".
 __device__ __forceinline__ FragmentA load_matrices(const void* row) {
   FragmentA m;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

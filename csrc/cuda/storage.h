@@ -1,4 +1,4 @@
-// What tensors are stored in, float or bf16, and how a thread moves it: in words of 32 bits, one float or two bf16.
+// Storage types, float or bf16, and the words that threads move: 32 bits, one float or two bf16.
 // Arithmetic is fp32 throughout.
 #pragma once
 
@@ -14,13 +14,13 @@ struct Bf16 {
 template <class T>
 constexpr int kPerWord = 4 / sizeof(T);
 
-// The bits of a word: one register, however many elements.
+// The bits of a word: one register, for either type.
 template <class T>
 struct Word {
   uint32_t bits;
 };
 
-// Its elements in fp32, moved at once too.
+// A word's elements in fp32, also moved at once.
 template <class T>
 struct alignas(4 * kPerWord<T>) Values {
   float v[kPerWord<T>];
@@ -39,7 +39,7 @@ __device__ __forceinline__ Word<Bf16> to_word(const Values<Bf16>& values) {
   return {bf16_pair(values.v[0], values.v[1])};
 }
 
-// The nearest that T holds.
+// The nearest value of type T.
 template <class T>
 __device__ T to_element(float a);
 template <>
@@ -53,7 +53,7 @@ __device__ __forceinline__ Bf16 to_element(float a) {
 
 typedef uint32_t __attribute__((may_alias)) WordInMemory;
 
-// The word at `from`, zeros and not read unless `exists`.
+// The word at `from`; zeros without a read unless `exists`.
 template <class T>
 __device__ __forceinline__ Word<T> load_word(const T* from, bool exists) {
   return {exists ? *reinterpret_cast<const WordInMemory*>(from) : 0};
@@ -69,7 +69,7 @@ struct __attribute__((may_alias, aligned(16))) FourWords {
   uint32_t v[4];
 };
 
-// Those at `from`, zeros and not read unless `exists`.
+// The four words at `from`; zeros without a read unless `exists`.
 __device__ __forceinline__ FourWords load_four_words(const Bf16* from, bool exists) {
   FourWords words{};
   if (exists) words = *reinterpret_cast<const FourWords*>(from);

@@ -1,7 +1,7 @@
 // swish and its slope from two special-function instructions: an exponential and a reciprocal.
 //
-// Relative error of the sigmoid below 2^-21 + 2^-23 |x|: the exponential and the reciprocal have 2^-22 and 2^-23, the
-// exponent's rounding does the rest. For x < -87 it is 2^-126 or less, where the truth is smaller still.
+// Relative error of the sigmoid below 2^-21 + 2^-23 |x|: 2^-22 from the exponential, 2^-23 from the reciprocal, the
+// rest from rounding the exponent. For x < -87 the result is at most 2^-126; the true value is smaller still.
 #pragma once
 
 #include "ptx.h"
@@ -12,7 +12,7 @@ struct Sigmoid {
   float s, e;  // sigmoid(x) and exp(-x): 1 - s = e s has no cancellation
 };
 
-// At most 2^126, so that neither 1 + e overflows nor e s becomes infinity times zero.
+// At most 2^126, so that 1 + e does not overflow and e s is not infinity times zero.
 __device__ __forceinline__ Sigmoid sigmoid(float x) {
   const float e = exp2_approx(fminf(x * -1.44269504f, 126.0f));
   return {reciprocal_approx(1.0f + e), e};
@@ -26,9 +26,9 @@ __device__ __forceinline__ float swish_slope(float x) {
   return at.s * fmaf(x, at.e * at.s, 1.0f);
 }
 
-// The same from one special function, for kernels that round to bf16: sigmoid(2 u) = (1 + tanh u) / 2 to 2^-12. Hence
-// errors of swish(x) below 2^-12 |x|, and of its slope below 2^-12 (1 + |x|): half of what bf16 leaves of x. They take
-// u = x / 2, for weights are halved once where that costs nothing.
+// The same from one special function, for kernels that round to bf16: sigmoid(2 u) = (1 + tanh u) / 2 to 2^-12. So the
+// error of swish(x) is below 2^-12 |x| and that of its slope below 2^-12 (1 + |x|): half of bf16's rounding error of x.
+// They take u = x / 2, because weights are halved once, when they are packed.
 
 __device__ __forceinline__ float swish_of_half(float u) { return fmaf(u, tanh_approx(u), u); }
 

@@ -302,7 +302,7 @@ def test_uint8_is_255_times_the_image_rounded_and_never_rescaled() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"steps": -1}, r"steps is -1; a chain has 0 steps or more\."),
+        ({"steps": -1}, r"steps is -1; it must be 0 or more\."),
         ({"step_size": 0.0}, r"step_size is 0\.0; it must be a positive number\."),
         ({"step_size": math.nan}, r"step_size is nan; it must be a positive number\."),
         ({"step_size": math.inf}, r"step_size is inf; it must be a positive number\."),

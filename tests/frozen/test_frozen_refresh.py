@@ -164,7 +164,7 @@ def test_live_weights_in_low_precision_or_inference_mode_are_refused() -> None:
         tiny().bfloat16().freeze()
     with torch.inference_mode():
         model = tiny()
-    with pytest.raises(ValueError, match=r"vae\.prior_ftr0 was made under torch\.inference_mode"):
+    with pytest.raises(ValueError, match=r"vae\.prior_ftr0 was created under torch\.inference_mode"):
         model.freeze()
 
 

@@ -91,7 +91,7 @@ def test_unequal_channels_repeat_the_triangle_in_consecutive_blocks(zero_diagona
 
 
 def test_channel_counts_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"one divides the other, not 4 and 6\."):
+    with pytest.raises(ValueError, match=r"to divide the other; they are 4 and 6\."):
         channel_mask(6, 4, zero_diagonal=False)
 
 

@@ -175,7 +175,7 @@ def test_the_depthwise_sees_zeros_outside_the_image_not_swish_of_the_bias(resamp
         (lambda: Cell(("mconv_e3k5g8",), 5, 5, use_se=False), r"needs 5 channels x 3 to be a multiple of 8\."),
         (lambda: Cell(("mconv_e3k5",), 8, 8, use_se=False), r"Primitive 'mconv_e3k5' is not known\."),
         (lambda: Cell(("res_relu",), 8, 8, use_se=False), r"Primitive 'res_relu' is not known\."),
-        (lambda: Cell(("res_elu",), 1, 2, resample="down", use_se=False), r"makes 4 channels or more, not 2\."),
+        (lambda: Cell(("res_elu",), 1, 2, resample="down", use_se=False), r"needs at least 4 output channels, not 2\."),
     ],
 )
 def test_cells_that_cannot_be_are_refused(build: Callable[[], Cell], sentence: str) -> None:

@@ -166,7 +166,7 @@ def test_a_frozen_nvae_knows_when_it_is_stale_and_that_it_has_no_energy() -> Non
         sampler.run([0])
     frozen.refresh()
     assert not torch.equal(sampler.run([0]).images, before)
-    with pytest.raises(ValueError, match="steps need an energy network, and this is an NVAE alone"):
+    with pytest.raises(ValueError, match="steps need an energy network, and this model is an NVAE alone"):
         LangevinSampler(frozen, steps=1, step_size=0.1)
 
 

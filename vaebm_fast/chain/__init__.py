@@ -1,4 +1,4 @@
-"""Langevin chains over any potential (`langevin`), the counter-based noise (`noise`) and the CUDA graphs (`graphs`)."""
+"""Langevin chains over any potential (`langevin`), counter-based noise (`noise`) and CUDA graphs (`graphs`)."""
 
 from vaebm_fast.chain.graphs import Graphs
 from vaebm_fast.chain.langevin import Chains, LangevinSampler, NonFiniteChainError, Trace, langevin_chain, to_uint8

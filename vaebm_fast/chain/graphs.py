@@ -1,8 +1,8 @@
-"""CUDA graphs: what a function of tensors launches is recorded once and then launched as one thing.
+"""CUDA graphs: captures the launches of a function of tensors once and replays them as one launch.
 
-Knows nothing of chains. A function can be captured when nothing that changes from call to call lives in Python: its
-inputs are tensors, and so is every counter; it never asks the device for a number; what it reads besides its inputs
-(weights) stays at one place in memory, where changes are seen by the next replay.
+Independent of chains. A function can be captured if all state that changes between calls is in tensors (inputs and
+counters), it never synchronises with the device, and everything else that it reads (weights) has a fixed address, where
+the next replay sees changes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
 
 MOST_GRAPHS = 4  # training needs one, sampling one per batch size
-_ABANDONED: list[torch.cuda.CUDAGraph] = []  # torch's allocators may go on asking a graph whose capture failed
+_ABANDONED: list[torch.cuda.CUDAGraph] = []  # kept alive: torch's allocators may still call a graph that failed
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A captured function: its inputs and outputs at fixed addresses, and what fills the latter from the former.
+    """A captured function: inputs and outputs at fixed addresses, and the replay that computes the outputs.
 
-    pool: torch's handle of the memory in which everything lies that the function made.
+    pool: torch's handle of the memory pool that holds everything the function allocated.
     """
 
     inputs: Tensors
@@ -38,7 +38,7 @@ class Recording:
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[Tensor]) -> Tensors:
-        """The function's results for these inputs, in memory of the caller."""
+        """The function's results for these inputs, as copies that the caller owns."""
         for kept, given in zip(self.inputs, inputs, strict=True):
             kept.copy_(given)
         self.replay()
@@ -46,13 +46,13 @@ class Recording:
 
 
 class Graphs:
-    """Calls functions of CUDA tensors, and captures those that are called again; elsewhere it just calls them.
+    """Calls functions of CUDA tensors and captures a function when it is called again; on other devices it only calls.
 
-    The first call of a key runs the function and warms up what is set up late (kernels that are compiled, libraries'
-    work space): a batch of a size that comes once is never captured. The second captures, and from then on a call is a
-    replay, which gives results of its own. A key that could not be captured, of which a warning says why, runs eagerly.
-    All graphs take their memory from one pool, which is as large as the largest needs: they run one after the other,
-    and each leaves in it nothing that is needed once its results have been copied.
+    The first call of a key runs eagerly and warms up lazy setup (kernel compilation, library workspaces), so a batch
+    size that occurs once is never captured. The second call captures; later calls replay and return copies. If a
+    capture fails, a warning gives the reason and the key runs eagerly from then on.
+    All graphs share one memory pool, sized by the largest: they run one at a time, and nothing in the pool is needed
+    after the results are copied.
     """
 
     def __init__(self) -> None:
@@ -64,8 +64,8 @@ class Graphs:
     def __call__(self, function: Function, inputs: Sequence[Tensor], key: Hashable) -> Tensors:
         """`function(*inputs)`, a tuple of tensors that are not its inputs.
 
-        key: everything that the results depend on but the inputs' values, their shape, precision and device, and how
-        torch multiplies float32 (a captured kernel goes on as it was).
+        key: everything that the results depend on, except the inputs' values, shapes, dtypes and devices and torch's
+        float32 precision settings (a captured kernel keeps its setting), which are added here.
         """
         cudnn = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
         products = torch.backends.cuda.matmul.fp32_precision, cudnn
@@ -77,7 +77,7 @@ class Graphs:
             return _warm_up(function, inputs)
         if key not in self._recordings:
             reason = self._capture(function, inputs, key)
-            if reason is not None:  # and the exception, whose traceback kept the chain's memory, is gone
+            if reason is not None:  # the exception is gone by now: its traceback would keep the chain's memory
                 warnings.warn(
                     f"A chain could not be captured into a CUDA graph and runs eagerly: {reason}", stacklevel=2
                 )
@@ -85,7 +85,7 @@ class Graphs:
         return self._recordings[key](inputs)
 
     def _capture(self, function: Function, inputs: Sequence[Tensor], key: Hashable) -> str | None:
-        """Keep a recording in place of the oldest one where there are too many; where that fails, say why."""
+        """Capture and store a recording, replacing the oldest at the limit; return the reason if that fails."""
         try:
             recording = _record(function, inputs, self._pool)
         except RuntimeError as error:
@@ -98,7 +98,7 @@ class Graphs:
 
 
 def _reason(error: RuntimeError) -> str:
-    """Why a capture failed. Ending one in which something was raised raises again, and says nothing of it."""
+    """Why a capture failed: after an error inside, ending the capture raises a second one that hides the first."""
     first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
     return str(first).strip().split("\n")[0]
 
@@ -109,12 +109,12 @@ def _is_capturable(tensor: Tensor) -> bool:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all, because the allocator keeps memory apart for each stream."""
+    """One stream for all captures, because the allocator keeps separate memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def _warm_up(function: Function, inputs: Sequence[Tensor]) -> Tensors:
-    """`function(*inputs)` on the stream on which it will be captured; the present stream waits for it."""
+    """`function(*inputs)` on the stream that will capture it; the current stream waits for it."""
     device = inputs[0].device
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
@@ -126,16 +126,16 @@ def _warm_up(function: Function, inputs: Sequence[Tensor]) -> Tensors:
     return outputs
 
 
-@torch.inference_mode(False)  # whose tensors a replay outside of it could not write
+@torch.inference_mode(False)  # a replay outside inference mode could not write inference tensors
 def _record(function: Function, inputs: Sequence[Tensor], pool: Any) -> Recording:
-    """Capture `function` on copies of `inputs`, in the memory `pool`, by default a new one. Raises RuntimeError."""
+    """Capture `function` on copies of `inputs` in the memory pool `pool` (None: a new one). Raises RuntimeError."""
     device, graph = inputs[0].device, torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    # The present stream, because torch.cuda.graph stays on its own where ending a capture raises.
+    # Restores the current stream: torch.cuda.graph stays on the capture stream if ending the capture raises.
     with torch.cuda.stream(torch.cuda.current_stream(device)):
         kept = tuple(given.detach().clone() for given in inputs)
         try:
-            # thread_local: threads of data loaders and of NCCL may do meanwhile what a capture must not.
+            # thread_local: other threads (data loaders, NCCL) may make calls that a capture forbids.
             with torch.cuda.graph(graph, pool, _side_stream(device), capture_error_mode="thread_local"):
                 outputs = function(*kept)
         except RuntimeError:
@@ -145,14 +145,14 @@ def _record(function: Function, inputs: Sequence[Tensor], pool: Any) -> Recordin
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
-    """Undo what torch leaves undone where ending a capture raises (all of it in 2.11, less in later ones).
+    """Clean up after ending a capture raised, which torch 2.11 does not do (later versions do part of it).
 
-    The allocator goes on serving the pool to the graph, and the generator of random numbers to count for it: the one is
-    told to stop, the other is freed by a capture that ends well.
+    The allocator still routes allocations to the graph's pool, so stop that. The random generator is still registered
+    with the graph; a successful empty capture releases it.
     """
     _ABANDONED.append(graph)
     graph.reset()
-    with suppress(RuntimeError):  # torch has done it
+    with suppress(RuntimeError):  # torch has already done it
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_side_stream(device)):

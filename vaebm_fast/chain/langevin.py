@@ -1,7 +1,7 @@
-"""Langevin chains over any potential, from counter-based noise: image i is a function of seed i alone.
+"""Langevin chains over any potential, from counter-based noise: image i depends only on seed i.
 
 `langevin_chain` is the algorithm on a flat [N, D] state; `LangevinSampler` binds it to a model's noise layout, to seeds
-and to images. Neither knows what network is behind the potential.
+and to images. Neither depends on the networks behind the potential.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from vaebm_fast.runtime.errors import NonFiniteError, UserError
 
 OnNonFinite = Literal["raise", "redo"]
 ON_NON_FINITE: tuple[OnNonFinite, ...] = get_args(OnNonFinite)
-# An explicit step is unstable where h times the curvature of U exceeds 4. A tenth of h is stable where U is ten times
-# as curved, and noise of sqrt(h) strays a third as far; much less, and the chain would not leave its start.
+# An explicit step is unstable if h times the curvature of U exceeds 4. A tenth of h tolerates ten times the curvature,
+# and its noise sqrt(h) is a third as large; a much smaller step would leave the chain near its start.
 REDO_STEP_SCALE = 0.1
 
 PotentialAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Decoder(Protocol):
-    """What a chain of no steps needs of a model."""
+    """The interface that a chain of 0 steps needs."""
 
     @property
     def device(self) -> torch.device: ...
@@ -44,7 +44,7 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class ChainModel(Decoder, Protocol):
-    """What a chain needs of a model; a `VAEBM` and its frozen form both have it."""
+    """The interface that a chain needs; `VAEBM` and its frozen form implement it."""
 
     def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
@@ -53,7 +53,7 @@ class ChainModel(Decoder, Protocol):
 
 @runtime_checkable
 class FrozenModel(Decoder, Protocol):
-    """A compiled form of a live model, whose weights stay at one place in memory."""
+    """A compiled form of a live model, with weights at fixed addresses."""
 
     def refresh(self) -> None: ...
 
@@ -62,13 +62,13 @@ class FrozenModel(Decoder, Protocol):
 
 @runtime_checkable
 class LiveModel(Protocol):
-    """A model that has a compiled form, as `VAEBM` has."""
+    """A model with a compiled form, such as `VAEBM`."""
 
     def freeze(self) -> FrozenModel: ...
 
 
 class NonFiniteChainError(NonFiniteError, RuntimeError):
-    """Some chains left the finite numbers: `images` are their positions among those asked for, `seeds` their seeds."""
+    """Some chains are not finite: `images` are their positions among those requested, `seeds` their seeds."""
 
     def __init__(self, images: list[int], seeds: list[int], circumstance: str) -> None:
         self.images, self.seeds = images, seeds
@@ -79,10 +79,10 @@ class NonFiniteChainError(NonFiniteError, RuntimeError):
 
 
 class Update(Protocol):
-    """A step of the chain in place: `langevin_update` bound to seeds and stream, or one like it.
+    """One in-place step of the chain: `langevin_update` bound to seeds and stream, or an equivalent.
 
-    draw: int64 [], the number k of the step. nonfinite_at: int64 [N], where -1 is to become k once a row of eps [N, D]
-    is not finite. step_size: h of this step.
+    draw: int64 [], the step number k. nonfinite_at: int64 [N]; -1 must become k when a row of eps [N, D] is not finite.
+    step_size: h of this step.
     """
 
     def __call__(
@@ -91,9 +91,9 @@ class Update(Protocol):
 
 
 class Course(NamedTuple):
-    """What a chain comes to: the final eps [N, D], U before each step [T, N], and nonfinite_at, int64 [N].
+    """The result of a chain: the final eps [N, D], U before each step [T, N], and nonfinite_at, int64 [N].
 
-    nonfinite_at: the step after which chain n first was not finite, -1 where it always was.
+    nonfinite_at: the first step after which chain n is not finite, -1 if it stayed finite.
     """
 
     eps: Tensor
@@ -110,12 +110,12 @@ def langevin_chain(
     before_step: Callable[[int, Tensor, Tensor], None] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Course:
-    """One step of each of the sizes h_1, h_2, ... from `start` [N, D], which stays as it is.
+    """Langevin steps of sizes h_1, h_2, ... from `start` [N, D], which is not modified.
 
-    One other tensor holds the state, and each step writes over it: U must not be a view of it, and
-    `before_step(k, eps, gradient)` and `on_step(k, eps)`, which see it before and after step k = 1, 2, ..., clone what
-    they keep. Nothing here waits for the device; `Course.nonfinite_at` tells what went wrong. A graph may capture it:
-    the step's number is a tensor, each step's size is a constant of its own launch.
+    Each step overwrites one state tensor: U must not be a view of it, and `before_step(k, eps, gradient)` and
+    `on_step(k, eps)`, called before and after step k = 1, 2, ..., must clone what they keep. No host sync;
+    `Course.nonfinite_at` reports chains that failed. A CUDA graph may capture it: the step number is a tensor, each
+    step size a constant of its launch.
     """
     eps = start.detach().clone(memory_format=torch.contiguous_format)
     draw = torch.zeros((), dtype=torch.int64, device=eps.device)
@@ -135,9 +135,9 @@ def langevin_chain(
 
 @dataclass(frozen=True)
 class Trace:
-    """What the chains were like before the steps 1, 1 + every, 1 + 2 every, ..., T' of them.
+    """Measurements before the T' steps 1, 1 + every, 1 + 2 every, ...
 
-    steps: these numbers. potentials: U [T', N]. gradient_norms: |dU/deps| [T', N]. images: the mean images
+    steps: their numbers. potentials: U [T', N]. gradient_norms: |dU/deps| [T', N]. images: the mean images
     [T', N, C, H, W].
     """
 
@@ -151,8 +151,8 @@ class Trace:
 class Chains:
     """Finished chains: the state eps [N, D], U before each step [T, N], the mean images [N, C, H, W].
 
-    redone: positions of those that became non-finite and ran again. failed: those of them that did so again; their
-    images are NaN. trace: where it was asked for.
+    redone: positions of chains that became non-finite and ran again. failed: those that became non-finite again; their
+    images are NaN. trace: None unless requested.
     """
 
     eps: Tensor
@@ -164,7 +164,7 @@ class Chains:
 
 
 class _Plan(NamedTuple):
-    """What all chains of a batch share, and what a captured batch is known by."""
+    """Settings that all chains of a batch share; part of a captured batch's key."""
 
     stream: int
     step_sizes: tuple[float, ...]
@@ -182,7 +182,7 @@ class _Outcome(NamedTuple):
     traced_images: Tensor
 
     def with_chains(self, positions: list[int], others: _Outcome) -> _Outcome:
-        """These chains, but at `positions` those of `others`, whose images are NaN where they are not finite."""
+        """These chains with those at `positions` replaced by `others`; images of non-finite ones become NaN."""
         at = torch.tensor(positions, device=self.eps.device)
         others = others._replace(images=others.images.where(others.nonfinite_at.view(-1, 1, 1, 1) < 0, math.nan))
         image_dims = (0, 1, 0, 0, 1, 1)  # [N, ...] or [T, N, ...]
@@ -191,14 +191,14 @@ class _Outcome(NamedTuple):
 
 
 class LangevinSampler:
-    """Samples a model by `steps` Langevin steps of size h = `step_size`; `steps=0` gives the NVAE's own samples.
+    """Samples a model by `steps` Langevin steps of size h = `step_size`; `steps=0` gives the NVAE's samples.
 
-    step_size: one number, or a schedule: a number h_k for each step k. start_temperature: standard deviation of a
-    chain's own start. temperature: what scales the latents' noise in the decoder. A chain per seed.
-    A live model is frozen, in float32, and folded anew before a run when its weights changed meanwhile. For another
-    precision or backend give it frozen: `model.freeze(...)`, whose `refresh` is then the caller's.
-    capture: on CUDA, a batch of a size and settings that were there before is captured into a CUDA graph and replayed
-    from then on (`vaebm_fast.chain.graphs`). A model of another kind keeps its weights in one place, or goes without.
+    step_size: one number, or a schedule with one h_k per step k. start_temperature: standard deviation of the start
+    drawn from a seed. temperature: scales the latents' noise in the decoder. One chain per seed.
+    A live model is frozen in float32; before each run, changed weights are folded again. For another dtype or backend
+    pass `model.freeze(...)`; the caller then calls its `refresh`.
+    capture: on CUDA, the second batch of the same size and settings is captured into a CUDA graph, and later ones are
+    replays (`vaebm_fast.chain.graphs`). Other models need fixed weight addresses, or `capture=False`.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class LangevinSampler:
             model = self._followed = model.freeze()
         if steps > 0 and not isinstance(model, ChainModel):
             raise UserError(
-                "A chain's steps need an energy network, and this is an NVAE alone; use no steps, or a VAEBM."
+                "Langevin steps need an energy network, and this model is an NVAE alone; use steps=0, or a VAEBM."
             )
         self.model: Decoder = model
         self.steps = steps
@@ -236,7 +236,7 @@ class LangevinSampler:
         self._graphs = Graphs() if capture else None
 
     def start(self, seeds: Iterable[int] | Tensor, stream: Stream = Stream.CHAIN) -> Tensor:
-        """The seeds' own starting states, N(0, start_temperature^2 I), [N, D]: draw 0 of their noise."""
+        """Starting states drawn from the seeds, N(0, start_temperature^2 I), [N, D]: draw 0 of their noise."""
         return normal(self._keys(seeds), 0, stream, self.noise_layout.dim).mul_(self.start_temperature)
 
     def _keys(self, seeds: Iterable[int] | Tensor) -> Tensor:
@@ -252,13 +252,13 @@ class LangevinSampler:
         trace_every: int | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Chains:
-        """One batch of chains from `start` [N, D], or from `self.start`; seeds as numbers or as `seed_tensor`'s [N].
+        """One batch of chains from `start` [N, D] (default: `self.start`); seeds: integers, or `seed_tensor`'s [N].
 
-        nonfinite: "raise" raises NonFiniteChainError when a state stopped being finite. "redo" runs such chains once
-        more, from their own starts with steps REDO_STEP_SCALE as large, and tells which in `Chains`.
-        trace_every: trace every so many steps, from the first; each costs a pass of the decoder. on_step: as in
-        `langevin_chain`; chains that are redone are not shown to it again.
-        The host waits once, at the end. Raises ValueError for arguments that do not fit.
+        nonfinite: "raise" raises NonFiniteChainError if a chain is not finite. "redo" reruns such chains once from
+        their starts with step sizes scaled by REDO_STEP_SCALE and lists them in `Chains`.
+        trace_every: record a trace every so many steps, from the first; each record costs a decoder pass. on_step: as
+        in `langevin_chain`; not called for redone chains.
+        Synchronises with the device once, at the end. Raises ValueError for invalid arguments.
         """
         if nonfinite not in ON_NON_FINITE:
             raise ValueError(f"nonfinite is {nonfinite!r}; it is one of {', '.join(ON_NON_FINITE)}.")
@@ -284,11 +284,11 @@ class LangevinSampler:
         return Chains(outcome.eps, outcome.potentials, outcome.images, redone, failed, trace)
 
     def _run(self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None) -> _Outcome:
-        """`_chains` with fresh weights, captured where that can be."""
+        """`_chains` with fresh weights, captured if possible."""
         if self._followed is not None:
             self._followed.refresh()
         elif isinstance(self.model, FrozenModel):
-            self.model.require_fresh()  # a replay would not look
+            self.model.require_fresh()  # a replay does not check
         if self._graphs is None or on_step is not None:
             return self._chains(keys, start, plan, on_step)
         key = (plan, self.potential, self.temperature)
@@ -297,7 +297,7 @@ class LangevinSampler:
     def _chains(
         self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None = None
     ) -> _Outcome:
-        """The chains of `keys`, whatever becomes of them."""
+        """The chains of `keys`, finite or not."""
         every = plan.trace_every
         norms: list[Tensor] = []
         images: list[Tensor] = []
@@ -318,7 +318,7 @@ class LangevinSampler:
         return _Outcome(*course, final, traced_norms, traced_images)
 
     def _potential_and_grad(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """U, and its gradient without the prior's part, which `langevin_update` adds on its way."""
+        """U, and its gradient without the prior's term, which `langevin_update` adds."""
         eps_z, eps_x = self.noise_layout.split(eps)
         potential = "energy" if self._has_prior else self.potential
         model = cast(ChainModel, self.model)  # __init__ refuses steps without an energy network
@@ -332,10 +332,10 @@ class LangevinSampler:
         return self.model.mean_image(self.noise_layout.split(eps)[0], self.temperature)
 
     def sample(self, seeds: Iterable[int], batch_size: int = 64) -> Tensor:
-        """Images uint8 [N, H, W, C], one per seed; image i depends on seed i alone, whatever the batch.
+        """Images uint8 [N, H, W, C], one per seed; image i depends only on seed i, not on the batch.
 
-        batch_size: how many chains are kept in memory at a time. Chains that become non-finite are redone as in `run`;
-        raises NonFiniteChainError where that did not help.
+        batch_size: chains in memory at a time. Chains that become non-finite are redone as in `run`; raises
+        NonFiniteChainError if they fail again.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -353,9 +353,9 @@ class LangevinSampler:
 
 
 def schedule(steps: int, step_size: float | Sequence[float] | Tensor) -> tuple[float, ...]:
-    """The sizes h_k of all steps. Raises ValueError for what makes no chain."""
+    """The sizes h_k of all steps. Raises UserError for invalid steps, sizes or a wrong number of sizes."""
     if steps < 0:
-        raise UserError(f"steps is {steps}; a chain has 0 steps or more.")
+        raise UserError(f"steps is {steps}; it must be 0 or more.")
     given: float | Sequence[float] = step_size.tolist() if isinstance(step_size, Tensor) else step_size
     is_one = isinstance(given, (int, float))
     sizes = (float(given),) if isinstance(given, (int, float)) else tuple(map(float, given))
@@ -373,7 +373,7 @@ def _positions_not_finite(nonfinite_at: Tensor) -> list[int]:
 
 
 def _numbers(keys: Tensor) -> list[int]:
-    """The seeds of which `seed_tensor` makes these."""
+    """The seeds that `seed_tensor` turned into these keys."""
     return [key % 2**64 for key in keys.tolist()]
 
 

@@ -1,8 +1,7 @@
 """Counter-based noise for chains and training: seeds, streams, draws.
 
-Image s is a function of (seed s, configuration), whatever the batch, the rank, the device or the backend. One
-float32 vector eps [D] holds all noise of an image; a model's `noise_layout` cuts it into tensors. The numbers come
-from `ops`.
+An image depends only on its seed and the configuration, not on the batch, rank, device or backend. One float32 vector
+eps [D] holds all noise of an image; a model's `noise_layout` splits it into tensors. `ops` generates the numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from vaebm_fast.runtime.errors import UserError
 
 
 class Stream(IntEnum):
-    """What noise is for. Draws of different streams are independent, so each use counts its own draws."""
+    """Uses of noise. Streams are independent, so each use numbers its own draws."""
 
-    CHAIN = 0  # a sampling chain: draw 0 its start, draw k its step k
+    CHAIN = 0  # a sampling chain: draw 0 is its start, draw k its step k
     TRAIN_POSTERIOR = 1  # eps_q while the NVAE trains
-    TRAIN_CHAIN = 2  # a chain that makes negatives: draw 0 its start, draw k its step k
-    REPLAY = 3  # which chains start from the replay buffer, and where
-    READJUST = 4  # latents of batch normalisation's readjustment
+    TRAIN_CHAIN = 2  # a chain that makes negatives: draw 0 is its start, draw k its step k
+    REPLAY = 3  # which chains start from the replay buffer, and from which entry
+    READJUST = 4  # latents for readjusting batch-norm statistics
 
 
 def seed_tensor(seeds: Iterable[int], device: torch.device | str = "cpu") -> Tensor:
@@ -50,12 +49,12 @@ def draw_tensor(draw: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def normal(seeds: Tensor, draw: int | Tensor, stream: Stream, dim: int, *, backend: Backend = "auto") -> Tensor:
-    """Standard normals, float32 [N, dim], one row per seed of `seed_tensor`; `draw` counts the uses of a stream."""
+    """Standard normals, float32 [N, dim], one row per seed of `seed_tensor`; `draw` numbers the draws of a stream."""
     return philox_normal(seeds, _as_draw(draw, seeds), stream=int(stream), numel=dim, backend=backend)
 
 
 def uniform(seeds: Tensor, draw: int | Tensor, stream: Stream, dim: int, *, backend: Backend = "auto") -> Tensor:
-    """Uniforms strictly within (0, 1), float32 [N, dim]; arguments of `normal`."""
+    """Uniforms strictly within (0, 1), float32 [N, dim]; arguments as in `normal`."""
     return philox_uniform(seeds, _as_draw(draw, seeds), stream=int(stream), numel=dim, backend=backend)
 
 
@@ -64,9 +63,9 @@ def _as_draw(draw: int | Tensor, seeds: Tensor) -> Tensor:
 
 
 def step_seeds(seed: int, step: int, batch: int, device: torch.device) -> Tensor:
-    """A noise seed per image of a step, [N]: image j of step t is number t N + j of the run's 2^64 seeds.
+    """One noise seed per image of a training step, [N]: image j of step t gets seed 2^40 `seed` + t N + j mod 2^64.
 
-    Runs whose seeds differ by less than 2^24 share none within 2^40 images.
+    Runs whose seeds differ by less than 2^24 share no noise seed within 2^40 images.
     """
     first = (seed << 40) + step * batch
     return seed_tensor(((first + j) % 2**64 for j in range(batch)), device)

@@ -1,4 +1,4 @@
-"""The frozen pair: decoder and energy network compiled by algebra for input gradients alone."""
+"""The frozen pair: decoder and energy network with folded weights, differentiable only in their inputs."""
 
 from vaebm_fast.frozen.pair import FrozenNVAE, FrozenVAEBM, choose_backend, freeze
 from vaebm_fast.frozen.part import StaleWeightsError

@@ -1,7 +1,8 @@
-"""Frozen residual cells: skip(x) + 0.1 * SE(ops(x)) with everything linear folded together.
+"""Frozen residual cells: skip(x) + 0.1 * SE(ops(x)) with adjacent linear maps folded.
 
-In both kinds the 0.1 is in the last convolution (and out of the gate's first layer), and the skip's upsampling follows
-its 1x1: bilinear x2 mixes pixels, the 1x1 channels, so they commute and the 1x1 runs on a quarter of the pixels.
+In both kinds the last convolution includes the factor 0.1 and the gate's first layer divides by it. The skip upsamples
+after its 1x1: bilinear x2 mixes pixels and the 1x1 mixes channels, so they commute, and the 1x1 runs on a quarter of
+the pixels.
 """
 
 from __future__ import annotations
@@ -47,16 +48,17 @@ from vaebm_fast.ops.inverted_residual import (
 )
 from vaebm_fast.runtime.errors import UserError
 
-# From this side on one kernel for the whole block is faster than cuBLAS and the depthwise kernel. On an H200, bfloat16,
-# N = 16, forward and backward: 0.85 ms against 1.06 with 64 channels at 128x128, 0.84 against 0.57 with 128 at 64x64.
+# Images of at least this side run the block as one kernel; smaller ones run cuBLAS and the depthwise kernel. H200,
+# bfloat16, N = 16, forward and backward: 0.85 ms against 1.06 with C = 64 at 128x128, 0.84 against 0.57 with C = 128 at
+# 64x64.
 FUSED_SIDE = 128
 
 
 class InvertedResidualWeights(NamedTuple):
     """1x1 to the hidden channels, depthwise, 1x1 back.
 
-    The depthwise is a `Depthwise` where a compiled kernel runs it, else a Conv: in an "up" cell its four phases.
-    `whole`: all three once more, where one kernel may run the branch.
+    `depthwise` is a `Depthwise` for a compiled kernel, otherwise a Conv, which holds four phases in an "up" cell.
+    `whole`: all three packed for the one-kernel branch, if it supports them.
     """
 
     expand: Pointwise
@@ -68,7 +70,7 @@ class InvertedResidualWeights(NamedTuple):
 
 
 class ActivatedConvsWeights(NamedTuple):
-    """What precedes the first activation, and the 3x3 of every op."""
+    """The affine map before the first activation, and the 3x3 of every op."""
 
     norm: Affine | None
     convs: tuple[Conv, ...]
@@ -79,7 +81,7 @@ class ActivatedConvsWeights(NamedTuple):
 def freeze_cell(
     name: str, cell: Cell, dtype: torch.dtype, backend: Backend
 ) -> InvertedResidualCell | ActivatedConvsCell:
-    """The frozen form of `cell`; `name` is for messages."""
+    """The frozen form of `cell`; `name` appears in error messages."""
     if isinstance(cell._ops[0], InvertedResidual):
         return InvertedResidualCell(name, cell, cell._ops[0], dtype, backend)
     return ActivatedConvsCell(name, cell, dtype, backend)
@@ -88,8 +90,8 @@ def freeze_cell(
 class InvertedResidualCell(Part[InvertedResidualWeights]):
     """s = W2 swish(Wd * swish(W1 x + b1) + bd) + b2; y = skip(x) + gate(s) s.
 
-    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish. On backend "cuda" s is one
-    kernel where `inverted_residual` has one for this precision and these channels, and the image FUSED_SIDE a side.
+    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish. Backend "cuda" computes s in
+    one kernel if `inverted_residual` supports this dtype and these channels and the image side is at least FUSED_SIDE.
     """
 
     def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend) -> None:
@@ -119,7 +121,7 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         )
 
     def _fold_whole(self, expand: Conv, middle: Depthwise | Conv, project: Conv) -> PackedBlock | None:
-        """Where there is a kernel for this precision and these sizes."""
+        """Weights of the one-kernel branch; None if it does not support this dtype and these sizes."""
         if not (self._has_whole and isinstance(middle, Depthwise) and is_taken(expand.weight.shape[1], middle.weight)):
             return None
         assert expand.bias is not None and project.bias is not None
@@ -127,7 +129,7 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         return pack_inverted_residual(BlockWeights(*weights))
 
     def _is_compiled(self, weight: Tensor) -> bool:
-        """Whether a kernel runs the middle convolution: those are depthwise, of stride 1."""
+        """Whether a compiled kernel runs the middle convolution: it must be depthwise with stride 1."""
         return self._backend != "reference" and weight.shape[1] == 1 and self._resample != "down"
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -148,17 +150,17 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
 
 
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):
-    """`res_*` ops: activation, 3x3, activation, 3x3; every BN but the first is in the convolution before it.
+    """`res_*` ops: activation, 3x3, activation, 3x3; every BN but the first is folded into the preceding convolution.
 
-    The first stays in front of its activation: the skip reads the same x without it. In an "up" cell the first 3x3 is a
-    4x4 transposed convolution.
+    The first BN stays separate, because the skip reads x without it. In an "up" cell the first 3x3 becomes a 4x4
+    transposed convolution.
     """
 
     def __init__(self, name: str, cell: Cell, dtype: torch.dtype, backend: Backend) -> None:
         self._cell, self._resample, self._backend = cell, _resample(cell), backend
         self._ops = [op for op in cell._ops if isinstance(op, ActivatedConv)]
         if self._resample == "up" and self._ops[0].primitive == "res_bnswish5":
-            raise UserError(f"{name} upsamples before a dilated convolution, which no published decoder does.")
+            raise UserError(f"{name} upsamples before a dilated convolution; freezing does not support this.")
         self._activations = [F.elu if op.primitive in ("res_elu", "res_bnelu") else F.silu for op in self._ops]
         super().__init__(name, slots(cell), dtype)
 
@@ -194,7 +196,7 @@ def _resample(cell: Cell) -> str:
 
 
 def _fold_conv_norm(layer: nn.Module) -> Conv:
-    """Convolution and BN of a ConvBNSwish; its swish belongs to what reads the result."""
+    """Convolution and BN of a ConvBNSwish as one; the next op applies its swish."""
     assert isinstance(layer, ConvBNSwish)
     conv, norm = layer.conv
     assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
@@ -208,7 +210,7 @@ def _fold_norm(op: ActivatedConv) -> Affine | None:
 
 
 def _fold_skip(cell: Cell, backend: Backend) -> Pointwise | Conv | None:
-    """The skip's 1x1; a Conv where it has a stride."""
+    """The skip's 1x1 (a Conv if it has a stride); None for an identity."""
     if isinstance(cell.skip, nn.Identity):
         return None
     if isinstance(cell.skip, DownSkip):
@@ -228,7 +230,7 @@ def _run_skip(x: Tensor, skip: Pointwise | Conv | None, backend: Backend) -> Ten
 
 
 def _fold_se(cell: Cell) -> SqueezeExcite | None:
-    """The gate's layers for a branch that holds the cell's 0.1 already."""
+    """The gate's layers for a branch that already includes the cell's factor 0.1."""
     if not isinstance(cell.se, SE):
         return None
     first, _, second, _ = cell.se.se

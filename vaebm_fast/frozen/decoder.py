@@ -1,6 +1,6 @@
-"""The frozen decoder: cells folded, combiners split in two sums, and what no noise reaches computed once.
+"""The frozen decoder: folded cells, combiners split into two terms, and noise-independent features computed once.
 
-The first combiner reads `prior_ftr0`, a parameter, and the first z: its part of the former is a constant image.
+The first combiner reads the parameter `prior_ftr0` and the first z; the first of its terms is a constant image.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from vaebm_fast.ops.gaussian_latent import gaussian_latent
 
 
 class EntryWeights(NamedTuple):
-    """The constant image [1, C, H, W] (vanilla form: [1, C, 1, 1]) and the 1x1 of the first z."""
+    """The constant image [1, C, H, W] (vanilla form: [1, C, 1, 1]) and the 1x1 applied to the first z."""
 
     constant: Tensor
     latent: Pointwise
 
 
 class CombinerWeights(NamedTuple):
-    """The two halves of a combiner: the feature's, with the bias, and z's."""
+    """A combiner's weights for the feature, with the bias, and for z."""
 
     feature: Pointwise
     latent: Pointwise
 
 
 class EluConvWeights(NamedTuple):
-    """The convolution behind the ELU."""
+    """The convolution after the ELU."""
 
     conv: Pointwise | Conv
 
 
 class Entry(Part[EntryWeights]):
-    """The first feature, constant + W z: of `prior_ftr0` and the first combiner, or of `stem_decoder`."""
+    """The first feature, constant + W z, from `prior_ftr0` and the first combiner, or from `stem_decoder`."""
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend) -> None:
         self._vae, self._backend = vae, backend
@@ -87,10 +87,9 @@ class Combiner(Part[CombinerWeights]):
 
 
 class EluConv(Part[EluConvWeights]):
-    """ELU, then a convolution: the head of a prior (1x1) and of the image (3x3).
+    """ELU, then a convolution: the head of a prior (1x1) or of the image (3x3).
 
-    The 1x1 activates what it reads. The 3x3 is the library's, so its ELU is a pass of its own, and so is its bias on a
-    GPU.
+    The 1x1 fuses the ELU. The 3x3 is cuDNN's or PyTorch's, so its ELU is a separate pass, as is its bias on a GPU.
     """
 
     def __init__(self, name: str, layers: nn.Module, dtype: torch.dtype, backend: Backend) -> None:
@@ -111,14 +110,14 @@ class EluConv(Part[EluConvWeights]):
 
 
 class LatentStep(NamedTuple):
-    """A latent group below the top: its prior's parameters from the feature, and how its z joins the feature."""
+    """A latent group below the top: the head that gives its prior's parameters, and the combiner of feature and z."""
 
     prior: EluConv
     combiner: Combiner
 
 
 class FrozenDecoder:
-    """Logits, and log p(z) where asked for, from noise; differentiable in the noise alone."""
+    """Logits and optionally log p(z) from noise; differentiable only in the noise."""
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend) -> None:
         self._dtype, self._backend = dtype, backend
@@ -148,7 +147,7 @@ class FrozenDecoder:
     def __call__(
         self, eps_z: Sequence[Tensor], temperature: float, *, with_log_p: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [N, K, H, W] and log p(z) [N], or None, of z_g = mu_g + temperature sigma_g eps_g."""
+        """Logits [N, K, H, W] and log p(z) [N], or None, for z_g = mu_g + temperature sigma_g eps_g."""
         noise, backend = iter(eps_z), backend_for("gaussian_latent", self._backend)
 
         def latent(parameters: Tensor | None) -> Tensor:

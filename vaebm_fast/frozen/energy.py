@@ -1,10 +1,10 @@
-"""The frozen energy network: weight norm carried out, act's 1/1.1 in the weights behind it, pooling in the kernels.
+"""The frozen energy network: weight norm applied, act's 1/1.1 folded into the next weights, pooling into the kernels.
 
-A block computes act(pool(conv2(act(conv1(x))) + skip(x))), act = swish / 1.1. Frozen, what flows between blocks is
-u = 1.1 x, a plain swish; 3x3 and average pool are one 4x4 at stride 2, and the 1x1 skip follows its own pool.
+A block computes act(pool(conv2(act(conv1(x))) + skip(x))), act = swish / 1.1. Frozen blocks pass on u = 1.1 x, a plain
+swish; 3x3 and average pool become one 4x4 at stride 2, and the skip pools before its 1x1.
 
-A convolution's bias is added by what activates its result, on every backend: on a GPU the library would take a pass
-over the result for it, and the activation reads all of it anyway.
+On every backend the activation adds the bias of the preceding convolution: on a GPU cuDNN would add it in a separate
+pass, and the activation reads the whole result anyway.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StemWeights(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """Both convolutions of a block, and its skip's where that is not the identity: a Conv where it pools too."""
+    """Both convolutions of a block and its skip's (None: identity; a Conv if it includes the pool)."""
 
     conv1: Conv
     conv2: Conv
@@ -50,7 +50,7 @@ class HeadWeights(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """y + shift + skip_scale * skip, as the ops behind a block's last convolution take it."""
+    """y + shift + skip_scale * skip: arguments of the op after a block's last convolution."""
 
     y: Tensor
     skip: Tensor
@@ -61,8 +61,9 @@ class Terms(NamedTuple):
 def pools_in_convolution(device: torch.device) -> bool:
     """Whether a skip's 2x2 average pool and 1x1 run as one 2x2 convolution at stride 2.
 
-    It is 4 times the multiplications and one pass less. On an H200 in bfloat16, both ways: 0.17 ms in place of 1.64 at
-    256x256, 0.12 in place of 0.41 at 128x128, because PyTorch's pool is slow in NHWC. On a CPU arithmetic decides.
+    This takes 4 times the multiplications and one pass less. On an H200 in bfloat16, forward and backward, it takes
+    0.17 ms instead of 1.64 at 256x256 and 0.12 instead of 0.41 at 128x128, because PyTorch's pool is slow in NHWC. On a
+    CPU the arithmetic dominates.
     """
     return device.type == "cuda"
 
@@ -83,7 +84,7 @@ class FrozenStem(Part[StemWeights]):
 
 
 class FrozenBlock(Part[BlockWeights]):
-    """u -> swish([pool] (conv2(swish(conv1 u)) + skip(u))), every 1/1.1 in a weight or in the skip's scale."""
+    """u -> swish([pool] (conv2(swish(conv1 u)) + skip(u))); every 1/1.1 is in a weight or in the skip's scale."""
 
     def __init__(self, name: str, block: EnergyResidualBlock, dtype: torch.dtype, backend: Backend) -> None:
         self._block, self._backend, self._epilogue = block, backend, backend_for("energy_epilogue", backend)
@@ -106,7 +107,7 @@ class FrozenBlock(Part[BlockWeights]):
         return BlockWeights(conv1, conv2, skip)
 
     def before_activation(self, u: Tensor) -> Terms:
-        """What the block's last swish is of."""
+        """The terms whose sum the block's last swish activates."""
         w = self.weights
         h = energy_epilogue(F.conv2d(u, w.conv1.weight, padding=1), shift=w.conv1.bias, backend=self._epilogue)
         y = F.conv2d(h, w.conv2.weight, stride=2 if self._downsample else 1, padding=1)
@@ -121,7 +122,7 @@ class FrozenBlock(Part[BlockWeights]):
 
 
 class FrozenHead(Part[HeadWeights]):
-    """E [N] = linear(sum_hw u / 1.1), in at least single precision, of the last block's u before its activation."""
+    """E [N] = linear(sum_hw swish(t) / 1.1), t the last block's pre-activation; in float32 or float64."""
 
     def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
         self._linear, self._backend = energy.linear, backend_for("energy_head", backend)
@@ -135,7 +136,7 @@ class FrozenHead(Part[HeadWeights]):
 
 
 class FrozenEnergy:
-    """E(x) [N] for images x [N, C, H, W] in [0, 1], differentiable in x alone."""
+    """E(x) [N] for images x [N, C, H, W] in [0, 1]; differentiable only in x."""
 
     def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
         self._dtype = dtype

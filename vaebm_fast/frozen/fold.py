@@ -1,7 +1,7 @@
 """The algebra of freezing: pure functions that turn trained layers into fewer, cheaper linear maps with equal results.
 
-Every rewrite is exact; only rounding differs. Images are [N, C, H, W], kernels [Cout, Cin / groups, K, K]. How a part
-of a network strings these rewrites together is in `cells`, `decoder` and `energy`.
+Every rewrite is exact; only rounding differs. Images are [N, C, H, W], kernels [Cout, Cin / groups, K, K]. `cells`,
+`decoder` and `energy` combine these rewrites.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Affine(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A convolution's kernel and bias [Cout] (None: no bias); stride, padding and groups belong to whoever runs it."""
+    """A convolution's kernel and bias [Cout] (None: no bias); the caller supplies stride, padding and groups."""
 
     weight: Tensor
     bias: Tensor | None
@@ -37,7 +37,7 @@ def batch_norm(norm: nn.BatchNorm2d) -> Affine:
 
 
 def convolution(conv: nn.Conv2d) -> Conv:
-    """The kernel that `conv` applies, its weight norm carried out."""
+    """The kernel that `conv` applies, after weight normalisation."""
     return Conv(effective_weight(conv), conv.bias)
 
 
@@ -52,7 +52,7 @@ def of_scaled(conv: Conv, factor: float) -> Conv:
 
 
 def then_affine(conv: Conv, affine: Affine) -> Conv:
-    """affine(conv(x)) as one convolution, of any kernel size and grouping."""
+    """affine(conv(x)) as one convolution, for any kernel size and grouping."""
     bias = affine.shift if conv.bias is None else conv.bias * affine.scale + affine.shift
     return Conv(conv.weight * affine.scale[:, None, None, None], bias)
 
@@ -60,7 +60,7 @@ def then_affine(conv: Conv, affine: Affine) -> Conv:
 def of_affine(conv: Conv, affine: Affine) -> Conv:
     """conv(affine(x)) as one convolution, for an ungrouped 1x1.
 
-    A larger kernel would see zeros, not shifts, outside the frame, and could not take the shift into its bias.
+    A larger kernel pads with zeros, not with the shift, so its bias cannot absorb the shift.
     """
     assert conv.weight.shape[2:] == (1, 1)
     shift = conv.weight[:, :, 0, 0] @ affine.shift
@@ -68,12 +68,12 @@ def of_affine(conv: Conv, affine: Affine) -> Conv:
 
 
 def nearest_phases(weight: Tensor) -> Tensor:
-    """The four kernels [4, Cout, Cin / groups, J, J] by which low-resolution x gives conv(nearest_x2(x)).
+    """Four kernels [4, Cout, Cin / groups, J, J] that compute the phases of conv(nearest_x2(x)) from x.
 
     For odd K and padding P = (K - 1) / 2. Output pixel (2 i + p, 2 j + q) is phase 2 p + q at (i, j). Its tap t reads
-    upsampled pixel 2 i + p + t, which is source pixel i + floor((p + t) / 2): taps that share a source pixel are
-    summed, into J = 2 R + 1 with R = floor((P + 1) / 2): 3, 3, 7 for K = 3, 5, 11. floor(o / 2) is inside the source
-    just when o is inside the upsampled image, so padding x with R zeros is padding the upsampled image with P.
+    upsampled pixel 2 i + p + t, which is source pixel i + floor((p + t) / 2). Taps that share a source pixel are
+    summed, which leaves J = 2 R + 1 taps with R = floor((P + 1) / 2): 3, 3, 7 for K = 3, 5, 11. floor(o / 2) is inside
+    the source exactly when o is inside the upsampled image, so padding x by R equals padding the upsampled image by P.
     """
     size = weight.shape[-1]
     if size % 2 == 0:
@@ -90,8 +90,8 @@ def nearest_phases(weight: Tensor) -> Tensor:
 def pooled(weight: Tensor) -> Tensor:
     """The (K+1)x(K+1) kernel that at stride 2 gives average_pool_2x2(conv(x)), with the same padding.
 
-    The mean of the kernel's four shifts by 0 or 1, which is to pool the kernel in a frame of zeros: for K = 3, 16 taps
-    per output pixel in place of 36.
+    It is the mean of the kernel's four shifts by 0 or 1, that is, the zero-padded kernel average-pooled at stride 1.
+    For K = 3 it has 16 taps per output pixel instead of 36.
     """
     return F.avg_pool2d(weight, 2, stride=1, padding=1)
 
@@ -100,7 +100,7 @@ def nearest_transposed(weight: Tensor) -> Tensor:
     """The kernel [Cin, Cout, K+1, K+1] whose transposed convolution at stride 2 gives conv(nearest_x2(x)).
 
     Ungrouped, odd K, padding (K - 1) / 2 on both sides. Nearest x2 is 4 times the adjoint of 2x2 average pooling, so
-    this is the adjoint of `pooled`: for K = 3, 4 taps per output pixel in place of 9.
+    this is 4 times the adjoint of `pooled`. For K = 3 it has 4 taps per output pixel instead of 9.
     """
     return 4 * pooled(weight.flip(2, 3)).transpose(0, 1)
 
@@ -114,5 +114,5 @@ def down_skip(skip: DownSkip) -> Conv:
 
 
 def split_input(conv: Conv, channels: int) -> tuple[Conv, Conv]:
-    """conv(cat(x, z)) = first(x) + second(z), x having `channels` channels; the first part keeps the bias."""
+    """(first, second) with conv(cat(x, z)) = first(x) + second(z), x of `channels` channels; first keeps the bias."""
     return Conv(conv.weight[:, :channels], conv.bias), Conv(conv.weight[:, channels:], None)

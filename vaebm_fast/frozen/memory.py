@@ -1,4 +1,4 @@
-"""Memory that a frozen pair uses again and again on a CPU, instead of asking the system for it at every step."""
+"""Memory that a frozen pair reuses between steps on a CPU instead of requesting it from the system at every step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _owners: set[int] = set()
 
 @contextmanager
 def reused_memory(owner: object, device: torch.device) -> Iterator[None]:
-    """Inside, CPU tensors come from blocks that are kept when they are freed, until the last owner is gone.
+    """Inside, CPU tensors are allocated from blocks that are kept after they are freed, until the last owner is gone.
 
-    Tensors made inside may be used anywhere. Does nothing for another device, or without the compiled part.
+    Tensors made inside may be used anywhere. Does nothing on other devices or without the compiled extension.
     """
     if device.type != "cpu" or not extension.is_available():
         yield
@@ -33,7 +33,7 @@ def reused_memory(owner: object, device: torch.device) -> Iterator[None]:
 
 
 def _forget(owner: int) -> None:
-    """Give everything back with the last owner; blocks of its that are still in use follow when they are freed."""
+    """Release all memory with the last owner; blocks still in use are released when they are freed."""
     _owners.remove(owner)
     if not _owners:
         torch.ops.vaebm_fast.release_memory()

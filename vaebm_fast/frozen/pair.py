@@ -1,7 +1,7 @@
-"""FrozenVAEBM: the joint model compiled for chains, `freeze`, which makes one, and FrozenNVAE, its decoder alone.
+"""FrozenVAEBM, the joint model compiled for chains; `freeze`, which makes one; FrozenNVAE, the decoder alone.
 
-Owns what a user can get wrong (modes, precisions, devices, shapes, stale weights) and the three potentials. The decoder
-and the energy network are in `decoder` and `energy`, their algebra in `fold`.
+Owns the argument checks (modes, dtypes, devices, shapes, stale weights) and the three potentials. `decoder` and
+`energy` hold the two networks, `fold` the algebra.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
     """The compiled form of `model`: same noise, same U and gradients, folded weights in `dtype`.
 
-    dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U stay in float32 (float64
-    for float64). backend: who computes; "auto" is "cpp" for float32 on a CPU with the compiled part, else "reference".
-    "triton" and "cuda" have not run on a GPU yet and are there for who asks. "cuda" is "triton" but for
-    inverted residuals of large images in bfloat16, each of which is one kernel in CUDA C++
-    (`frozen.cells.InvertedResidualCell`), and needs both.
-    Later changes of `model` need `refresh()`. Raises ValueError for a VAE in training mode, weights that are not finite
-    or on several devices, a precision or a name that is not known; RuntimeError for a backend that is missing.
+    dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U are float32 (float64 for
+    float64). backend: "auto" is "cpp" for float32 on a CPU with the compiled extension, otherwise "reference". "triton"
+    and "cuda" are opt-in; on an H200 "cuda" is the fastest and "triton" second. "cuda" runs an inverted residual as one
+    CUDA kernel in bfloat16 from 128 pixels a side on (`frozen.cells.FUSED_SIDE`), otherwise as the CUDA depthwise
+    kernel between cuBLAS products; gates, latents and heads are Triton kernels.
+    After `model` changes, call `refresh()`. Raises ValueError for a VAE in training mode, weights that are not finite
+    or on several devices, an unknown dtype or name; RuntimeError for a missing backend.
     """
     return FrozenVAEBM(model, dtype, backend)
 
 
 class FrozenNVAE:
-    """An NVAE whose decoder is folded: it gives the mean images of noise, which a chain of no steps comes to.
+    """An NVAE with a folded decoder: maps noise to mean images, which is all that a chain of 0 steps needs.
 
-    It holds its own weights, at fixed addresses, and remembers the live ones: after these changed, every call raises
-    StaleWeightsError until `refresh()`. dtype and backend, and what is raised, are as in `freeze`.
-    It has no energy, so only chains of no steps run on it.
-    within: the VAEBM that it is part of, all of which is then checked.
+    Holds its own weights at fixed addresses and tracks the live ones: after those change, every call raises
+    StaleWeightsError until `refresh()`. dtype, backend and errors are as in `freeze`.
+    It has no energy network, so it runs only chains of 0 steps.
+    within: the VAEBM that contains `vae`; all of it is checked.
     """
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend, within: VAEBM | None = None) -> None:
@@ -74,27 +74,27 @@ class FrozenNVAE:
 
     @property
     def noise_layout(self) -> NoiseLayout:
-        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        """Positions of each latent group and of eps_x in an image's noise vector eps."""
         return self._vae.noise_layout
 
     @property
     def is_stale(self) -> bool:
-        """Whether a live weight was edited or replaced since it was folded; costs a look at every version counter."""
+        """Whether a live weight was edited or replaced since it was folded; checks every version counter."""
         return any(part.is_stale for part in self._parts)
 
     def require_fresh(self) -> None:
-        """Raise StaleWeightsError where `is_stale`."""
+        """Raise StaleWeightsError if `is_stale`."""
         if self.is_stale:
             raise StaleWeightsError(
                 "The model's weights changed after it was frozen; call refresh() on the frozen pair before using it."
             )
 
     def refresh(self) -> None:
-        """Fold the parts whose live weights changed into the same memory; the others cost a look at their counters.
+        """Fold the parts whose live weights changed, in place; for the others it only checks version counters.
 
-        Writers that do not count, such as torch's fused optimisers and edits through `.data`, are not seen; say so by
-        `torch.autograd.graph.increment_version(parameters)`. Raises as `freeze` does; a part whose weights are not
-        finite stays stale.
+        Writes that do not bump the counters, such as torch's fused optimisers and edits through `.data`, go unnoticed;
+        call `torch.autograd.graph.increment_version(parameters)` after them. Raises as `freeze` does; a part with
+        non-finite weights stays stale.
         """
         stale = [part for part in self._parts if part.is_stale]
         if stale:
@@ -104,14 +104,14 @@ class FrozenNVAE:
             require_finite(stale)
 
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """The decoder's mean image in [0, 1], [N, C, H, W]: what a chain reports."""
+        """The decoder's mean image in [0, 1], [N, C, H, W]: the result of a chain."""
         self._check(eps_z)
         with reused_memory(self, self.device):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
             return self._vae.pixels(logits.to(self.noise_dtype)).mean_image()
 
     def _check(self, eps_z: Sequence[Tensor], eps_x: Tensor | None = None) -> None:
-        """Raise unless the weights are fresh and the noise has this pair's shapes, precision and device."""
+        """Raise unless the weights are fresh and the noise has this pair's shapes, dtype and device."""
         self.require_fresh()
         batch = self._vae.check_noise(eps_z)
         if eps_x is not None and tuple(eps_x.shape) != (batch, *self.image_shape):
@@ -127,9 +127,9 @@ class FrozenNVAE:
 
 
 class FrozenVAEBM(FrozenNVAE):
-    """A VAEBM whose decoder and energy network are folded for input gradients alone; made by `freeze`.
+    """A VAEBM with folded decoder and energy network, differentiable only in the noise; made by `freeze`.
 
-    As `FrozenNVAE`, with the energy. Weights get no gradients. `potential_and_grad` never waits for the device.
+    As `FrozenNVAE`, plus the energy network. `potential_and_grad` never synchronises with the device.
     """
 
     def __init__(self, model: VAEBM, dtype: torch.dtype, backend: Backend) -> None:
@@ -155,8 +155,8 @@ class FrozenVAEBM(FrozenNVAE):
     ) -> tuple[Tensor, list[Tensor]]:
         """U [N] and its gradients, one tensor per latent group, then that of `eps_x`; see `VAEBM.potential`.
 
-        Noise is `noise_dtype`, [N, L, H, W] per group and [N, C, H, W]; NHWC in memory (as `NoiseLayout.split` gives
-        it) is read as it is, anything else is copied. Works under `torch.no_grad` and `torch.inference_mode` too.
+        Noise is `noise_dtype`, [N, L, H, W] per group and [N, C, H, W]. NHWC memory (from `NoiseLayout.split`) is read
+        in place; other layouts are copied. Also works under `torch.no_grad` and `torch.inference_mode`.
         """
         if potential not in POTENTIALS:
             raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
@@ -183,43 +183,43 @@ class FrozenVAEBM(FrozenNVAE):
 
 
 def _nhwc(noise: Sequence[Tensor]) -> list[Tensor]:
-    """The noise with channels innermost in memory, copied only where they are not."""
+    """The noise with channels innermost in memory; copies only tensors with another layout."""
     return [eps if eps.stride(1) == 1 else eps.contiguous(memory_format=torch.channels_last) for eps in noise]
 
 
 def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
-    """What a pair asked for with `backend` runs on: "auto" is the C++ one where it is there and takes the precision.
+    """The backend of a pair frozen with `backend`: "auto" is "cpp" if available for this device and dtype.
 
     Raises ValueError and RuntimeError as `freeze` does.
     """
     if backend == "auto":
         is_compiled = dtype in dtypes("cpp") and why_not("pointwise", device, "cpp") is None
         return "cpp" if is_compiled else "reference"
-    for op in ("depthwise_swish", "energy_epilogue"):  # one of each kind: with a kernel in CUDA C++, and without
+    for op in ("depthwise_swish", "energy_epilogue"):  # one op with a CUDA C++ kernel, one without
         chosen = choose(op, device, backend_for(op, backend))
         require_dtype("A frozen pair", chosen, dtype)
     return backend
 
 
 def _require_foldable(vae: NVAE, model: nn.Module) -> torch.device:
-    """Raise ValueError unless the live weights of `model`, of which `vae` is, can be folded; their one device."""
+    """Raise ValueError unless the live weights of `model`, which contains `vae`, can be folded; return their device."""
     training = [name for name, module in vae.named_modules() if module.training]
     if training:
         raise ValueError(
-            f"The NVAE is in training mode (its {training[-1] or 'outermost module'} at least), where batch statistics "
-            "replace those that are folded; call model.vae.eval() first."
+            f"The NVAE is in training mode (at least its {training[-1] or 'outermost module'}), where batch statistics "
+            "replace the running ones that freezing folds; call model.vae.eval() first."
         )
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} is {tensor.dtype}; weights are folded in float32 or float64. Keep the model in float32 and "
-                "give freeze the precision to run in."
+                "pass the dtype to run in to freeze."
             )
         if tensor.is_inference():
             raise ValueError(
-                f"{name} was made under torch.inference_mode, where changes are not counted; load or copy the model "
-                "outside of it."
+                f"{name} was created under torch.inference_mode, where changes are not counted; load or copy the model "
+                "outside it."
             )
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:

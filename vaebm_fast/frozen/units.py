@@ -1,6 +1,6 @@
-"""What a frozen pair computes beside its ops, in plain PyTorch, differentiable in its inputs by autograd.
+"""Building blocks of a frozen pair around its ops, in plain PyTorch; autograd differentiates them in their inputs.
 
-Weights never ask for gradients. All images [N, C, H, W], NHWC in memory.
+Weights require no gradients. All images are [N, C, H, W], NHWC in memory.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Pointwise(NamedTuple):
         return pointwise(x, self.weight, self.bias, residual, activation=activation, backend=backend)
 
     def _suits_cublas(self, activation: Activation) -> bool:
-        """Whether nothing is to be fused, and rows are whole words of 16 bytes: it is then 1.3 to 2.5 times Triton."""
+        """Whether cuBLAS beats Triton (1.3 to 2.5 times): no activation to fuse, rows in whole words of 16 bytes."""
         return activation == "none" and all(channels >= 32 and channels % 8 == 0 for channels in self.weight.shape)
 
 
 def swish_group_conv(h: Tensor, conv: Conv, stride: int = 1) -> Tensor:
-    """KxK (group) convolution of swish(h), bias added; outside the frame the activation is 0, not swish(0 + bias)."""
+    """KxK (group) convolution of swish(h) plus bias; padding is 0 after the activation."""
     groups = h.shape[1] // conv.weight.shape[1]
     return F.conv2d(F.silu(h), conv.weight, conv.bias, stride, (conv.weight.shape[-1] - 1) // 2, groups=groups)
 
@@ -71,8 +71,8 @@ def swish_group_conv(h: Tensor, conv: Conv, stride: int = 1) -> Tensor:
 def swish_group_conv_phases(h: Tensor, conv: Conv) -> list[Tensor]:
     """The four phases, 2 p + q, of a (group) convolution of swish(nearest_x2(h)); kernels of `fold.nearest_phases`.
 
-    h [N, C, H, W]; four [N, C, H, W], the pixels (2 i + p, 2 j + q) of the result. They stay apart because the 1x1
-    behind does not mix pixels: `interleave` joins the narrow tensors that come out of it.
+    h [N, C, H, W]; returns four [N, C, H, W], pixels (2 i + p, 2 j + q) of the result. They stay separate because the
+    following 1x1 does not mix pixels: `interleave` then joins its narrower outputs.
     """
     activated = F.silu(h)
     groups, padding = h.shape[1] // conv.weight.shape[2], conv.weight.shape[-1] // 2
@@ -87,13 +87,13 @@ def interleave(phases: list[Tensor]) -> Tensor:
 
 
 def upsample_skip(x: Tensor, backend: Backend) -> Tensor:
-    """Bilinear, to twice the sides, corners aligned; no kernel in C++, because PyTorch's is deterministic on a CPU."""
+    """Bilinear x2, corners aligned; backend "cpp" uses PyTorch's, which is deterministic on a CPU."""
     backend = "reference" if backend == "cpp" else backend_for("bilinear_upsample", backend)
     return bilinear_upsample(x, backend=backend)
 
 
 def gate_and_add(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
-    """skip + gate(s) * s; without a gate skip + s. The cell's 0.1 is in s and taken out of the gate's weights."""
+    """skip + gate(s) * s, or skip + s without a gate. s includes the cell's 0.1; the gate's weights divide by it."""
     if se is None:
         return s.add_(skip)
     return se_gate_residual(s, skip, *se, backend=backend_for("se_gate_residual", backend))
@@ -109,10 +109,10 @@ def depthwise_project_and_add(
     *,
     upsample: bool,
 ) -> Tensor:
-    """skip + gate(s) * s, s = W2 swish(Wd * swish(h) + bd) + b2: one op where the backend has it, else its parts."""
+    """skip + gate(s) * s, s = W2 swish(Wd * swish(h) + bd) + b2: one op if the backend has it, otherwise its parts."""
     if backend == "cuda":
         h = depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
-        activated = energy_epilogue(h, backend=backend_for("energy_epilogue", backend))  # swish: cuBLAS fuses none
+        activated = energy_epilogue(h, backend=backend_for("energy_epilogue", backend))  # swish: cuBLAS cannot fuse it
         if se is None:
             return project(activated, backend, skip)
         return gate_and_add(project(activated, backend), skip, se, backend)

@@ -1,4 +1,4 @@
-"""NVAE, the energy networks and the joint model, in plain PyTorch that states what the fast paths must compute."""
+"""NVAE, the energy networks and the joint model in plain PyTorch: the reference for the fast paths."""
 
 from vaebm_fast.models.energy import EnergyNetwork
 from vaebm_fast.models.nvae import NVAE

@@ -1,8 +1,8 @@
 """Normal latents and the three pixel distributions: Gaussian, discretised logistic mixture, Bernoulli.
 
-Images are in [0, 1] where a method takes or returns one; `mean` and `sigma` keep the distribution's own unit, which
-each class states. Randomness is always passed in. Sources: NVAE (arXiv:2007.03898), VAEBM (arXiv:2010.00654),
-PixelCNN++ (arXiv:1701.05517) for the mixture.
+Methods take and return images in [0, 1]; `mean` and `sigma` are in the units that each class states. Randomness is
+always passed in. Sources: NVAE (arXiv:2007.03898), VAEBM (arXiv:2010.00654), PixelCNN++ (arXiv:1701.05517) for the
+mixture.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x, widened to float32 from half precision: log densities cancel too much there. Mixed precision needs this."""
+    """x, converted to float32 if it is half precision, where log densities cancel too much (mixed precision)."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -78,7 +78,7 @@ class GaussianPixels:
     def log_prob(self, x: Tensor, log_sigma_floor: float | None = VAEBM_LOG_SIGMA_FLOOR) -> Tensor:
         """log p(x|z) per image, [N], in nats and [-1, 1] units.
 
-        VAEBM floors log sigma at -2 before the exponential; `log_sigma_floor=None` is NVAE's own likelihood.
+        VAEBM floors log sigma at -2 before the exponential; `log_sigma_floor=None` gives NVAE's likelihood.
         """
         log_sigma = soft_clamp5(self._raw_log_sigma)
         if log_sigma_floor is not None:
@@ -118,7 +118,7 @@ class LogisticMixturePixels:
 
     @property
     def sigma(self) -> Tensor:
-        """Refused: the standard deviation of the coupled mixture is not a parameter of it."""
+        """Raises NotImplementedError: the coupled mixture has no single standard deviation."""
         raise NotImplementedError("A logistic mixture has no single sigma; sample it instead.")
 
     def sample(self, u_mixture: Tensor, u_logistic: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class LogisticMixturePixels:
 
 
 class BernoulliPixels:
-    """Independent binary pixels; `mean` is the probability of 1, in [0, 1]. `border` pixels a side are padding."""
+    """Independent binary pixels; `mean` is the probability of 1, in [0, 1]. `border` pixels per side are padding."""
 
     def __init__(self, logits: Tensor, border: int = 0) -> None:
         self._logits = logits
@@ -188,7 +188,7 @@ class BernoulliPixels:
         return (u < self.mean).to(u.dtype)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x|z) per image, [N], in nats; pixels of the border do not count."""
+        """log p(x|z) per image, [N], in nats, excluding the border."""
         inner = slice(self._border, self._logits.shape[-1] - self._border)
         logits, target = self._logits[..., inner, inner], x[..., inner, inner]
         return -_sum_per_image(F.binary_cross_entropy_with_logits(logits, target, reduction="none"))

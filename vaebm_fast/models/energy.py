@@ -18,7 +18,7 @@ def activation(x: Tensor) -> Tensor:
 
 
 class EnergyResidualBlock(nn.Module):
-    """act(pool(conv2(act(conv1(x))) + skip(x))), pool a 2x2 average where the block downsamples."""
+    """act(pool(conv2(act(conv1(x))) + skip(x))); pool is a 2x2 average if the block downsamples, else the identity."""
 
     def __init__(self, in_channels: int, out_channels: int, *, downsample: bool) -> None:
         super().__init__()
@@ -63,6 +63,6 @@ class EnergyNetwork(nn.Module):
         return self.linear(x.sum(dim=(2, 3))).squeeze(1)
 
     def initialize_from_data(self, x: Tensor) -> None:
-        """Data-dependent initialisation of every convolution on a batch x in [0, 1]; the linear layer is left alone."""
+        """Data-dependent initialisation of every convolution on a batch x in [0, 1]; not of the linear layer."""
         convs = [module for module in self.modules() if isinstance(module, WNConv2d)]
         initialize_from_data(convs, lambda: self(x))

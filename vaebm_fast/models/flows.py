@@ -1,7 +1,7 @@
 """Inverse autoregressive flows of the encoder: volume-preserving maps z <- z - m(z) with masked convolutions.
 
-Source: NVAE (arXiv:2007.03898), section 3.4; inverse autoregressive flow (arXiv:1606.04934). Masks are functions of the
-shapes and live outside the state dictionary.
+Source: NVAE (arXiv:2007.03898), section 3.4; inverse autoregressive flow (arXiv:1606.04934). Masks depend only on the
+shapes and are not in the state dictionary.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ HIDDEN_PER_LATENT = 6
 def channel_mask(out_channels: int, in_channels: int, *, zero_diagonal: bool) -> Tensor:
     """[Cout, Cin] mask at the kernel's centre: output block i sees input blocks 0..i, or 0..i-1 with a zero diagonal.
 
-    There are min(Cout, Cin) blocks of consecutive channels on either side.
+    Inputs and outputs are each split into min(Cout, Cin) blocks of consecutive channels.
     """
     blocks = min(out_channels, in_channels)
     if out_channels % blocks or in_channels % blocks:
-        raise UserError(f"Masked convolutions need channel counts of which one divides the other, not "
+        raise UserError(f"A masked convolution needs one channel count to divide the other; they are "
                          f"{in_channels} and {out_channels}.")  # fmt: skip
     out_block = torch.arange(out_channels)[:, None] // (out_channels // blocks)
     in_block = torch.arange(in_channels)[None, :] // (in_channels // blocks)
@@ -41,9 +41,9 @@ def masked_conv(
     mirror: bool = False,
     init_scale: float = 1.0,
 ) -> WNConv2d:
-    """A weight-normalised convolution, autoregressive in raster order over pixels and, within one, over channels.
+    """A weight-normalised convolution, autoregressive in raster order over pixels, then over channels.
 
-    `mirror` flips the mask in H and W only, which reverses the pixel order and keeps the channel order.
+    `mirror` flips the mask in H and W only: it reverses the pixel order and keeps the channel order.
     """
     centre = kernel_size // 2
     mask = torch.zeros(out_channels, 1 if depthwise else in_channels, kernel_size, kernel_size)
@@ -105,7 +105,7 @@ class FlowCell(nn.Module):
 
 
 class PairedFlow(nn.Module):
-    """A flow cell, then its mirror image, so that every element may depend on every other."""
+    """A flow cell, then its mirror image, so that every element can depend on every other."""
 
     def __init__(self, latents: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The layers NVAE and the energy networks are made of: weight-normalised convolutions, normalisation, residual cells.
+"""Layers of NVAE and the energy networks: weight-normalised convolutions, normalisation, residual cells.
 
-Attribute names (`_ops`, `conv_0`, `bn_act`, `se.se`, ...) spell the keys of published state dictionaries, so that a
-published checkpoint loads without a key map. Facts: NVAE (arXiv:2007.03898), section 3 and appendix A.
+Attribute names (`_ops`, `conv_0`, `bn_act`, `se.se`, ...) match the keys of published state dictionaries, so a
+published checkpoint loads without a key map. Source: NVAE (arXiv:2007.03898), section 3 and appendix A.
 
 N batch, C channels, H W pixels. All tensors are [N, C, H, W].
 """
@@ -28,7 +28,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def channels_last(module: Module) -> Module:
-    """The module with its weights in NHWC order, in which every convolution here runs fastest."""
+    """The module with its weights in NHWC order, the fastest layout for every convolution here."""
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -40,8 +40,8 @@ def swish(x: Tensor) -> Tensor:
 class WNConv2d(nn.Conv2d):
     """Weight-normalised convolution: effective weight exp(log_weight_norm) * w / (|w| + 1e-5), norm per output channel.
 
-    `mask`, shaped like the weight, is applied before the norm is taken; it is a function of the architecture and stays
-    outside the state dictionary. Unlike `torch.nn.utils.weight_norm` the scale is a logarithm and the norm is floored.
+    `mask`, shaped like the weight, is applied before the norm; it depends only on the architecture and is not in the
+    state dictionary. Unlike `torch.nn.utils.weight_norm`, the scale is a logarithm and 1e-5 is added to the norm.
     """
 
     mask: Tensor | None
@@ -82,7 +82,7 @@ class WNConv2d(nn.Conv2d):
     def initialize_from(self, x: Tensor) -> None:
         """Set scale and bias so that on `x` every output channel has mean 0 and standard deviation 1/5.
 
-        Salimans and Kingma, arXiv:1602.07868, section 3, with five standard deviations for one.
+        Salimans and Kingma, arXiv:1602.07868, section 3, dividing by five standard deviations instead of one.
         """
         weight, norm = self._masked_weight()
         y = self._conv_forward(x, weight / (norm + WEIGHT_NORM_EPS), None)
@@ -100,9 +100,9 @@ def effective_weight(conv: nn.Conv2d) -> Tensor:
 
 @torch.no_grad()
 def initialize_from_data(convs: Sequence[WNConv2d], run: Callable[[], object]) -> None:
-    """Data-dependent initialisation: in one call of `run`, each of `convs` is set from its input before it computes.
+    """Data-dependent initialisation: one call of `run` initialises each of `convs` from its input before it computes.
 
-    Later convolutions therefore see the outputs of the initialised earlier ones.
+    Later convolutions therefore see the outputs of initialised earlier ones.
     """
 
     def initialize(conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -118,7 +118,7 @@ def initialize_from_data(convs: Sequence[WNConv2d], run: Callable[[], object]) -
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation, eps 1e-5 and momentum 0.05, wrapped as published keys have it (`<name>.bn.weight`)."""
+    """Batch normalisation, eps 1e-5, momentum 0.05, wrapped to match published keys (`<name>.bn.weight`)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class BatchNorm(nn.Module):
 
 
 class BNSwish(nn.BatchNorm2d):
-    """swish(BN(x)), its entries directly under its name."""
+    """swish(BN(x)); its state-dictionary entries are directly under its name."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
@@ -167,7 +167,7 @@ class SE(nn.Module):
 class ActivatedConv(nn.Module):
     """`res_elu`, `res_bnelu`, `res_bnswish`, `res_bnswish5`: [BN,] activation, [nearest x2,] WN 3x3.
 
-    The 5 of `res_bnswish5` is its reach: 3x3 with dilation 2.
+    `res_bnswish5` spans 5 pixels: 3x3 with dilation 2.
     """
 
     def __init__(self, primitive: str, in_channels: int, out_channels: int, resample: str) -> None:
@@ -199,7 +199,7 @@ class ActivatedConv(nn.Module):
 
 
 class ConvBNSwish(nn.Module):
-    """swish(BN(conv(x))), the convolution without bias and without weight norm."""
+    """swish(BN(conv(x))); the convolution has neither bias nor weight norm."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, groups: int) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class ConvBNSwish(nn.Module):
 class InvertedResidual(nn.Module):
     """`mconv_e{X}k{K}g{g}`: [nearest x2,] BN, 1x1 to round(X * Cin), depthwise KxK, 1x1 to Cout, BN; swish between.
 
-    g = 0 means depthwise, else g groups. The depthwise pads its *activated* input with zeros.
+    g = 0 means depthwise, otherwise g groups. The depthwise pads its *activated* input with zeros.
     """
 
     def __init__(self, primitive: str, in_channels: int, out_channels: int, resample: str) -> None:
@@ -251,7 +251,7 @@ class DownSkip(nn.Module):
         super().__init__()
         quarter = out_channels // 4
         if quarter == 0:
-            raise UserError(f"A cell that halves the resolution makes 4 channels or more, not {out_channels}.")
+            raise UserError(f"A cell that halves the resolution needs at least 4 output channels, not {out_channels}.")
         self.conv_1 = WNConv2d(in_channels, quarter, 1, stride=2)
         self.conv_2 = WNConv2d(in_channels, quarter, 1, stride=2)
         self.conv_3 = WNConv2d(in_channels, quarter, 1, stride=2)
@@ -296,7 +296,7 @@ class Cell(nn.Module):
 
 
 class EncoderCombiner(nn.Module):
-    """Encoder feature + 1x1(decoder feature). On the way up it only marks where the encoder feature is stored."""
+    """Encoder feature + 1x1(decoder feature). In the bottom-up pass it only marks which encoder feature to store."""
 
     def __init__(self, decoder_channels: int, encoder_channels: int) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ from vaebm_fast.models.layers import (
 
 @dataclass(frozen=True)
 class Decoded:
-    """What the decoder gives: `logits` [N, K, H, W], `z` per group [N, L, H, W], `log_p_z` [N] in nats."""
+    """The decoder's output: `logits` [N, K, H, W], `z` per group [N, L, H, W], `log_p_z` [N] in nats."""
 
     logits: Tensor
     z: list[Tensor]
@@ -70,12 +70,12 @@ def num_logits(config: NVAEConfig) -> int:
 
 
 def bits_per_dim(nats: Tensor, counted_shape: Sequence[int]) -> Tensor:
-    """nats / (ln 2 * C * H * W), for a loss per image; `counted_shape` is (C, H, W) of `NVAEConfig.counted_shape`."""
+    """nats / (ln 2 * C * H * W) for a loss per image; `counted_shape` is `NVAEConfig.counted_shape`, (C, H, W)."""
     return nats / (math.log(2) * math.prod(counted_shape))
 
 
 class NVAE(nn.Module):
-    """An NVAE of any published layout; built with fresh weights, in training mode like every nn.Module."""
+    """An NVAE of any published architecture, with random weights, in training mode like every nn.Module."""
 
     def __init__(self, config: NVAEConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class NVAE(nn.Module):
         return channels_per_group[::-1]
 
     def _build_decoder(self) -> int:
-        """Build `dec_tower`, or `stem_decoder` of the vanilla form; returns the channels it ends with."""
+        """Build `dec_tower` (vanilla form: `stem_decoder`); returns its output channels."""
         config = self.config
         plan = CELL_PLANS[config.arch_instance]
         channels = config.num_channels_dec * config.downsampling
@@ -168,7 +168,7 @@ class NVAE(nn.Module):
         return self.config.image_shape
 
     def _top_down(self, batch: int, latent: Callable[[int, Tensor | None], Tensor]) -> Tensor:
-        """The decoder: `latent(g, s)` gives group g's z from the feature s behind its prior (None at the top)."""
+        """The decoder: `latent(g, s)` gives group g's z from the feature s that its prior reads (None at the top)."""
         z = latent(0, None)
         if self.config.is_vanilla:
             s = self.stem_decoder(z)
@@ -187,7 +187,7 @@ class NVAE(nn.Module):
         return self.image_conditional(s)
 
     def _prior_parameters(self, group: int, feature: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw mean and log sigma of group g's prior; zeros, shaped like `like`, at the top."""
+        """Raw mean and log sigma of group g's prior; at the top, zeros with the shape of `like`."""
         if feature is None:
             return torch.zeros_like(like), torch.zeros_like(like)
         mu, log_sigma = self.dec_sampler[group - 1](feature).chunk(2, dim=1)
@@ -195,7 +195,7 @@ class NVAE(nn.Module):
 
     @property
     def noise_layout(self) -> NoiseLayout:
-        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        """Positions of each latent group and of eps_x in an image's noise vector eps."""
         return self.config.noise_layout
 
     def check_noise(self, eps_z: Sequence[Tensor]) -> int:
@@ -211,7 +211,7 @@ class NVAE(nn.Module):
         return batch
 
     def decode(self, eps_z: Sequence[Tensor], temperature: float = 1.0) -> Decoded:
-        """Decode noise, z_g = mu_g + temperature * sigma_g * eps_g from the top group down; gradients reach `eps_z`."""
+        """Decode noise: z_g = mu_g + temperature * sigma_g * eps_g, top group first; differentiable in `eps_z`."""
         batch = self.check_noise(eps_z)
         zs: list[Tensor] = []
         log_p_z: list[Tensor] = []
@@ -228,7 +228,7 @@ class NVAE(nn.Module):
         return Decoded(logits, zs, torch.stack(log_p_z).sum(0))
 
     def pixels(self, logits: Tensor) -> PixelDistribution:
-        """The distribution over images that the decoder's `logits` describe."""
+        """The distribution over images with parameters `logits`."""
         logits = at_least_float32(logits)
         if self.config.likelihood == "gaussian":
             return GaussianPixels(logits)
@@ -237,7 +237,7 @@ class NVAE(nn.Module):
         return LogisticMixturePixels(logits, self.config.num_mixture_dec, self.config.num_x_bits)
 
     def _bottom_up(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[EncoderCombiner]]:
-        """Encode: the top feature, and per group below it the stored feature and its combiner, in decoding order."""
+        """Encode: the top feature, then the stored feature and combiner of each lower group, in decoding order."""
         s = self.stem(2 * x - 1)
         for cell in self.pre_process:
             s = cell(s)
@@ -258,13 +258,13 @@ class NVAE(nn.Module):
         *,
         log_sigma_floor: float | None = VAEBM_LOG_SIGMA_FLOOR,
     ) -> Elbo:
-        """Encode and decode images x [N, C, H, W] in [0, 1], already reduced to `num_x_bits`.
+        """Encode and decode images x [N, C, H, W] in [0, 1], already quantised to `num_x_bits`.
 
-        Their range is not looked at, because that would wait for the device. Raises ValueError for another shape, and
-        for integers, which are no images in [0, 1].
+        The range is not checked, because that would synchronise with the device. Raises ValueError for another shape
+        or an integer dtype.
         `eps_q` is the posterior's noise, one [N, L, H, W] per group; None draws it from torch's global generator.
-        With flows KL_g = log q - log p at the sample, else the closed form. `log_sigma_floor` concerns Gaussian pixels:
-        VAEBM's -2 by default, None for NVAE's own training loss.
+        KL_g is log q - log p at the sample with flows, otherwise the closed form. `log_sigma_floor` applies to Gaussian
+        pixels: -2 (VAEBM) by default, None for NVAE's training loss.
         """
         if tuple(x.shape[1:]) != self.image_shape:
             taken = ", ".join(map(str, self.image_shape))
@@ -311,9 +311,9 @@ class NVAE(nn.Module):
         )
 
     def log_importance_weights(self, x: Tensor, eps_q: Sequence[Sequence[Tensor]]) -> Tensor:
-        """log p(x, z_k) - log q(z_k|x) in nats, [K, N]; one set of noise per sample k, x and noise as in `elbo`.
+        """log p(x, z_k) - log q(z_k|x) in nats, [K, N]; one noise set per sample k; x and noise as in `elbo`.
 
-        Their mean over k estimates the ELBO. Gaussian pixels without VAEBM's floor.
+        The mean over k estimates the ELBO. Gaussian pixels are used without VAEBM's floor.
         """
         log_weights = []
         for noise in eps_q:
@@ -329,7 +329,7 @@ class NVAE(nn.Module):
         return torch.logsumexp(self.log_importance_weights(x, eps_q), dim=0) - math.log(len(eps_q))
 
     def initialize_from_data(self, x: Tensor, eps_q: Sequence[Tensor] | None = None) -> None:
-        """Data-dependent initialisation of a fresh network's `res_elu` cells on a first batch; arguments of `elbo`."""
+        """Data-dependent initialisation of the `res_elu` cells of an untrained network; arguments as in `elbo`."""
         cells = [module for module in self.modules() if isinstance(module, ActivatedConv)]
         convs = [cell.conv_0 for cell in cells if cell.primitive == "res_elu"]
         if convs:

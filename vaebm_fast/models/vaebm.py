@@ -1,6 +1,6 @@
 """The joint model p(x) ~ p_VAE(x) exp(-E(x)) in the NVAE's noise space (VAEBM, arXiv:2010.00654, section 3).
 
-Owns the three potentials and their gradients in plain PyTorch: the reference for everything that runs a chain faster.
+Owns the three potentials and their gradients in plain PyTorch: the reference for every faster implementation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class VAEBM(nn.Module):
     """An NVAE with Gaussian pixels and an energy network over the same images.
 
-    Raises ValueError when the two do not take the same images, or when the pixels are not Gaussian: the chain needs
-    x to be a differentiable function of Gaussian noise.
+    Raises UserError if their image shapes differ or the pixels are not Gaussian: the chain needs x to be a
+    differentiable function of Gaussian noise.
     """
 
     def __init__(self, vae: NVAE, energy: EnergyNetwork) -> None:
@@ -34,7 +34,7 @@ class VAEBM(nn.Module):
         if vae.image_shape != energy.image_shape:
             raise UserError(
                 f"The NVAE makes images of shape {vae.image_shape} (C, H, W) but the energy network takes "
-                f"{energy.image_shape}; load two files that belong together."
+                f"{energy.image_shape}; load two checkpoints that belong together."
             )
         if vae.config.likelihood != "gaussian":
             raise UserError(
@@ -46,7 +46,7 @@ class VAEBM(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, seed: int = 0) -> VAEBM:
-        """The preset's two networks with random weights that depend on `seed` alone, in eval mode."""
+        """The preset's two networks with random weights that depend only on `seed`, in eval mode."""
         if name not in PRESETS:
             raise UserError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
         preset = PRESETS[name]
@@ -57,13 +57,13 @@ class VAEBM(nn.Module):
 
     def freeze(self, dtype: torch.dtype = torch.float32, backend: Backend = "auto") -> FrozenVAEBM:
         """The compiled pair with the same `potential_and_grad`, `image` and `mean_image`: `vaebm_fast.freeze`."""
-        from vaebm_fast.frozen import freeze  # the one import from a row above, for the sake of this short form
+        from vaebm_fast.frozen import freeze  # the only import from a higher layer, for this short form
 
         return freeze(self, dtype, backend)
 
     @property
     def device(self) -> torch.device:
-        """Where the NVAE's weights are."""
+        """Device of the NVAE's weights."""
         return self.vae.prior_ftr0.device
 
     @property
@@ -78,7 +78,7 @@ class VAEBM(nn.Module):
 
     @property
     def noise_layout(self) -> NoiseLayout:
-        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        """Positions of each latent group and of eps_x in an image's noise vector eps."""
         return self.vae.noise_layout
 
     def _pixels(self, logits: Tensor) -> GaussianPixels:
@@ -87,7 +87,7 @@ class VAEBM(nn.Module):
         return pixels
 
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """The decoder's mean image in [0, 1], [N, C, H, W]: what a chain reports."""
+        """The decoder's mean image in [0, 1], [N, C, H, W]: the result of a chain."""
         return self._pixels(self.vae.decode(eps_z, temperature).logits).mean_image()
 
     def image(self, eps_z: Sequence[Tensor], eps_x: Tensor, temperature: float = 1.0) -> Tensor:
@@ -99,9 +99,9 @@ class VAEBM(nn.Module):
     ) -> Tensor:
         """U [N], differentiable in the noise.
 
-        "energy": E(x(eps)). "paper": E + |eps_z|^2 / 2 + |eps_x|^2 / 2, the right density in noise space
-        (arXiv:2010.00654, equation 8). "official": E - log p(z) - log p(x|z) with log sigma floored, what published
-        checkpoints were trained and sampled with.
+        "energy": E(x(eps)). "paper": E + |eps_z|^2 / 2 + |eps_x|^2 / 2, the correct density in noise space
+        (arXiv:2010.00654, equation 8). "official": E - log p(z) - log p(x|z) with log sigma floored, used to train and
+        sample published checkpoints.
         """
         if potential not in POTENTIALS:
             raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
@@ -126,9 +126,9 @@ class VAEBM(nn.Module):
         potential: Potential = "official",
         temperature: float = 1.0,
     ) -> tuple[Tensor, list[Tensor]]:
-        """U [N] and its gradients: one tensor per latent group, then that of `eps_x`; nothing is added to `.grad`.
+        """U [N] and its gradients: one tensor per latent group, then that of `eps_x`; leaves `.grad` unchanged.
 
-        Works under `torch.no_grad` and `torch.inference_mode` too; tensors of the latter are copied first.
+        Also works under `torch.no_grad` and `torch.inference_mode`; inference tensors are copied first.
         """
         with torch.inference_mode(False), torch.enable_grad():
             noise = [eps.clone() if eps.is_inference() else eps.detach() for eps in (*eps_z, eps_x)]

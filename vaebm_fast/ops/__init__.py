@@ -1,4 +1,4 @@
-"""The operations that have more than one implementation, one module each: checks, choice of backend, fake, autograd.
+"""Ops with more than one implementation, one module per op: argument checks, backend choice, fake, autograd.
 
-`vaebm_fast.reference` holds the reference of each, csrc and `vaebm_fast.triton_kernels` the kernels.
+`vaebm_fast.reference` holds the references; csrc and `vaebm_fast.triton_kernels` hold the kernels.
 """

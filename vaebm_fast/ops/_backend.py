@@ -1,7 +1,7 @@
-"""Which implementation an op runs: the one table of what exists, and the one place that decides.
+"""Backend selection for every op: the table of implementations and the only dispatcher.
 
-Every op has `reference` (plain PyTorch, any device). `auto` takes the best that exists for the tensors' device and is
-present on this machine; a backend asked for by name is that one or an error that says how to get it.
+Every op has `reference` (plain PyTorch, any device). `auto` picks the best implementation for the tensors' device that
+is available on this machine. A backend requested by name either runs or raises an error that says how to get it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vaebm_fast.runtime.errors import UserError
 
 
 class BackendError(UserError, RuntimeError):
-    """A backend that was asked for by name cannot run here; the message says why, and how to get it."""
+    """A backend requested by name cannot run here; the message says why and how to get it."""
 
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
@@ -52,7 +52,7 @@ OP_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-# What a backend stores tensors in; all compute in float32. The reference takes every floating dtype.
+# Storage dtypes of each backend; all compute in float32. The reference takes every floating dtype.
 DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
     {
         "cpp": (torch.float32,),
@@ -75,7 +75,7 @@ def is_interpreting() -> bool:
 
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """What a compiled backend stores tensors in, here: Triton's interpreter multiplies bfloat16 as integers."""
+    """Storage dtypes of a compiled backend here. Triton's interpreter has no bfloat16: it multiplies it as integers."""
     return tuple(
         dtype
         for dtype in DTYPES[backend]
@@ -84,7 +84,7 @@ def dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def require_dtype(op: str, backend: str, dtype: torch.dtype) -> None:
-    """Raise ValueError where `backend` does not take tensors of this dtype."""
+    """Raise UserError if `backend` does not take tensors of this dtype."""
     if backend != "reference" and dtype not in dtypes(backend):
         names = " or ".join(str(taken).removeprefix("torch.") for taken in dtypes(backend))
         raise UserError(f"{op} with backend={backend!r} takes {names}, not {dtype}; ask for backend='reference'.")
@@ -110,7 +110,7 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     """Why `op` cannot run with `backend` on tensors of `device`, as a clause; None when it can."""
     if backend not in OP_BACKENDS[op]:
         return f"{op} has no such implementation; it has {', '.join(OP_BACKENDS[op])}"
-    if device.type == "meta":  # an op's fake answers, by which a plan is counted: no kernel is needed
+    if device.type == "meta":  # only the op's fake runs, to count work: no kernel is needed
         return extension.why_missing() if backend in ("cpp", "cuda") else None
     absent = why_absent(backend)
     if absent or backend == "reference":
@@ -124,7 +124,7 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
 
 
 def choose(op: str, device: torch.device, backend: str) -> str:
-    """The backend that runs `op` on tensors of `device`: the best one for "auto", else the one named.
+    """The backend that runs `op` on tensors of `device`: the best one for "auto", otherwise the one named.
 
     Raises ValueError for a name that does not exist, BackendError when the named backend cannot run here.
     """
@@ -140,13 +140,13 @@ def choose(op: str, device: torch.device, backend: str) -> str:
 
 
 def backend_for(op: str, backend: Backend) -> Backend:
-    """Who runs `op` where a whole network is asked for on `backend`: what has no kernel in CUDA C++ is Triton's."""
+    """The backend of `op` in a network frozen for `backend`: "cuda" means "triton" for ops without a CUDA kernel."""
     return "triton" if backend == "cuda" and "cuda" not in OP_BACKENDS[op] else backend
 
 
 @dataclass(frozen=True)
 class OpReport:
-    """What `auto` picks for an op, and why each other implementation of it was passed over or could not be."""
+    """The backend that `auto` picks for an op, and why each unusable implementation cannot run."""
 
     op: str
     backend: str

@@ -1,4 +1,4 @@
-"""What the faces of the ops have in common: tensors that fit each other, and a backend that takes them."""
+"""Argument checks that the public ops share: tensors that fit each other, and a backend that takes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_tensor(name: str, x: Tensor, shape: Sequence[int], device: torch.devic
 
 
 def check_energy_terms(op: str, y: Tensor, skip: Tensor | None, shift: Tensor | None) -> None:
-    """Raise ValueError unless y [N, C, H, W], skip like it and shift [C] fit each other, and shift is frozen."""
+    """Raise ValueError unless y [N, C, H, W], skip (same shape) and shift [C] fit each other and shift is frozen."""
     check_image("y", y)
     if skip is not None:
         check_tensor("skip", skip, y.shape, y.device, y.dtype)
@@ -37,7 +37,7 @@ def check_energy_terms(op: str, y: Tensor, skip: Tensor | None, shift: Tensor | 
 
 
 def choose_for(op: str, backend: Backend, *tensors: Tensor | None) -> str:
-    """`choose` for the device of the tensors; raises ValueError where that backend does not take their dtypes."""
+    """`choose` for the device of the tensors; raises ValueError if that backend does not take their dtypes."""
     given = [tensor for tensor in tensors if tensor is not None]
     chosen = choose(op, given[0].device, backend)
     for tensor in given:
@@ -46,6 +46,6 @@ def choose_for(op: str, backend: Backend, *tensors: Tensor | None) -> str:
 
 
 def refuse_weight_gradients(op: str, *weights: Tensor) -> None:
-    """Raise ValueError where autograd is asked for the gradient of a frozen weight."""
+    """Raise ValueError if a frozen weight requires a gradient."""
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
         raise ValueError(f"{op} has no gradient for its weights; detach them.")

@@ -1,8 +1,8 @@
 """Registers the ops with torch: schemas of the Triton kernels, and the fakes and gradients of all compiled backends.
 
 torch.ops.vaebm_fast holds the C++ and CUDA kernels; csrc/ops.cpp defines its schemas. torch.ops.vaebm_triton holds the
-same ops, in Triton: a namespace of its own, because under TRITON_INTERPRET=1 they run on CPU tensors too, where
-torch.ops.vaebm_fast has the C++ kernels. Triton itself is imported by the first call.
+same ops in Triton. It is a separate namespace because under TRITON_INTERPRET=1 its kernels also run on CPU tensors,
+which torch.ops.vaebm_fast dispatches to C++. The first call imports Triton.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def ops_of(backend: str) -> Any:
 
 
 def define(op: str, arguments: str, backward: str | None = None, *, module: str | None = None) -> None:
-    """Define `op`, and `op`_backward where it has one, by what follows their names in csrc/ops.cpp.
+    """Define the Triton ops `op` and, given `backward`, `op`_backward, with the schemas of csrc/ops.cpp.
 
-    Functions of the same names in `vaebm_fast.triton_kernels.<module>`, by default <op>, implement them.
+    Functions of the same names in `vaebm_fast.triton_kernels.<module>` (default: <op>) implement them.
     """
     for name, schema in ((op, arguments), (f"{op}_backward", backward)):
         if schema is None:
@@ -39,7 +39,7 @@ def define(op: str, arguments: str, backward: str | None = None, *, module: str 
 
 
 def register_fake(op: str, fake: Callable[..., Any]) -> None:
-    """Register what `op` returns on tensors without values, in every namespace that has it."""
+    """Register the fake (meta) implementation of `op` in every namespace that has it."""
     for namespace in _namespaces(op):
         torch.library.register_fake(f"{namespace}::{op}", fake)
 
@@ -52,7 +52,7 @@ def register(
     save: Callable[..., None],
     backward: Callable[..., Any],
 ) -> None:
-    """Register fakes and gradient of `op` in each namespace that has it; `backward(ops, ctx, *gradients)` gets that."""
+    """Register fakes and gradient of `op` in each namespace; `backward(ops, ctx, *gradients)` gets the namespace."""
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
@@ -69,7 +69,7 @@ def register(
 
 
 def _namespaces(op: str) -> list[str]:
-    """Where `op` is defined here, by its row in OP_BACKENDS."""
+    """The namespaces that define `op` here, from its row in OP_BACKENDS."""
     backends = OP_BACKENDS[op]
     in_csrc = extension.is_available() and not {"cpp", "cuda"}.isdisjoint(backends)
     return ["vaebm_fast"] * in_csrc + ["vaebm_triton"] * ("triton" in backends)

@@ -1,7 +1,7 @@
-"""Bilinear upsampling of an image to twice its sides, corners aligned, and its gradient.
+"""Bilinear upsampling by 2 with aligned corners, and its gradient.
 
-Owned here because PyTorch's gradient adds with atomics on CUDA, in the tensor's own precision: its bits differ from run
-to run. This one gathers.
+PyTorch's CUDA gradient uses atomics in the tensor's own precision, so its bits differ from run to run. This one gathers
+in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from vaebm_fast.ops._checks import check_image, choose_for
 
 
 def bilinear_upsample(x: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """y[i, j] = sum_hw t(i, h) t(j, w) x[h, w], t(i, h) = max(0, 1 - |i (H - 1) / (2H - 1) - h|), for w with W.
+    """y[i, j] = sum_hw t(i, h) t(j, w) x[h, w], t(i, h) = max(0, 1 - |i (H - 1) / (2H - 1) - h|), t(j, w) with W.
 
-    x: [N, C, H, W], best in channels_last (Triton copies others into it). Weights and sums are float32 (float64 for
-    float64), rounded once. Returns y [N, C, 2H, 2W] in x's layout, from Triton channels_last.
+    x: [N, C, H, W], best in channels_last (Triton copies other layouts). Weights and sums are float32 (float64 for
+    float64), rounded once. Returns y [N, C, 2H, 2W] in x's layout; from Triton, channels_last.
     Moves each element of x and y once.
-    Differentiable once, with `reference` again and again; nothing is saved. The gradient sums in a fixed order.
-    Raises ValueError for an x that does not fit, RuntimeError for a backend that is missing.
+    Differentiable once (`reference`: any number of times); saves nothing. The gradient sums in a fixed order.
+    Raises ValueError for an invalid x, RuntimeError for a missing backend.
     """
     check_image("x", x)
     if choose_for("bilinear_upsample", backend, x) == "reference":
@@ -36,8 +36,8 @@ def bilinear_upsample(x: Tensor, *, backend: Backend = "auto") -> Tensor:
 def bilinear_upsample_backward(dy: Tensor, *, backend: Backend = "auto") -> Tensor:
     """dx[h, w] = sum_ij t(i, h) t(j, w) dy[i, j]: the gradient for x of `bilinear_upsample`.
 
-    dy: [N, C, 2H, 2W]; the rest as there. A pixel has four taps each way, i = 2h - 1 .. 2h + 2. Returns dx
-    [N, C, H, W].
+    dy: [N, C, 2H, 2W]; dtypes and layouts as there. A pixel has four taps per dimension, i = 2h - 1 .. 2h + 2.
+    Returns dx [N, C, H, W].
     Moves each element of dy and dx once.
     """
     check_image("dy", dy)
@@ -63,7 +63,7 @@ def _fake_backward(dy: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    pass  # the gradient needs no more than its own shape
+    pass  # the gradient depends only on dy
 
 
 def _backward(ops: Any, ctx: Any, dy: Tensor) -> Tensor:

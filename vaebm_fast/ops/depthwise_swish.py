@@ -1,6 +1,6 @@
 """Depthwise convolution of a swish, the middle of an inverted residual, and its gradient for the input.
 
-The weight and bias are frozen: they have no gradient here. Folding batch norm into them is in `vaebm_fast.frozen`.
+Weight and bias are frozen: they have no gradient here. `vaebm_fast.frozen` folds batch norm into them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from vaebm_fast.ops._checks import choose_for
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:
-    """The weight [C, 1, K, K] of a depthwise `Conv2d` as the contiguous [K, K, C] that the ops below take; a copy.
+    """Copy the weight [C, 1, K, K] of a depthwise `Conv2d` into the contiguous [K, K, C] that the ops below take.
 
-    Raises ValueError for a weight of another shape.
+    Raises ValueError for any other shape.
     """
     if weight.dim() != 4 or weight.shape[1] != 1:
         raise ValueError(f"A depthwise weight is [C, 1, K, K]; this one is {list(weight.shape)}.")
@@ -31,14 +31,14 @@ def depthwise_swish(
 ) -> Tensor:
     """y[n, c, i, j] = bias[c] + sum_{k, l} weight[k, l, c] s[n, c, i + k - K//2, j + l - K//2], s = h sigmoid(h).
 
-    s is zero outside the image. With `upsample`, s is first enlarged to [N, C, 2H, 2W], every pixel to 2x2 equal ones.
-    h: [N, C, H, W], best in channels_last (others are copied into it). weight: [K, K, C], K odd, of `pack_depthwise`.
+    s is zero outside the image. `upsample` first enlarges s to [N, C, 2H, 2W] by nearest neighbour.
+    h: [N, C, H, W], best in channels_last (other layouts are copied). weight: [K, K, C], K odd, from `pack_depthwise`.
     bias: [C]. Returns [N, C, H, W], or [N, C, 2H, 2W] with `upsample`, channels_last.
-    All of one floating dtype that the backend stores (`_backend.DTYPES`); the compiled ones compute in float32.
-    Moves each element of h and of y once; 2 K^2 FLOP per element of y, with `upsample` 2 ((K + 1) / 2)^2: the taps
-    that fall on one source pixel are summed beforehand.
-    Differentiable once, in h alone: h is saved, its sigmoid is computed again.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    All share one floating dtype that the backend stores (`_backend.DTYPES`); compiled backends compute in float32.
+    Moves each element of h and y once; 2 K^2 FLOP per element of y, with `upsample` 2 ((K + 1) / 2)^2, because taps
+    that fall on the same source pixel are summed first.
+    Differentiable once, in h only: saves h and recomputes its sigmoid.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     _check(h, weight)
     _check_like(h, bias=bias)
@@ -59,8 +59,8 @@ def depthwise_swish_backward(
     """dh = swish'(h) ds with ds[a, b] = sum_{k, l} weight[k, l] dy[a + K//2 - k, b + K//2 - l], dy zero outside.
 
     The vector-Jacobian product of `depthwise_swish`; swish' = s (1 + h (1 - s)), s = sigmoid(h). With `upsample`, ds is
-    summed over the 2x2 pixels that came of one. dy: in the shape of the output; arguments, FLOP and errors as there.
-    Returns dh, channels_last. Moves each element of dy, of h and of dh once.
+    summed over the 2x2 pixels made from one. dy: shape of the output; arguments, FLOP and errors as there.
+    Returns dh, channels_last. Moves each element of dy, h and dh once.
     """
     _check(h, weight)
     _check_like(h, dy=dy)

@@ -1,4 +1,4 @@
-"""What follows a convolution of the energy network, swish(y + shift + skip_scale * skip), and its gradient."""
+"""Epilogue of the energy network's convolutions, swish(y + shift + skip_scale * skip), and its gradient."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def energy_epilogue(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """u = t sigmoid(t) with t = y + shift + skip_scale * skip; without a shift or a skip that term is left out.
+    """u = t sigmoid(t) with t = y + shift + skip_scale * skip; an omitted shift or skip adds nothing.
 
-    y, skip: [N, C, H, W], best in channels_last (others are copied into it); shift: [C], the bias of the convolution
-    before, which costs a pass of its own there on a GPU and nothing here. All of one floating dtype. Returns u
-    [N, C, H, W], channels_last.
-    Moves 12 bytes per element, 8 without a skip. Saves y and skip instead of t: 4 bytes less than to write t here,
-    4 more to read it again backward.
+    y, skip: [N, C, H, W], best in channels_last (other layouts are copied); shift: [C], the bias of the preceding
+    convolution, which would cost an extra pass there on a GPU and is free here. All share one floating dtype.
+    Returns u [N, C, H, W], channels_last.
+    Moves 12 bytes per element, 8 without a skip. Saves y and skip instead of t: this writes 4 bytes less here and
+    reads 4 more in the backward.
     Differentiable once, in y and skip.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     check_energy_terms("energy_epilogue", y, skip, shift)
     chosen = choose_for("energy_epilogue", backend, y)
@@ -48,7 +48,7 @@ def energy_epilogue_backward(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """dt = du swish'(t), swish' = s (1 + t (1 - s)) with s = sigmoid(t): the gradient for y; for skip, skip_scale * dt.
+    """dt = du swish'(t), swish' = s (1 + t (1 - s)), s = sigmoid(t): the gradient for y; that for skip: skip_scale dt.
 
     du: [N, C, H, W]; other arguments and errors as in `energy_epilogue`. Returns dt [N, C, H, W], channels_last.
     Moves 16 bytes per element, 12 without a skip.

@@ -1,6 +1,6 @@
-"""The energy of what the energy network's last convolution leaves, and its gradient: activation, sum, linear layer.
+"""The energy from the last convolution's output (activation, spatial sum, linear layer) and its gradient.
 
-The activated tensor is never written: forward is one reduction, backward one pass that begins with a number per image.
+The activated tensor is never written: forward is one reduction; backward is one pass from one number per image.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def energy_head(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """E[n] = bias + sum_chw weight[c] t sigmoid(t), t = y + shift + skip_scale * skip or what is given of it.
+    """E[n] = bias + sum_chw weight[c] t sigmoid(t), t = y + shift + skip_scale * skip; shift and skip are optional.
 
-    y, skip: [N, C, H, W], best in channels_last (others are copied into it); shift: [C], the bias of the convolution
-    before; all of one floating dtype. weight [C] and bias [1] are at least float32, and so is E [N]: energies are sums
-    that cancel. Sums are taken in a fixed order.
+    y, skip: [N, C, H, W], best in channels_last (other layouts are copied); shift: [C], the bias of the preceding
+    convolution; all share one floating dtype. weight [C], bias [1] and E [N] are at least float32, because the sum
+    cancels. The order of summation is fixed.
     Moves 8 bytes per element of y, 4 without a skip. Saves y and skip.
     Differentiable once, in y and skip.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     _check(y, skip, shift, weight)
     check_tensor("bias", bias, (1,), y.device, weight.dtype)
@@ -55,10 +55,10 @@ def energy_head_backward(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """dt[n, c] = denergy[n] weight[c] swish'(t): the gradient for y; for skip, skip_scale * dt.
+    """dt[n, c] = denergy[n] weight[c] swish'(t): the gradient for y; that for skip is skip_scale * dt.
 
-    denergy: [N], in the precision of weight; other arguments and errors as in `energy_head`. Returns dt [N, C, H, W],
-    channels_last, in the precision of y.
+    denergy: [N], dtype of weight; other arguments and errors as in `energy_head`. Returns dt [N, C, H, W],
+    channels_last, dtype of y.
     Moves 12 bytes per element, 8 without a skip.
     """
     _check(y, skip, shift, weight)

@@ -1,4 +1,4 @@
-"""A group of normal latents from its prior's raw parameters and noise, with log p, and their gradients."""
+"""A group of normal latents z and log p(z) from the prior's raw parameters and noise, and their gradients."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def gaussian_latent(
 ) -> tuple[Tensor, Tensor | None]:
     """z = mu + temperature sigma eps, mu = 5 tanh(m / 5), sigma = exp(5 tanh(r / 5)) + 0.01; and log p(z), or None.
 
-    (z - mu) / (temperature sigma) is eps: log p(z) = -sum(eps^2 + log 2 pi) / 2 - sum log(temperature sigma), in nats.
-    parameters: m, then r, [N, 2 L, H, W]; None stands for zeros, the top prior: mu = 0, sigma = 1.01.
-    eps: [N, L, H, W], best NHWC inside each image, images at any distance (others are copied).
-    Returns z [N, L, H, W], channels_last, and log_p [N], in the dtype of eps. The reference takes parameters of another
-    floating dtype too and widens them.
+    Since (z - mu) / (temperature sigma) = eps, log p(z) = -sum(eps^2 + log 2 pi) / 2 - sum log(temperature sigma) nats.
+    parameters: m, then r, [N, 2 L, H, W]; None means zeros, the top prior: mu = 0, sigma = 1.01.
+    eps: [N, L, H, W], best NHWC within each image, with any stride between images (other layouts are copied).
+    Returns z [N, L, H, W], channels_last, and log_p [N], in the dtype of eps. The reference also takes parameters of
+    another floating dtype and converts them to that of eps.
     Moves 16 bytes per element of eps. Differentiable once, in parameters and eps, which are saved.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     _check(parameters, eps)
     chosen = choose_for("gaussian_latent", backend, eps, parameters)
@@ -46,8 +46,8 @@ def gaussian_latent_backward(
     """(dparameters, deps), the vector-Jacobian product of `gaussian_latent`, with e = exp(5 tanh(r / 5)).
 
     dm = dz (1 - tanh^2(m / 5)), dr = e (temperature dz eps - dlog_p / sigma) (1 - tanh^2(r / 5)),
-    deps = temperature sigma dz - dlog_p eps. dz: [N, L, H, W]; dlog_p: [N], None for zeros; the rest as there.
-    Returns dparameters [N, 2 L, H, W], None where parameters are, and deps [N, L, H, W], both channels_last.
+    deps = temperature sigma dz - dlog_p eps. dz: [N, L, H, W]; dlog_p: [N], None for zeros; other arguments as there.
+    Returns dparameters [N, 2 L, H, W] (None if parameters is None) and deps [N, L, H, W], both channels_last.
     Moves 28 bytes per element of eps.
     """
     _check(parameters, eps)

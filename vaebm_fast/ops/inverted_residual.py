@@ -1,6 +1,6 @@
-"""A whole inverted residual (1x1, depthwise, 1x1, with a swish before each of the last two) and its input gradient.
+"""An inverted residual as one op (1x1, swish, depthwise, swish, 1x1) and its gradient for the input.
 
-The weights are frozen: they have no gradient here. The cell's squeeze and excitation and its skip are in
+The weights are frozen: they have no gradient here. The cell's squeeze-and-excitation gate and skip are in
 `vaebm_fast.ops.se_gate_residual`.
 """
 
@@ -17,13 +17,13 @@ from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend, choose
 from vaebm_fast.ops._checks import check_image, check_tensor, refuse_weight_gradients
 
-CHANNELS = (32, 64, 128)  # that the CUDA kernels are compiled for
-CHUNK = 32  # hidden channels that they take at a time
+CHANNELS = (32, 64, 128)  # values of C that the CUDA kernels are compiled for
+CHUNK = 32  # hidden channels that the CUDA kernels process at a time
 WINDOW = 5
 
 
 class BlockWeights(NamedTuple):
-    """Of a whole block, for the reference: W1 [hidden, C], b1 [hidden], Wd [K, K, hidden], K odd, of `pack_depthwise`,
+    """Weights for the reference: W1 [hidden, C], b1 [hidden], Wd [K, K, hidden], K odd, from `pack_depthwise`,
     bd [hidden], W2 [C, hidden], b2 [C]."""
 
     expand_weight: Tensor
@@ -35,11 +35,11 @@ class BlockWeights(NamedTuple):
 
 
 class PackedBlock(NamedTuple):
-    """The same for cuda, made by `pack_inverted_residual`.
+    """Weights for cuda, made by `pack_inverted_residual`.
 
-    A row of `weight` [hidden / 32, 64 C + 1920] is all that the forward kernel reads for 32 hidden channels, in the
-    order in which its lanes read it (`Chunk` of csrc/cuda/inverted_residual_tile.h); of `weight_t` [hidden / 32,
-    96 C + 1920] the backward kernel.
+    A row of `weight` [hidden / 32, 64 C + 1920] holds everything the forward kernel reads for 32 hidden channels, in
+    the order its lanes read it (`Chunk` of csrc/cuda/inverted_residual_tile.h); `weight_t` [hidden / 32, 96 C + 1920]
+    is the same for the backward kernel.
     """
 
     weight: Tensor
@@ -48,17 +48,17 @@ class PackedBlock(NamedTuple):
 
 
 def is_taken(C: int, depthwise_weight: Tensor) -> bool:
-    """Whether the CUDA kernels take C channels and a window [K, K, hidden] of these sizes."""
+    """Whether the CUDA kernels support C channels and a depthwise weight [K, K, hidden]."""
     K, _, hidden = depthwise_weight.shape
     return C in CHANNELS and hidden % CHUNK == 0 and K == WINDOW
 
 
 def pack_inverted_residual(weights: BlockWeights) -> PackedBlock:
-    """The weights as the CUDA kernels read them; copies.
+    """Copy the weights into the layout of the CUDA kernels.
 
-    What a swish takes is halved (W1, b1, and backward W2 and W1 once more for the halves of two slopes), for the
-    kernels compute it as u + u tanh u, u = x / 2. Halves are exact. The window and b1 lie behind zeros, two bf16 to a
-    float32. Raises ValueError for sizes that the kernels do not take.
+    The kernels compute swish as u + u tanh u with u = x / 2, so W1 and b1 are halved here; the backward's W2 and W1 are
+    halved for the two slopes. Halving is exact. The window and b1 are stored as float32: a zero bf16, then the value.
+    Raises ValueError for sizes that the kernels do not support.
     """
     W1, b1, Wd, bd, W2, b2 = weights
     if not is_taken(W1.shape[1], Wd):
@@ -79,9 +79,9 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _left_operand(weight: Tensor) -> Tensor:
-    """[hidden, C] -> [hidden / 32, C / 32, 1024]: `m` and `s` count products of 16 x 16, `g` and `q` lanes.
+    """[hidden, C] -> [hidden / 32, C / 32, 1024]: `m` and `s` index 16 x 16 products, `g` and `q` index lanes.
 
-    A lane's eight are of two rows, `i`, which are neighbours in memory, as those of four products are.
+    The eight elements of a lane come from two rows, `i`. They are contiguous, and so are those of four products.
     """
     chunk, g, m, i, c, q, s, h, b = range(9)
     blocks = weight.reshape(-1, 8, 2, 2, weight.shape[1] // CHUNK, 4, 2, 2, 2)
@@ -89,20 +89,20 @@ def _left_operand(weight: Tensor) -> Tensor:
 
 
 def _right_operand(weight: Tensor) -> Tensor:
-    """[rows, columns] -> [rows / 32, columns / 32, 1024]: of product `j` of 8 x 32 a lane has eight of row 2 a + d."""
+    """[rows, columns] -> [rows / 32, columns / 32, 1024]: in 8 x 32 product `j` a lane holds eight of row 2 a + d."""
     block, a, j, d, c, q, e = range(7)
     blocks = weight.reshape(-1, 4, 4, 2, weight.shape[1] // CHUNK, 4, 8)
     return blocks.permute(block, c, j, a, d, q, e).flatten(2)
 
 
 def _lanes(window: Tensor) -> Tensor:
-    """[28, hidden] -> [hidden / 32, 7, 32, 4, 2]: four numbers of each of 32 channels at a time."""
+    """[28, hidden] -> [hidden / 32, 7, 32, 4, 2]: groups of four values for each of 32 channels."""
     quads = window.reshape(7, 4, -1, CHUNK)
     return _as_float32(quads.permute(2, 0, 3, 1))
 
 
 def _as_float32(x: Tensor) -> Tensor:
-    """[..., 2]: in bfloat16 and in the order of little-endian memory, zero and x are the bits of x in float32."""
+    """[..., 2]: bfloat16 pairs (0, x), which in little-endian memory are the bits of x in float32."""
     return torch.stack((torch.zeros_like(x), x), -1)
 
 
@@ -111,14 +111,14 @@ def inverted_residual(
 ) -> tuple[Tensor, Tensor | None]:
     """s = W2 swish(h2) + b2, h2 = Wd * swish(h1) + bd, h1 = W1 x + b1; swish(h1) is zero outside the image.
 
-    x: [N, C, H, W], best in channels_last (others are copied into it), of the weights' floating dtype. `weights`: plain
-    for the reference, packed for cuda; "auto" follows them. cuda: bfloat16, summed in float32, C = 32, 64 or 128,
-    hidden a multiple of 32, K = 5; its swish(h1) and swish(h2) are rounded to bfloat16, and tanh is within 2^-11.
-    Returns s [N, C, H, W], channels_last, and with `with_h2` h2 [N, hidden, H, W], which has no gradient, else None.
-    FLOP per pixel: 4 C hidden + 2 K^2 hidden; cuda expands 1.9 times, as tiles overlap. Moves each element of x and s
-    once, and each of h2 where it is asked for or x has a gradient.
-    Differentiable once, in x alone: x and h2 are saved.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    x: [N, C, H, W], best in channels_last (other layouts are copied), dtype of the weights. `weights`: plain for the
+    reference, packed for cuda; "auto" picks by type. cuda: bfloat16 with float32 sums, C = 32, 64 or 128, hidden a
+    multiple of 32, K = 5; swish(h1) and swish(h2) are rounded to bfloat16, and tanh is within 2^-11.
+    Returns s [N, C, H, W], channels_last, and h2 [N, hidden, H, W] without a gradient if `with_h2`, otherwise None.
+    FLOP per pixel: 4 C hidden + 2 K^2 hidden; cuda computes h1 1.9 times, because tiles overlap. Moves each element of
+    x and s once, and each of h2 once if it is returned or x requires a gradient.
+    Differentiable once, in x only: saves x and h2.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     _check(x, weights)
     refuse_weight_gradients("inverted_residual", *weights)
@@ -137,7 +137,7 @@ def inverted_residual_backward(
 ) -> Tensor:
     """dx = W1' [swish'(h1) (Wd' * [swish'(h2) W2' ds])], ds zero outside; swish' = s (1 + h (1 - s)), s = sigmoid(h).
 
-    The vector-Jacobian product of `inverted_residual`, whose h2 it takes; h1 is computed again. ds: [N, C, H, W]; other
+    The vector-Jacobian product of `inverted_residual`; takes its h2 and recomputes h1. ds: [N, C, H, W]; other
     arguments and errors as there. Returns dx [N, C, H, W], channels_last.
     FLOP per pixel: 6 C hidden + 2 K^2 hidden; cuda computes W2' ds 1.9 times. Moves each element of ds, x, h2 and dx
     once; cuda reads ds and h2 1.9 times, mostly from L2.
@@ -155,7 +155,7 @@ def inverted_residual_backward(
 
 
 def _check(x: Tensor, weights: BlockWeights | PackedBlock) -> int:
-    """The number of hidden channels of weights that fit x."""
+    """Check that the weights fit x; return the number of hidden channels."""
     check_image("x", x)
     return _check_plain(x, weights) if isinstance(weights, BlockWeights) else _check_packed(x, weights)
 
@@ -215,7 +215,7 @@ def _fake_backward(ds: Tensor, x: Tensor, h2: Tensor, weight_t: Tensor) -> Tenso
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, _, weight_t, _, ctx.with_h2 = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # else h2 gets a gradient of zeros, as large as itself
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros of h2's size as its gradient
     ctx.save_for_backward(x, output[1], weight_t)
 
 

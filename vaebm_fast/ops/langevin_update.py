@@ -1,4 +1,4 @@
-"""One step of a Langevin chain on all its noise at once; the step's own noise is made where it is used."""
+"""One Langevin step on the whole state in one launch; the kernel generates the step's noise itself."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def langevin_update(
 ) -> None:
     """eps <- eps - (h/2) gradient + sqrt(h) z in place, z = `philox_normal(seeds, draw, stream, D)`, h = `step_size`.
 
-    eps: float32 [N, D], contiguous; written. gradient: float32 [N, D], dU/deps. seeds [N], draw [] or [1] and stream:
-    as for `philox_normal`. prior: add eps to the gradient, that of |eps|^2 / 2; `gradient` must not hold it then.
-    nonfinite_at: int64 [N], contiguous; the caller fills it with -1 before the first step. Image n gets the low 32 bits
-    of the draw after which its row first was not finite, and keeps them.
-    Nothing here waits for the device, and what changes from step to step is in tensors: a graph may capture it.
-    h/2 and sqrt(h) are rounded to float32 once, products and sums one by one as written: the bits are the same on every
-    backend, in any batch.
-    Moves 12 bytes per element: eps and gradient read once, eps written once.
-    No gradient. Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    eps: float32 [N, D], contiguous; written in place. gradient: float32 [N, D], dU/deps. seeds [N], draw [] or [1] and
+    stream: as for `philox_normal`. prior: also add eps, the gradient of |eps|^2 / 2; `gradient` must then exclude it.
+    nonfinite_at: int64 [N], contiguous; the caller fills it with -1 before the first step. Entry n is set once, to the
+    low 32 bits of the first draw after which row n is not finite.
+    A CUDA graph may capture it: no host sync, and everything that changes between steps is in tensors.
+    h/2 and sqrt(h) are rounded to float32 once; products and sums follow the formula one by one, so the bits are the
+    same on every backend and in any batch.
+    Moves 12 bytes per element: reads eps and gradient once, writes eps once.
+    No gradient. Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     Source: VAEBM, arXiv:2010.00654, equation 3.
     """
     _check(eps, gradient, seeds, draw, nonfinite_at, stream, step_size)

@@ -1,7 +1,7 @@
-"""Counter-based noise: Philox4x32-10 words, and the normals and uniforms made of them.
+"""Counter-based noise: Philox4x32-10 words, and normals and uniforms made from them.
 
-Element e of draw k for seed s is a function of (s, k, stream, e) alone and has the same bits on every backend;
-csrc/philox.h defines it. Which stream is for what, and how a flat vector is cut into tensors, is in `chain.noise`.
+Element e of draw k for seed s depends only on (s, k, stream, e) and has the same bits on every backend; csrc/philox.h
+defines it. `chain.noise` assigns the streams.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def philox_words(seeds: Tensor, draw: Tensor, *, stream: int, numel: int, backen
     """The words w[n, e] = Philox4x32-10(key = seeds[n], counter = (e // 4, draw, stream, 0))[e % 4], int32 [N, numel].
 
     seeds: int64 [N], the bits of numbers in 0..2^64-1, one per image.
-    draw: int64 [] or [1] on the seeds' device; its low 32 bits count. A tensor: replays of a graph draw fresh noise.
-    stream: 0..2^32-1; separate streams are independent. numel: elements per image, at most 2^34.
-    An int32 holds the bits of a uint32. Not differentiable.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    draw: int64 [] or [1] on the seeds' device; only its low 32 bits count. It is a tensor so that graph replays can
+    draw fresh noise. stream: 0..2^32-1; streams are independent. numel: elements per image, at most 2^34.
+    Each int32 holds the bits of a uint32. Not differentiable.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     check_noise(seeds, draw, stream, numel)

@@ -18,13 +18,13 @@ def pixel_head(
 ) -> tuple[Tensor, Tensor | None]:
     """x = c / 2 + 1/2, c = clamp(mu + sigma eps_x, -1, 1); and log p(x|z) = sum log Normal(c; mu, sigma_p), or None.
 
-    mu = 5 tanh(m / 5), log sigma = 5 tanh(r / 5), sigma = exp(log sigma) + 0.01; sigma_p likewise from
-    max(log sigma, -2), VAEBM's floor. In nats and [-1, 1] units.
-    logits: m, then r, [N, 2 C, H, W]. eps_x: [N, C, H, W], best NHWC inside each image, images at any distance (others
-    are copied). Returns x [N, C, H, W], channels_last, and log_p [N], in the dtype of eps_x. The reference takes logits
-    of another floating dtype too and widens them.
+    mu = 5 tanh(m / 5), log sigma = 5 tanh(r / 5), sigma = exp(log sigma) + 0.01; sigma_p uses max(log sigma, -2)
+    instead, VAEBM's floor. log_p is in nats, for pixels in [-1, 1].
+    logits: m, then r, [N, 2 C, H, W]. eps_x: [N, C, H, W], best NHWC within each image, with any stride between images
+    (other layouts are copied). Returns x [N, C, H, W], channels_last, and log_p [N], in the dtype of eps_x. The
+    reference also takes logits of another floating dtype and converts them to that of eps_x.
     Moves 16 bytes per element of x. Differentiable once, in logits and eps_x, which are saved.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     _check(logits, eps_x)
     chosen = choose_for("pixel_head", backend, eps_x, logits)
@@ -40,8 +40,8 @@ def pixel_head_backward(
     """(dlogits, deps_x), the vector-Jacobian product of `pixel_head`; t = mu + sigma eps_x, d = (c - mu) / sigma_p.
 
     dt = [-1 <= t <= 1] (dx / 2 - dlog_p d / sigma_p), deps_x = sigma dt, dmu = dt + dlog_p d / sigma_p,
-    dlog_sigma = exp(log sigma) (dt eps_x + [log sigma >= -2] dlog_p (d^2 - 1) / sigma_p); dm, dr by the slope
-    1 - tanh^2. dx: [N, C, H, W]; dlog_p: [N], None for zeros; the rest as there.
+    dlog_sigma = exp(log sigma) (dt eps_x + [log sigma >= -2] dlog_p (d^2 - 1) / sigma_p); dm and dr follow by the
+    slope 1 - tanh^2. dx: [N, C, H, W]; dlog_p: [N], None for zeros; other arguments as there.
     Returns dlogits [N, 2 C, H, W] and deps_x [N, C, H, W], channels_last. Moves 28 bytes per element of x.
     """
     _check(logits, eps_x)

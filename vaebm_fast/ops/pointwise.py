@@ -1,4 +1,4 @@
-"""Pointwise (1x1) convolution with what surrounds it in a frozen network, and its gradient for the input.
+"""Pointwise (1x1) convolution with fused activation, bias and residual, and its gradient for the input.
 
 Weights and bias are frozen: they have no gradient here.
 """
@@ -22,15 +22,14 @@ from vaebm_fast.ops._checks import (
 )
 from vaebm_fast.reference import Activation
 
-PANEL = 16  # output channels that the C++ kernels keep side by side
+PANEL = 16  # contiguous output channels in the C++ layout
 
 
 class PointwiseWeight(NamedTuple):
-    """The weight of a 1x1 convolution as a backend reads it; made by `pack_pointwise`.
+    """The weight of a 1x1 convolution in a backend's layout; made by `pack_pointwise`.
 
-    Plain, for every backend but cpp: `forward` is [Cout, Cin] and `backward` None. cpp: panels of 16 output channels,
-    zeros behind the last, `forward` [ceil(Cout / 16), Cin, 16] and, of the transpose, `backward` [ceil(Cin / 16), Cout,
-    16].
+    Plain, for every backend but cpp: `forward` is [Cout, Cin], `backward` is None. cpp: zero-padded panels of 16 output
+    channels, `forward` [ceil(Cout / 16), Cin, 16] and, for the transpose, `backward` [ceil(Cin / 16), Cout, 16].
     """
 
     forward: Tensor
@@ -38,7 +37,7 @@ class PointwiseWeight(NamedTuple):
 
     @property
     def transposed(self) -> Tensor:
-        """What the backward product multiplies by: `backward`, or the plain weight seen as [Cin, Cout]."""
+        """The weight of the backward product: `backward`, or the plain weight as a [Cin, Cout] view."""
         return self.forward.T if self.backward is None else self.backward
 
     @property
@@ -50,9 +49,9 @@ class PointwiseWeight(NamedTuple):
 
 
 def pack_pointwise(weight: Tensor, backend: Backend) -> PointwiseWeight:
-    """The weight [Cout, Cin] or [Cout, Cin, 1, 1] in the layout of `backend`; "auto" is the plain one.
+    """The weight [Cout, Cin] or [Cout, Cin, 1, 1] in the layout of `backend`; "auto" means plain.
 
-    Raises ValueError for a weight of another shape.
+    Raises ValueError for any other shape.
     """
     if weight.dim() not in (2, 4) or weight.shape[2:] not in ((), (1, 1)):
         raise ValueError(f"A pointwise weight is [Cout, Cin] or [Cout, Cin, 1, 1]; this one is {list(weight.shape)}.")
@@ -78,15 +77,15 @@ def pointwise(
 ) -> Tensor:
     """y[n, :, i, j] = W f(x[n, :, i, j]) + bias + residual[n, :, i, j]; f: "swish", "elu", or "none", the identity.
 
-    x: [N, Cin, H, W], best in channels_last (others are copied into it). weight: of `pack_pointwise`, in the layout of
-    the backend; "auto" follows the layout. bias: [Cout]. residual: [N, Cout, H, W]. All of one floating dtype
+    x: [N, Cin, H, W], best in channels_last (other layouts are copied). weight: from `pack_pointwise`, in the layout of
+    the backend; "auto" follows the layout. bias: [Cout]. residual: [N, Cout, H, W]. All share one floating dtype
     that the backend stores; it computes in float32. Returns [N, Cout, H, W], channels_last.
     2 Cin Cout FLOP per pixel; moves each element of x, residual, y and the weight once.
-    Differentiable once (the reference as often as one likes), in x and the residual: x is saved where it is activated.
-    Triton multiplies float32 as TF32, rounded to the nearest, where `torch.set_float32_matmul_precision` or
-    `torch.backends.cuda.matmul.fp32_precision` allows that. cuda is cuBLAS on the rows of pixels, with the bias in its
-    epilogue and a pass of its own for an activation.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    Differentiable once (reference: any number of times), in x and the residual; saves x if it is activated.
+    Triton multiplies float32 as TF32, rounded to nearest, if `torch.set_float32_matmul_precision` or
+    `torch.backends.cuda.matmul.fp32_precision` allows it. cuda is one cuBLAS product over all pixels, with the bias in
+    its epilogue; an activation is a separate pass.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     _check(x, weight, bias, residual)
     _check_activation(activation)
@@ -110,8 +109,8 @@ def pointwise_backward(
 ) -> Tensor:
     """dx[n, :, i, j] = W' dy[n, :, i, j], times f'(x[n, :, i, j]): the gradient of `pointwise` for x.
 
-    dy: [N, Cout, H, W]; x: [N, Cin, H, W], what was activated, None without an activation. elu' = 1 for x > 0, else
-    exp(x). Arguments, FLOP and errors as there. Returns [N, Cin, H, W], channels_last.
+    dy: [N, Cout, H, W]; x: [N, Cin, H, W], the input before its activation, None without one. elu' = 1 for x > 0,
+    otherwise exp(x). Arguments, FLOP and errors as there. Returns [N, Cin, H, W], channels_last.
     """
     Cout, Cin = weight.shape
     check_image("dy", dy)
@@ -139,7 +138,7 @@ def pointwise_backward(
 def _by_cublas(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
 ) -> Tensor:
-    """One matrix product over all pixels, whose gradient is PyTorch's own."""
+    """One matrix product over all pixels; PyTorch differentiates it."""
     rows = _rows(reference.activated(x, activation))
     if residual is None:
         return _image(F.linear(rows, weight, bias), x)
@@ -148,7 +147,7 @@ def _by_cublas(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] as the matrix [N H W, C], without a copy where x is channels_last."""
+    """[N, C, H, W] as the matrix [N H W, C]; a view if x is channels_last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
@@ -159,7 +158,7 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _choose(op: str, x: Tensor, weight: PointwiseWeight, backend: Backend) -> str:
-    """The backend, which must be one that reads this layout."""
+    """The backend; raises ValueError if it does not read this weight's layout."""
     is_packed = weight.backward is not None
     if backend == "auto":
         backend = "cpp" if is_packed else "reference"

@@ -16,15 +16,15 @@ from vaebm_fast.runtime import extension
 def power_iteration(
     weight: Tensor, u: Tensor, v: Tensor, *, iterations: int, eps: float, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """`iterations` times v <- normalize(u'W), then u <- normalize(W v), for a batch; normalize(x) = x / max(|x|, eps).
+    """`iterations` times v <- normalize(u'W), then u <- normalize(W v), batched; normalize(x) = x / max(|x|, eps).
 
-    weight: W [B, M, K] with M, K >= 1, best contiguous. u: [B, M]. v: [B, K]; any iteration replaces it, so its values
-    only matter for `iterations` = 0, which gives both back. Returns the new u and v; u'Wv tends to the largest singular
-    value. All of one floating dtype; the compiled backends compute in float32 only.
-    An iteration takes 4 M K FLOP per matrix. W, 4 bytes per element, is read from memory once, and for each iteration
-    once more from where it then lies: the cache, if it fits (on a GPU all B matrices, on a CPU one).
-    Not differentiable: the gradient of u'Wv is taken through the W of that product alone.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    weight: W [B, M, K] with M, K >= 1, best contiguous. u: [B, M]. v: [B, K]; its values matter only for
+    `iterations` = 0, which returns both unchanged. Returns the new u and v; u'Wv tends to the largest singular value.
+    All share one floating dtype; compiled backends take float32 only.
+    An iteration takes 4 M K FLOP per matrix. W (4 bytes per element) is read from memory once, then once per iteration
+    from cache if it fits (on a GPU all B matrices must fit, on a CPU one).
+    Not differentiable: callers differentiate u'Wv through W only, with u and v constant.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     Source: Miyato et al., arXiv:1802.05957, section 2.2 and appendix A.
     """
     _check(weight, u, v, iterations, eps)

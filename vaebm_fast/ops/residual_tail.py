@@ -1,8 +1,8 @@
-"""What follows the expansion of an inverted residual: depthwise, projection, gate and skip; and its gradient.
+"""The rest of an inverted residual after its expansion (depthwise, projection, gate, skip) and its gradient.
 
-One op, because each part reads best what another has at hand: the gate its mean from the projection's blocks, the
-projection's gradient ds from dy, the projection swish(h2) from the depthwise. The weights are frozen: they have no
-gradient here. Who has no such op runs `depthwise_swish`, `pointwise` and `se_gate_residual`.
+Fusing them shares intermediate results: the projection's blocks give the gate its mean, the projection's gradient forms
+ds from dy, and the depthwise gives the projection swish(h2). The weights are frozen: they have no gradient here.
+Backends without this op run `depthwise_swish`, `pointwise` and `se_gate_residual`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def residual_tail(
 ) -> Tensor:
     """y = skip + gate(s) s, s = W2 swish(h2) + b2, h2 = Wd * swish(h) + bd; the gate of `se_gate_residual`.
 
-    h: [N, hidden, H, W], what the expansion gave; swish(h) is zero outside the image and enlarged to [2H, 2W] with
+    h: [N, hidden, H, W], the expansion's output; swish(h) is zero outside the image and enlarged to [2H, 2W] with
     `upsample`, as in `depthwise_swish`. skip: [N, C, H, W], or [N, C, 2H, 2W]. depthwise_weight Wd: [K, K, hidden], K
-    odd, of `pack_depthwise`; depthwise_bias bd: [hidden]. project_weight W2: [C, hidden], plain; project_bias b2: [C].
-    The gate's four as in `se_gate_residual`. All of one floating dtype that the backend stores; it sums in float32.
-    Returns y like skip, channels_last.
+    odd, from `pack_depthwise`; depthwise_bias bd: [hidden]. project_weight W2: [C, hidden], plain; project_bias b2:
+    [C]. Gate weights as in `se_gate_residual`. All share one floating dtype that the backend stores; sums are float32.
+    Returns y, shape of skip, channels_last.
     FLOP per pixel of y: 2 K^2 hidden (with `upsample` 2 ((K + 1) / 2)^2 hidden) + 2 C hidden. Moves each element of h,
-    skip and y once, of s twice (three times where it has left the cache), and of h2 twice or, stored as swish(h2)
-    beside it, three times.
-    Differentiable once, in h and skip: h, h2, s and the gate are saved; the gradient for skip is dy.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    skip and y once, of s twice (three times if it has left the cache), of h2 twice (three times if swish(h2) is stored
+    too).
+    Differentiable once, in h and skip: saves h, h2, s and the gate; the gradient for skip is dy.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     _check(h, depthwise_weight, project_weight, weight_in, weight_out)
     hidden, C = h.shape[1], project_weight.shape[0]
@@ -78,8 +78,8 @@ def residual_tail_backward(
 ) -> Tensor:
     """dh = swish'(h) (Wd' * [swish'(h2) W2' ds]), ds of `se_gate_residual_backward`: the gradient for h.
 
-    dy and s like y; h2 [N, hidden, H, W] (or [2H, 2W]), hidden [N, squeezed] and gate [N, C] of the forward; other
-    arguments and errors as there. Returns dh like h, channels_last.
+    dy, s: shape of y; h2 [N, hidden, H, W] (or [2H, 2W]), hidden [N, squeezed] and gate [N, C] from the forward; other
+    arguments and errors as there. Returns dh, shape of h, channels_last.
     FLOP as there. Moves each element of dy and s twice, of h, h2 and dh once, and of the gradient for h2 twice.
     """
     _check(h, depthwise_weight, project_weight, weight_in, weight_out)
@@ -111,7 +111,7 @@ def _check(h: Tensor, depthwise_weight: Tensor, project_weight: Tensor, weight_i
 
 
 def _check_result(name: str, x: Tensor, h: Tensor, channels: int, upsample: bool) -> None:
-    """x has so many channels on the pixels of y."""
+    """Check that x is [N, channels, ...] with the height and width of y."""
     scale = 2 if upsample else 1
     check_tensor(name, x, (h.shape[0], channels, scale * h.shape[2], scale * h.shape[3]), h.device, h.dtype)
 
@@ -140,7 +140,7 @@ def _fake_backward(dy: Tensor, h: Tensor, *others: Any) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, _, depthwise_weight, _, project_weight, _, weight_in, _, weight_out, _, ctx.upsample = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else zeros, for h2 as large as the hidden tensor
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros, for h2 as large as the hidden tensor
     ctx.save_for_backward(h, *output[1:], depthwise_weight, project_weight, weight_in, weight_out)
 
 

@@ -1,4 +1,4 @@
-"""The end of a residual cell with squeeze and excitation, skip + gate(s) s, and its gradient for the branch s.
+"""The end of a squeeze-and-excitation residual cell, skip + gate(s) s, and its gradient for the branch s.
 
 The gate's weights are frozen: they have no gradient here.
 """
@@ -33,12 +33,12 @@ def se_gate_residual(
 ) -> Tensor:
     """y = skip + gate s, gate = sigmoid(W_out hidden + b_out) [N, C], hidden = relu(W_in mean_hw(s) + b_in).
 
-    s, skip: [N, C, H, W], best in channels_last (others are copied into it). weight_in: [hidden, C]. bias_in: [hidden].
-    weight_out: [C, hidden]. bias_out: [C]. All of one floating dtype.
+    s, skip: [N, C, H, W], best in channels_last (other layouts are copied). weight_in: [hidden, C]. bias_in: [hidden].
+    weight_out: [C, hidden]. bias_out: [C]. All share one floating dtype.
     Returns y [N, C, H, W], channels_last.
-    Moves 12 bytes per element, 4 more where an image's s does not stay in a cache between its mean and its gate.
-    Differentiable once, in s and skip: s, hidden and gate are saved; the gradient for skip is dy.
-    Raises ValueError for arguments that do not fit, RuntimeError for a backend that is missing.
+    Moves 12 bytes per element, 4 more if an image's s leaves the cache between its mean and its gate.
+    Differentiable once, in s and skip: saves s, hidden and gate; the gradient for skip is dy.
+    Raises ValueError for invalid arguments, RuntimeError for a missing backend.
     """
     _check(s, weight_in, weight_out)
     check_tensor("skip", skip, s.shape, s.device, s.dtype)
@@ -65,8 +65,8 @@ def se_gate_residual_backward(
     """ds = gate dy + W_in^T d_hidden / (H W): the gradient for s of `se_gate_residual`.
 
     d_hidden = [hidden > 0] W_out^T (gate (1 - gate) sum_hw(dy s)). dy: [N, C, H, W]; hidden: [N, hidden] and gate:
-    [N, C] of the forward; other arguments and errors as there. Returns ds [N, C, H, W], channels_last.
-    Moves 12 bytes per element, 4 more where an image's dy does not stay in a cache.
+    [N, C] from the forward; other arguments and errors as there. Returns ds [N, C, H, W], channels_last.
+    Moves 12 bytes per element, 4 more if an image's dy leaves the cache.
     """
     _check(s, weight_in, weight_out)
     check_tensor("dy", dy, s.shape, s.device, s.dtype)
@@ -112,7 +112,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Te
     s, _, weight_in, _, weight_out, _ = inputs
     _, hidden, gate = output
     ctx.mark_non_differentiable(hidden, gate)
-    ctx.set_materialize_grads(False)  # else two launches make them gradients of zeros
+    ctx.set_materialize_grads(False)  # otherwise two launches fill gradients of zeros for them
     ctx.save_for_backward(s, hidden, gate, weight_in, weight_out)
 
 

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, files, processes, signals, devices, and the compiled part."""
+"""Infrastructure for all other packages: errors, files, ranks, signals, devices and the compiled extension."""

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and one line on stderr for a warning or for an error that its user can mend.
+"""Runs a command: its exit code, and one line on stderr per warning or user error.
 
 The commands themselves are in `cli`.
 """
@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 from vaebm_fast.runtime.errors import UserError, sentence
 
-FAILED, INTERRUPTED = 1, 130  # as shells have it: 128 + SIGINT
+FAILED, INTERRUPTED = 1, 130  # 128 + SIGINT, the shells' convention
 
 
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """The exit code of command(arguments): its own, 130 after Ctrl-C, 1 after an error, told as `error: <sentence>`.
+    """The exit code of command(arguments): its own, 130 after Ctrl-C, 1 after an error printed as `error: <sentence>`.
 
-    Errors told so are UserError, and OSError where it names a file. Any other is a bug, and keeps its traceback.
+    Prints UserError, and OSError with a file name, that way. Any other exception is a bug and keeps its traceback.
     """
     warnings.formatwarning = _one_line
     try:
@@ -29,7 +29,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> in
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever reads the output has had enough, as `head` does; Python's own flush on exit must not fail on it.
+        # The reader closed the pipe (`| head`); redirect stdout so that Python's flush on exit does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (UserError, OSError) as error:

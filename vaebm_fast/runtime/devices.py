@@ -1,4 +1,4 @@
-"""The meaning of --device."""
+"""Resolves --device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(name: DeviceName) -> torch.device:
-    """The device that --device names. Raises ValueError where it names a GPU and torch finds none."""
+    """The device that --device names. Raises UserError for "cuda" if torch finds no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; `vaebm-fast info` says what is missing.")
+        raise UserError("--device cuda: torch finds no GPU here; run `vaebm-fast info` to see what is missing.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and the one line that tells of them."""
+"""Errors that the user can fix, and their one-line form."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ AGAIN = "run the same command again to continue"
 
 
 class UserError(ValueError):
-    """What the user can mend: an argument, a file, a missing part. The message is one sentence for the user.
+    """An error that the user can fix: an argument, a file, a missing part. The message is one sentence for the user.
 
-    Commands print it as one line. Any other exception but an OSError that names its file is a bug and keeps its
-    traceback: so code of this package that checks what a user gives raises UserError, and code that checks its own
-    callers raises the builtin types.
+    Commands print it as one line. Any other exception, except an OSError that names its file, is a bug and keeps its
+    traceback. So checks of user input raise UserError; checks of internal callers raise builtin types.
     """
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """Weights, a loss, a statistic or a chain that is infinite or not a number."""
+    """Weights, a loss, a statistic or a chain is not finite."""
 
 
 def sentence(error: BaseException) -> str:

@@ -1,14 +1,13 @@
-"""The compiled part, `vaebm_fast._C`: loaded once, here, if it is there. It registers `torch.ops.vaebm_fast`.
+"""Loads the compiled extension `vaebm_fast._C`, which registers `torch.ops.vaebm_fast`, if it is built.
 
-The package works without it, more slowly; this module remembers why it is missing. Which op runs what is decided in
-`vaebm_fast.ops`.
+The package works without it, more slowly; this module records why it is missing. `vaebm_fast.ops` chooses backends.
 """
 
 from __future__ import annotations
 
 import importlib
 
-import torch  # before the compiled part, which links against the libraries that torch loads
+import torch  # first: the extension links against libraries that torch loads
 
 BUILD = "`pip install --no-build-isolation -e .` in the repository builds it"
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their hashes. Every writer of the package uses this module."""
+"""Atomic file writes and file hashes. Every writer of the package uses this module."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from uuid import uuid4
 
 @contextlib.contextmanager
 def replacing(path: str | Path, *, durable: bool = False, temporaries: Path | None = None) -> Iterator[Path]:
-    """A temporary file to write; then `path` is the whole of it. After an error `path` is what it was before.
+    """Yield a temporary file to write, then rename it to `path`. After an error `path` is unchanged.
 
-    Writes beside `path` and renames; with `durable`, fsync of the file before and of its folder after, so that a power
-    cut loses nothing. temporaries: a folder on the same disk to write in instead, for a caller that clears it.
-    A symbolic link goes on pointing at what is written. Raises OSError, which names `path` where it named no file.
+    The temporary file is beside `path`. `durable` fsyncs the file before the rename and its folder after it, so a power
+    cut loses nothing. temporaries: a folder on the same disk for the temporary file, which the caller clears.
+    If `path` is a symbolic link, its target is replaced. Raises OSError, with `path` as its file name if it had none.
     """
     path = Path(os.path.realpath(path))
     temporary = (temporaries or path.parent) / f".{path.name}.{uuid4().hex}.tmp"
@@ -24,7 +24,7 @@ def replacing(path: str | Path, *, durable: bool = False, temporaries: Path | No
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files private to their owner; the umask decides here
+        temporary.chmod(mode)  # safetensors makes files private to their owner; restore the umask's mode
         if durable:
             sync(temporary)
         os.replace(temporary, path)
@@ -40,7 +40,7 @@ def replacing(path: str | Path, *, durable: bool = False, temporaries: Path | No
 
 
 def write(path: str | Path, data: bytes | str, *, durable: bool = False, temporaries: Path | None = None) -> str:
-    """Write a file whole; its SHA-256. Text is UTF-8; the rest is as in `replacing`."""
+    """Write a file atomically and return its SHA-256. Text is UTF-8; other arguments as in `replacing`."""
     data = data.encode() if isinstance(data, str) else data
     with replacing(path, durable=durable, temporaries=temporaries) as temporary:
         temporary.write_bytes(data)
@@ -48,7 +48,7 @@ def write(path: str | Path, data: bytes | str, *, durable: bool = False, tempora
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add `data` to the end of a file, and wait until it is on the disk."""
+    """Append `data` to a file and wait until it is on the disk."""
     with path.open("ab") as file:
         file.write(data)
         file.flush()

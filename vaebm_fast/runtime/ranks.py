@@ -1,4 +1,4 @@
-"""The processes of a job: started here, or by torchrun. They talk when all are ready and when all are done."""
+"""The ranks of a job, started here or by torchrun. They communicate when all are ready and when all are done."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vaebm_fast.runtime import command
 from vaebm_fast.runtime.errors import AGAIN, UserError
 from vaebm_fast.runtime.signals import handled
 
-LONGEST = timedelta(days=7)  # that one process may wait for another
+LONGEST = timedelta(days=7)  # timeout of one rank's wait for another
 POLL_S = 0.2
 GRACE_S = 10
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class ProcessLostError(UserError):
-    """Another process of the job is gone; it has told why, or was killed."""
+    """Another process of the job ended early; it printed the reason, or was killed."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Ranks:
 
     @property
     def speaks(self) -> bool:
-        """Whether it is the one process of its machine that tells what concerns all."""
+        """Whether this is the process of its machine that prints messages for all."""
         return self.local_rank == 0
 
     def exchange(self, value: T) -> list[T]:
-        """The values of all processes, by rank; each waits for all. Raises ProcessLostError when one ended."""
+        """All-gather: the values of all processes, by rank. Raises ProcessLostError if one ended."""
         if self.world == 1:
             return [value]
         values: list[T] = [value] * self.world
@@ -57,7 +57,7 @@ class Ranks:
         return values
 
     def wait(self, meanwhile: Callable[[], object]) -> None:
-        """Until all processes are here; calls `meanwhile` now and then. Raises ProcessLostError when one ended."""
+        """Barrier over all processes; calls `meanwhile` every POLL_S. Raises ProcessLostError if one ended."""
         if self.world == 1:
             return
         with _losing_none():
@@ -78,7 +78,7 @@ def _losing_none() -> Iterator[None]:
 
 @contextmanager
 def joined(ranks: Ranks, store: Path | None = None) -> Iterator[Ranks]:
-    """Inside, the processes can talk, by way of a file `store`, or as torchrun's environment says."""
+    """Inside, a gloo process group connects the ranks, through the file `store` or torchrun's environment."""
     if ranks.world > 1:
         meeting = f"file://{store}" if store else "env://"
         with _losing_none():
@@ -94,7 +94,7 @@ def joined(ranks: Ranks, store: Path | None = None) -> Iterator[Ranks]:
 
 
 def of_torchrun() -> Ranks | None:
-    """This process among those that torchrun started; None where it was started otherwise."""
+    """This process's Ranks if torchrun started it, otherwise None."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not all(name in os.environ for name in names):
         return None
@@ -102,12 +102,12 @@ def of_torchrun() -> Ranks | None:
 
 
 def start(run: Callable[[Ranks, Path], int], processes: int) -> int:
-    """run(ranks, store) in this many processes of this machine; the exit code of the first that did not end with 0.
+    """Run run(ranks, store) in this many processes of this machine; the exit code of the first that fails, or 0.
 
-    When one ends so, the others are given `GRACE_S` to end too, then told to. An interruption is passed on to all:
-    they begin without ears for the Ctrl-C that a terminal tells them too, which would break into their ending.
+    After a failure the others get `GRACE_S` to end, then are terminated. Children ignore SIGINT; the parent forwards
+    SIGTERM, so that a terminal's Ctrl-C does not interrupt their shutdown.
     """
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # telling them is no news to the user
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # hides torch's termination warnings
     interrupted = False
     with tempfile.TemporaryDirectory() as folder:
         with handled((signal.SIGINT,), signal.SIG_IGN):

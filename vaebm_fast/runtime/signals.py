@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, the two signals that stop a command: one handler for a while, the former ones afterwards."""
+"""Temporary handlers for SIGINT and SIGTERM, the two signals that stop a command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOP = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def handled(numbers: Iterable[signal.Signals], handler: Handler) -> Iterator[None]:
-    """Inside, `handler` takes these signals. Only the main thread receives signals: in another, nothing changes."""
+    """Inside, `handler` receives these signals. Only the main thread handles signals: elsewhere this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -30,12 +30,12 @@ def handled(numbers: Iterable[signal.Signals], handler: Handler) -> Iterator[Non
 def interruptible() -> Iterator[None]:
     """Inside, the first SIGINT or SIGTERM raises KeyboardInterrupt; later ones are ignored until the end.
 
-    The code that follows the interruption is short and must not be cut off in turn.
+    The cleanup after the interruption is short and must not be interrupted itself.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in STOP:
-            signal.signal(each, lambda *_: None)  # SIG_IGN would print a traceback for one that is already on its way
+            signal.signal(each, lambda *_: None)  # SIG_IGN would print a traceback for a signal already pending
         raise KeyboardInterrupt
 
     with handled(STOP, interrupt):
@@ -44,7 +44,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM arrived; a second SIGINT raises KeyboardInterrupt."""
+    """Yields a function that returns whether SIGINT or SIGTERM arrived; a later SIGINT raises KeyboardInterrupt."""
     received: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:

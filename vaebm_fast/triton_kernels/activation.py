@@ -1,4 +1,4 @@
-"""Functions of float32 blocks that kernels share, and the layout that their launchers ask for."""
+"""Activations of float32 blocks that the kernels share, and the NHWC layout helpers of their launchers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NEGLIGIBLE = tl.constexpr(2.0**-100)  # times x, beside x: less than half a unit in its last place
+NEGLIGIBLE = tl.constexpr(2.0**-100)  # x * NEGLIGIBLE is below half an ulp of x
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def swish_slope(x):
 
 @triton.jit
 def elu(x):
-    """x for x > 0, else exp(x) - 1, which cancels for small x: there it is a polynomial (Taylor, 2^-24)."""
+    """x for x > 0, otherwise exp(x) - 1; small |x|, where that cancels, uses a Taylor polynomial (2^-24)."""
     p = 1.38888889e-3
     p = p * x + 8.33333333e-3
     p = p * x + 4.16666667e-2
@@ -41,7 +41,7 @@ def elu_slope(x):
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
-    """x through its activation, "swish" or "elu"."""
+    """The activation of x, "swish" or "elu"."""
     return swish(x) if ACTIVATION == "swish" else elu(x)
 
 
@@ -54,7 +54,7 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
 def soft_clamp5(x):
     """5 tanh(x / 5) and its slope 1 - tanh^2(x / 5), as in csrc/cpu/vector.h.
 
-    With e = exp(-2 |x| / 5) the tanh is 1 - 2 e / (1 + e), which cancels for small x: there it is a polynomial. The
+    With e = exp(-2 |x| / 5), tanh is 1 - 2 e / (1 + e). That cancels for small x, where a polynomial replaces it. The
     slope 4 e / (1 + e)^2 never cancels.
     """
     e = tl.exp(-0.4 * tl.abs(x))
@@ -72,21 +72,21 @@ def soft_clamp5(x):
 
 @triton.jit
 def round_to_tf32(x):
-    """float32 x to the nearest number with 10 bits behind the point, halves away from zero, as PTX's cvt.rna.tf32.
+    """Round float32 x to 10 mantissa bits, to nearest, ties away from zero, as PTX's cvt.rna.tf32.
 
-    For the operands of tl.dot, which gives them to the tensor cores as they are, and these cut the last 13 bits off.
-    Infinities stay, and what rounds beyond the largest number becomes one. The integers alone would carry a GPU's NaN,
-    0x7fffffff, over to -0: the last term keeps every NaN and changes no number.
+    For operands of tl.dot: it passes float32 to the tensor cores unrounded, and they drop the last 13 bits.
+    Infinities stay; values that round beyond the largest finite number become infinite. Integer arithmetic alone would
+    turn a GPU's NaN, 0x7fffffff, into -0; the last term keeps every NaN and changes no other value.
     """
     bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000  # sign and magnitude: both signs grow in magnitude
     return bits.to(tl.float32, bitcast=True) + x * NEGLIGIBLE
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """x [N, C, H, W] with channels innermost in memory, copied only where they are not."""
+    """x [N, C, H, W] in channels_last layout; copies only if x has another layout."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def nhwc_images(x: Tensor) -> Tensor:
-    """x with NHWC memory inside each image, images at any distance: a view into the flat noise is not copied."""
+    """x with NHWC memory within each image; any stride between images, so views of the flat noise are not copied."""
     return x if x[:1].is_contiguous(memory_format=torch.channels_last) else nhwc(x)

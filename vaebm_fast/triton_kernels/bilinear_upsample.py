@@ -1,4 +1,4 @@
-"""bilinear_upsample and its backward: one pass over NHWC memory each way, both of which gather, without atomics."""
+"""bilinear_upsample and its backward: one pass over NHWC memory each; both gather, without atomics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from vaebm_fast.triton_kernels.activation import nhwc
 
-BLOCK = 1024  # low-resolution elements; with 4 warps 16 bytes of bfloat16 for each thread
+BLOCK = 1024  # low-resolution elements; with 4 warps, 16 bytes of bfloat16 per thread
 
 
 @triton.jit
 def _weight(i, h, size):
-    """Of pixel h of `size` in pixel i of twice as many: 1 - |i (size - 1) / (2 size - 1) - h|, or 0 if that is less.
+    """Weight of low-resolution pixel h (of `size`) in output pixel i: max(0, 1 - |i (size - 1) / (2 size - 1) - h|).
 
-    The position is a fraction of integers, so no rounding decides which pixels have a weight.
+    The numerator is an integer, so rounding never decides whether a weight is zero.
     """
     span = 2 * size - 1
     return tl.maximum(span - tl.abs(i * (size - 1) - h * span), 0).to(tl.float32) / span
@@ -33,9 +33,9 @@ def _load(image, h, w, c, H, W, C):
 def bilinear_upsample_kernel(
     x, y, H, W, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Grid: blocks of pixels of x, blocks of channels, images. The four pixels of y that belong to each one of x.
+    """Grid: blocks of pixels of x, blocks of channels, images. Each program writes the four pixels of y per pixel of x.
 
-    Row 2h reads rows h - 1 and h, row 2h + 1 reads h and h + 1; columns alike.
+    Row 2h reads rows h - 1 and h, row 2h + 1 reads h and h + 1; columns likewise.
     """
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -59,7 +59,7 @@ def bilinear_upsample_kernel(
 def bilinear_upsample_backward_kernel(
     dy, dx, H, W, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Grid: blocks of pixels of dx, blocks of channels, images. Each sums rows 2h - 1 .. 2h + 2, columns alike."""
+    """Grid: blocks of pixels of dx, blocks of channels, images. Each sums rows 2h - 1 .. 2h + 2, columns likewise."""
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     n, h, w = tl.program_id(2).to(tl.int64), pixel // W, pixel % W
@@ -77,7 +77,7 @@ def bilinear_upsample_backward_kernel(
 
 
 def _launch(kernel: triton.JITFunction, source: Tensor, result: Tensor, low: Tensor) -> Tensor:
-    """Run `kernel` from source to result, a program per block of `low`, the one of fewer pixels."""
+    """Launch `kernel` from source to result, one program per block of `low`, the low-resolution tensor."""
     N, C, H, W = low.shape
     if result.numel() > 0:
         block_c = min(64, triton.next_power_of_2(C))

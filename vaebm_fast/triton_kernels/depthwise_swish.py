@@ -1,12 +1,12 @@
-"""depthwise_swish and its backward on NHWC memory: register tiles that walk down the rows of an image.
+"""depthwise_swish and its backward on NHWC memory: register tiles that step down the rows of an image.
 
 All four forms are one sliding window, target[i, j] = sum_{m, n} w[m, n] source[S i + m + first, S j + n + first]:
 
                      source     S  TAPS         w[m]
     forward          swish(h)   1  K            weight[m]
-    its upsampling   swish(h)   1  (K + 1) / 2  taps of one output phase that fall on the same source pixel, summed
+    with upsample    swish(h)   1  (K + 1) / 2  taps of one output phase that fall on the same source pixel, summed
     backward         dy         1  K            weight[K - 1 - m]
-    its upsampling   dy         2  K + 1        taps of the two output pixels that one pixel became, summed
+    with upsample    dy         2  K + 1        taps of the two output pixels made from one source pixel, summed
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from vaebm_fast.triton_kernels.activation import nhwc, swish, swish_slope
 
 
 class Config(NamedTuple):
-    """A program is BLOCK_X strips of STRIP target pixels in a row, by BLOCK_C channels.
+    """A program owns BLOCK_X strips of STRIP adjacent target pixels, by BLOCK_C channels.
 
-    HOIST keeps the window in registers all the way down; without it every row reads it from the cache again.
+    HOIST keeps the window in registers for all rows; without it every row reads it from the cache again.
     """
 
     STRIP: int
@@ -34,7 +34,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# By the largest K, upsample, backward and the bytes of an element.
+# Key: largest K, upsample, backward, bytes per element.
 CONFIGS: dict[tuple[int, bool, bool, int], Config] = {
     # tune_triton: begin CONFIGS
     # Timed on an NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0.
@@ -56,7 +56,7 @@ CONFIGS: dict[tuple[int, bool, bool, int], Config] = {
     (11, True, True, 2): Config(2, 4, 32, False, 4),  # not timed
     # tune_triton: end CONFIGS
 }
-MAX_ROWS = 32  # of the target that a program walks down at most; the next one reads the TAPS - 1 rows in between again
+MAX_ROWS = 32  # target rows per program at most; adjacent programs both read the TAPS - 1 rows at their border
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _read_tap(weight, is_channel, k, l, C: tl.constexpr, K: tl.constexpr, FOLD: 
 def _read_row(
     source, row_start, row_exists, left, W, is_channel, C: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATE: tl.constexpr
 ):
-    """The COLUMNS pixels from `left` on, float32 [BLOCK_X, BLOCK_C] each; zero outside the image, as swish(0) is."""
+    """COLUMNS pixels from `left` on, float32 [BLOCK_X, BLOCK_C] each; zero outside the image, since swish(0) = 0."""
     pixels = ()
     for x in tl.static_range(COLUMNS):
         column = left + x
@@ -84,7 +84,7 @@ def _read_row(
     return pixels
 
 
-@triton.jit(do_not_specialize=["N"])  # else compiled anew for 1 image, for multiples of 16
+@triton.jit(do_not_specialize=["N"])  # otherwise recompiled for N = 1 and for multiples of 16
 def depthwise_kernel(
     source, weight, bias, slope_of, target, activated, N, H, W, rows, columns,
     C: tl.constexpr, K: tl.constexpr, UPSAMPLE: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
@@ -92,9 +92,9 @@ def depthwise_kernel(
 ):  # fmt: skip
     """Grid: units of (image, chunk of rows, strip), blocks of channels, phases of the output.
 
-    source [N, H, W, C] -> target [N, PHASES rows, PHASES columns, C], slope_of like it, as is activated = swish(target)
-    where asked for; a program walks down ROWS rows of one phase. Each source element is read (STRIP S + TAPS - S) /
-    (STRIP S) times, from the cache after the first; each target element is written once.
+    source [N, H, W, C] -> target [N, PHASES rows, PHASES columns, C]; slope_of and the optional activated =
+    swish(target) have target's shape. A program steps down ROWS rows of one phase. Each source element is read
+    (STRIP S + TAPS - S) / (STRIP S) times, from cache after the first; each target element is written once.
     """
     FOLD: tl.constexpr = 2 if UPSAMPLE else 1
     S: tl.constexpr = 2 if UPSAMPLE and BACKWARD else 1
@@ -109,7 +109,7 @@ def depthwise_kernel(
     n, top, left = unit // (strips * chunks), unit // strips % chunks * ROWS, unit % strips * STRIP
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1, BLOCK_C]
     is_channel = channel < C
-    p, q = tl.program_id(2) // 2, tl.program_id(2) % 2  # both zero where there are no phases
+    p, q = tl.program_id(2) // 2, tl.program_id(2) % 2  # both zero without phases
 
     first_row, first_column = -(K // 2), -(K // 2)
     first_k, first_l = 0, 0
@@ -128,7 +128,7 @@ def depthwise_kernel(
     start = zero
     if not BACKWARD:
         start += tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
-    unfinished = ()  # sums of the rows whose window has begun, the youngest first: (DEPTH - 1) STRIP
+    unfinished = ()  # partial sums of rows still being accumulated, newest first: (DEPTH - 1) STRIP
     for _ in tl.static_range((DEPTH - 1) * STRIP):
         unfinished = unfinished + (zero,)
     for t in range(ROWS + DEPTH - 1):
@@ -149,7 +149,7 @@ def depthwise_kernel(
                 for tap in tl.static_range(TAPS):
                     if HOIST:
                         w = window[(S * depth + s) * TAPS + tap]
-                    else:  # beside its use: Triton keeps loads in order, and a whole window would live in registers
+                    else:  # load right before use: Triton keeps load order, so loading earlier fills the registers
                         k, l = first_k + STEP * (S * depth + s), first_l + STEP * tap  # noqa: E741
                         w = _read_tap(weight + channel, is_channel, k, l, C, K, FOLD)
                     sums = ()
@@ -169,7 +169,7 @@ def depthwise_kernel(
                 y *= swish_slope(tl.load(slope_of + offset, mask=inside, other=0.0).to(tl.float32))
             tl.store(target + offset, y.to(target.dtype.element_ty), mask=inside)
             if activated is not None:
-                stored = y.to(target.dtype.element_ty).to(tl.float32)  # the bits that a reader of target would make
+                stored = y.to(target.dtype.element_ty).to(tl.float32)  # same bits as activating the stored target
                 tl.store(activated + offset, swish(stored).to(target.dtype.element_ty), mask=inside)
 
 
@@ -213,7 +213,7 @@ def depthwise_swish(h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> 
 def depthwise_activated(
     h: Tensor, weight: Tensor, bias: Tensor, upsample: bool, with_activated: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y of `depthwise_swish`, and swish(y) where asked for, from one launch."""
+    """y of `depthwise_swish` and, with `with_activated`, swish(y), from one launch."""
     N, C, H, W = h.shape
     scale = 2 if upsample else 1
     y = torch.empty((N, C, scale * H, scale * W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from vaebm_fast.triton_kernels.activation import nhwc, swish, swish_slope
 
-BLOCK = 1024  # with 4 warps 16 bytes of bfloat16 for each thread
+BLOCK = 1024  # with 4 warps, 16 bytes of bfloat16 per thread
 
 
 @triton.jit
 def epilogue_kernel(y, skip, shift, du, result, numel, skip_scale, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: BLOCK elements each. result = swish(t), or du swish'(t) where there is a du.
+    """Grid: one program per BLOCK elements. result = swish(t), or du swish'(t) if du is given.
 
-    t = y + shift + skip_scale skip. C is a compile-time constant, so the channel of an element costs no division.
+    t = y + shift + skip_scale skip. C is a compile-time constant, so finding an element's channel needs no division.
     """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < numel

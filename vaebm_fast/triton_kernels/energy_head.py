@@ -1,6 +1,6 @@
 """energy_head and its backward: partial sums in a fixed order, then one program per image; backward element by element.
 
-Elements are NHWC inside an image; C is a compile-time constant, so the channel of an element costs no division.
+Elements are NHWC within an image; C is a compile-time constant, so finding an element's channel needs no division.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vaebm_fast.triton_kernels.activation import nhwc, swish, swish_slope
 
-BLOCK = 1024  # elements of a program
+BLOCK = 1024  # elements per program
 
 
 @triton.jit
 def _read(y, skip, shift, weight, n, e, numel, skip_scale, C: tl.constexpr):
-    """t of elements e of image n, and their weights; 0 beyond the image."""
+    """t of elements e of image n, and their weights; weight 0 past the end of the image."""
     inside = e < numel
     t = tl.load(y + n * numel + e, mask=inside, other=0.0).to(tl.float32)
     if shift is not None:
@@ -39,7 +39,7 @@ def head_kernel(
 
 @triton.jit
 def total_kernel(partial, bias, energy, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
-    """Grid: images. energy [N], the bias and the image's blocks in float64: at most a few thousand numbers."""
+    """Grid: images. energy [N]: the bias plus the image's partial sums, at most a few thousand, added in float64."""
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros((WIDTH,), tl.float64)
     for start in range(0, BLOCKS, WIDTH):

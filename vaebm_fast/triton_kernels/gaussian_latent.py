@@ -16,7 +16,7 @@ LOG_2PI = tl.constexpr(1.8378770664093453)
 
 @triton.jit
 def _parameter_offsets(n, e, numel, L):
-    """Where m and r of latent e, NHWC inside image n, lie in [N, 2 L, H, W]."""
+    """Offsets in [N, 2 L, H, W] of m and r of latent e, NHWC within image n."""
     mean = n * 2 * numel + e // L * 2 * L + e % L
     return mean, mean + L
 
@@ -25,7 +25,7 @@ def _parameter_offsets(n, e, numel, L):
 def latent_kernel(
     parameters, eps, z, log_p, image_stride, numel, L, temperature, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid: blocks of an image's latents, images. z; log_p [N, blocks], the sum over each block, where asked for."""
+    """Grid: blocks of an image's latents, images. Writes z and, if given, log_p [N, blocks], the sum of each block."""
     block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     e = block * BLOCK + tl.arange(0, BLOCK)
     inside = e < numel
@@ -49,7 +49,7 @@ def latent_kernel(
 def latent_backward_kernel(
     dz, dlog_p, parameters, eps, dparameters, deps, image_stride, numel, L, temperature, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid: blocks of an image's latents, images. deps, and dparameters where there are parameters."""
+    """Grid: blocks of an image's latents, images. Writes deps and, given parameters, dparameters."""
     n = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < numel
@@ -76,7 +76,7 @@ def latent_backward_kernel(
 def gaussian_latent(
     parameters: Tensor | None, eps: Tensor, temperature: float, with_log_p: bool
 ) -> tuple[Tensor, Tensor]:
-    """(z, log_p) of `vaebm_fast.ops.gaussian_latent.gaussian_latent`; log_p is [0] where it is not asked for."""
+    """(z, log_p) of `vaebm_fast.ops.gaussian_latent.gaussian_latent`; log_p is [0] without `with_log_p`."""
     N, L, H, W = eps.shape
     z = torch.empty_like(eps, memory_format=torch.channels_last)
     if not with_log_p:
@@ -94,7 +94,7 @@ def gaussian_latent(
 def gaussian_latent_backward(
     dz: Tensor, dlog_p: Tensor | None, parameters: Tensor | None, eps: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(dparameters, deps) of `vaebm_fast.ops.gaussian_latent.gaussian_latent_backward`; [0] for no parameters."""
+    """(dparameters, deps) of `vaebm_fast.ops.gaussian_latent.gaussian_latent_backward`; dparameters [0] without any."""
     N, L, H, W = eps.shape
     deps = torch.empty_like(eps, memory_format=torch.channels_last)
     dparameters = None

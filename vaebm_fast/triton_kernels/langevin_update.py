@@ -1,4 +1,4 @@
-"""langevin_update: one launch moves the whole state; the arithmetic of csrc/langevin.h, one operation at a time."""
+"""langevin_update: one launch updates the whole state; the arithmetic of csrc/langevin.h, one operation at a time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from vaebm_fast.triton_kernels.philox_normal import QUADS, block_of, grid_over, normals_of
 
-INFINITY = tl.constexpr(0x7F800000)  # its bits; those of every finite |a| are smaller
+INFINITY = tl.constexpr(0x7F800000)  # bits of infinity; the bits of every finite |a| are smaller
 
 
 @triton.jit(do_not_specialize=["stream"])
 def update_kernel(
     eps, gradient, seeds, draw, nonfinite_at, stream, half, root, numel, PRIOR: tl.constexpr, QUADS: tl.constexpr
 ):  # fmt: skip
-    """eps <- eps - half (gradient [+ eps]) + root noise; the grid is that of `block_of`.
+    """eps <- eps - half (gradient [+ eps]) + root noise; grid as in `block_of`.
 
-    A thread that finds an element infinite or NaN writes the draw into its image's flag, if that is still -1: all such
-    threads of a launch write the same number, so no atomics are needed.
+    A thread that finds a non-finite element writes the draw into its image's flag if that is still -1. All such threads
+    of a launch write the same number, so no atomics are needed.
     """
     n, quad, e = block_of(numel, QUADS)
     offset, inside = n * numel + e, e < numel

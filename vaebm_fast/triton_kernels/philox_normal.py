@@ -1,6 +1,6 @@
 """philox_words and philox_normal: the arithmetic of csrc/philox.h and csrc/math.h, one operation at a time.
 
-Launched with enable_fp_fusion=False: products and sums stay apart, so the bits are those of every other backend.
+Launched with enable_fp_fusion=False: no product and sum are fused, so the bits equal those of every other backend.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-QUADS = 256  # Philox counters of a program, four elements each; with 4 warps two counters for each thread
+QUADS = 256  # Philox counters per program, four elements each; with 4 warps, two counters per thread
 
 LN2_HI, LN2_LO = tl.constexpr(0.693359375), tl.constexpr(-2.12194440e-4)
 RADIANS_PER_TURN = tl.constexpr(1.46291808e-9)  # 2 pi / 2^32
@@ -20,9 +20,9 @@ RADIANS_PER_TURN = tl.constexpr(1.46291808e-9)  # 2 pi / 2^32
 
 @triton.jit
 def block_of(numel, QUADS: tl.constexpr):
-    """What this program owns of [N, numel]: image n, QUADS Philox counters of it, and their elements [QUADS, 4].
+    """This program's part of [N, numel]: image n, QUADS of its Philox counters, and their elements [QUADS, 4].
 
-    Grid: the images' blocks of counters, an image after the other.
+    Grid: one-dimensional, all blocks of the first image, then those of the next.
     """
     blocks = tl.cdiv(numel, 4 * QUADS)
     n = tl.program_id(0) // blocks
@@ -40,7 +40,7 @@ def words_of(seeds, draw, stream, n, quad):
 
 @triton.jit
 def in_order(a, b, c, d):
-    """[QUADS, 4] of four blocks: in a thread, four neighbouring elements."""
+    """Four blocks as [QUADS, 4]; a thread holds four adjacent elements."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4))
 
 
@@ -85,13 +85,13 @@ def cos_sin_of_turns(turns):
 
 @triton.jit
 def _with_sign(x, sign):
-    """x with its sign flipped where that bit of `sign` is set; 0 - x would lose the sign of a zero."""
+    """x with its sign flipped if the sign bit of `sign` is set; 0 - x would lose the sign of zero."""
     return (x.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def box_muller(a, b):
-    """Two standard normals of two words."""
+    """Two standard normals from two words."""
     u = a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
     r = tl.sqrt_rn(log_of_unit(u) * -2.0)
     cosine, sine = cos_sin_of_turns(b)
@@ -100,7 +100,7 @@ def box_muller(a, b):
 
 @triton.jit
 def normals_of(seeds, draw, stream, n, quad):
-    """[QUADS, 4] normals: those of the elements that these counters own."""
+    """Normals [QUADS, 4] of these counters' elements."""
     w0, w1, w2, w3 = words_of(seeds, draw, stream, n, quad)
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
@@ -122,7 +122,7 @@ def philox_normal_kernel(seeds, draw, out, stream, numel, QUADS: tl.constexpr):
 
 
 def grid_over(N: int, numel: int) -> tuple[int]:
-    """Of `block_of`."""
+    """The grid of `block_of`."""
     return (N * triton.cdiv(numel, 4 * QUADS),)
 
 

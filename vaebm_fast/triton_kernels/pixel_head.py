@@ -17,7 +17,7 @@ LOG_2PI = tl.constexpr(1.8378770664093453)
 
 @triton.jit
 def _read(logits, eps_x, image_stride, n, e, inside, numel, C):
-    """mu and its slope, log sigma and its slope, eps_x of element e, NHWC inside image n; where m lies, r C behind."""
+    """mu, its slope, log sigma, its slope and eps_x of element e, NHWC within image n; m's offset (r's is C more)."""
     mean = n * 2 * numel + e // C * 2 * C + e % C
     mu, mu_slope = soft_clamp5(tl.load(logits + mean, mask=inside, other=0.0).to(tl.float32))
     log_sigma, slope = soft_clamp5(tl.load(logits + mean + C, mask=inside, other=0.0).to(tl.float32))
@@ -29,7 +29,7 @@ def _read(logits, eps_x, image_stride, n, e, inside, numel, C):
 def pixel_kernel(
     logits, eps_x, x, log_p, image_stride, numel, C, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid: blocks of an image's elements, images. x; log_p [N, blocks], the sum over each block, where asked for."""
+    """Grid: blocks of an image's elements, images. Writes x and, if given, log_p [N, blocks], the sum of each block."""
     block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     e = block * BLOCK + tl.arange(0, BLOCK)
     inside = e < numel
@@ -73,7 +73,7 @@ def pixel_backward_kernel(
 
 
 def pixel_head(logits: Tensor, eps_x: Tensor, with_log_p: bool) -> tuple[Tensor, Tensor]:
-    """(x, log_p) of `vaebm_fast.ops.pixel_head.pixel_head`; log_p is [0] where it is not asked for."""
+    """(x, log_p) of `vaebm_fast.ops.pixel_head.pixel_head`; log_p is [0] without `with_log_p`."""
     N, C, H, W = eps_x.shape
     x = torch.empty_like(eps_x, memory_format=torch.channels_last)
     blocks = triton.cdiv(C * H * W, BLOCK)

@@ -1,4 +1,4 @@
-"""pointwise and its backward: one GEMM over all pixels, activation in its prologue, what is element-wise behind it."""
+"""pointwise and its backward: one GEMM over all pixels; activation in the prologue, bias and residual at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vaebm_fast.triton_kernels.activation import activated, activation_slope, nh
 
 
 class Config(NamedTuple):
-    """A program is BLOCK_M pixels by BLOCK_N output channels, BLOCK_K input channels at a time."""
+    """A program owns BLOCK_M pixels by BLOCK_N output channels and takes BLOCK_K input channels at a time."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -22,7 +22,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By shape class and how operands are multiplied.
+# Key: `shape_class`, `precision_of`.
 CONFIGS: dict[tuple[str, str], Config] = {
     # tune_triton: begin CONFIGS
     # Not timed yet: chosen by what ptxas reports.
@@ -37,10 +37,10 @@ CONFIGS: dict[tuple[str, str], Config] = {
     ("large", "ieee"): Config(64, 64, 16, 4, 3),
     # tune_triton: end CONFIGS
 }
-GROUP = 8  # blocks of pixels whose programs run side by side, so that they share the weight in the L2 cache
+GROUP = 8  # blocks of pixels scheduled together, so that they share the weight in the L2 cache
 
 
-@triton.jit(do_not_specialize=["images", "pixels"])  # else compiled anew for 1 image, for multiples of 16
+@triton.jit(do_not_specialize=["images", "pixels"])  # otherwise recompiled for 1 and for multiples of 16
 def pointwise_kernel(
     x, weight, bias, residual, slope_of, gate, shift, y, sums, images, pixels, outer, stride_outer, stride_inner,
     INNER: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
@@ -48,10 +48,9 @@ def pointwise_kernel(
 ):  # fmt: skip
     """Grid: one program per BLOCK_M x BLOCK_N of y [M, outer] = f(x) W' + bias + residual, or x W' f'(slope_of).
 
-    x [M, INNER], M = images * pixels, and no block reaches from one image into the next; W [outer, INNER] by its
-    strides; f: ACTIVATION, "none", "swish" or "elu"; for x may stand gate x + shift, both [images, INNER]; terms where
-    they are there.
-    sums: float32 [images, blocks of an image, outer], y summed over each block before it is rounded.
+    x [M, INNER], M = images * pixels; no block spans two images. W [outer, INNER], given by its strides. f: ACTIVATION,
+    "none", "swish" or "elu". gate and shift [images, INNER] replace x by gate x + shift. Tensor arguments may be None.
+    sums: float32 [images, blocks of an image, outer], y summed over each block before rounding.
     Reads x once per BLOCK_N channels of y and W once per BLOCK_M pixels, mostly from the L2 cache; writes y once.
     """
     tiles, blocks_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(outer, BLOCK_N)
@@ -98,21 +97,21 @@ def pointwise_kernel(
 
 
 def shape_class(M: int, inner: int, outer: int) -> str:
-    """narrow: heads of latents and pixels. small: their gradients, and where larger blocks leave processors idle."""
+    """narrow: heads of latents and pixels. small: their gradients, and grids too small to fill the GPU with large."""
     if outer <= 32:
         return "narrow"
     return "small" if outer <= 64 or inner <= 32 or M * outer < 256 * 128 * 128 else "large"
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """float32 is multiplied as it is or as TF32: what torch's own products on CUDA do, however that was set."""
+    """How operands are multiplied: float32 as "ieee" or "tf32", following torch's CUDA setting; others as "half"."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def config_of(x: Tensor, outer: int) -> Config:
-    """What the table says for the product of x [N, inner, H, W] that has so many channels."""
+    """The configuration for a product of x [N, inner, H, W] with `outer` output channels."""
     N, inner, H, W = x.shape
     return CONFIGS[shape_class(N * H * W, inner, outer), precision_of(x.dtype)]
 
@@ -128,11 +127,11 @@ def product(
     gate: tuple[Tensor, Tensor] | None = None,
     with_sums: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, sums) of `pointwise_kernel`; x [N, inner, H, W], weight [outer, inner] of any strides, gate with its shift.
+    """(y, sums) of `pointwise_kernel`; x [N, inner, H, W], weight [outer, inner] with any strides, gate: (gate, shift).
 
-    `activation` is of x, or of `slope_of` where that is given.
+    `activation` applies to x; given `slope_of`, its derivative there multiplies the result instead.
 
-    Blocks are kept apart by image where its gate is read or its sums are asked for, else they run through all pixels.
+    With a gate or sums each block stays within one image; otherwise blocks span all pixels.
     """
     N, inner, H, W = x.shape
     outer = weight.shape[0]

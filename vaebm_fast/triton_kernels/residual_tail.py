@@ -1,8 +1,7 @@
-"""residual_tail and its backward: four launches each way, made of the kernels of the three ops that it joins.
+"""residual_tail and its backward: four launches each, using the kernels of the three ops it fuses.
 
-What the join saves: the sums of s come from the projection's own blocks; ds is made where the projection's gradient
-reads dy, and is never stored; and swish(h2) is computed once where the projection would do it for every block of its
-channels.
+Fusing saves three things: the projection's blocks give the sums of s; the projection's gradient forms ds as it reads dy
+and never stores it; and swish(h2) can be computed once instead of once per block of the projection's channels.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from vaebm_fast.triton_kernels.depthwise_swish import depthwise_activated, depth
 from vaebm_fast.triton_kernels.pointwise import config_of, precision_of, product
 from vaebm_fast.triton_kernels.se_gate_residual import apply, gate_of, shift_of, sums_of
 
-# Whether the depthwise stores swish(h2) beside h2 for the projection to read, by the largest C of the cell and how
-# operands are multiplied. The bits of the results are the same.
+# Whether the depthwise also stores swish(h2) for the projection to read. Key: the largest C of the cell,
+# `precision_of`. The bits of the results are the same either way.
 STORES_ACTIVATED: dict[tuple[int, str], bool] = {
     # tune_triton: begin STORES_ACTIVATED
     # Not timed yet: chosen by counting.
@@ -37,7 +36,7 @@ STORES_ACTIVATED: dict[tuple[int, str], bool] = {
 
 
 def stores_activated(C: int, dtype: torch.dtype) -> bool:
-    """What the table says for a cell of C channels; beyond its widest, what it says there."""
+    """The table's entry for a cell of C channels; wider cells use the last entry."""
     widths = sorted({width for width, _ in STORES_ACTIVATED})
     return STORES_ACTIVATED[next((width for width in widths if width >= C), widths[-1]), precision_of(dtype)]
 
@@ -55,7 +54,7 @@ def residual_tail(
     bias_out: Tensor,
     upsample: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y of `vaebm_fast.ops.residual_tail.residual_tail`, and for the backward h2, s, hidden and gate."""
+    """y of `vaebm_fast.ops.residual_tail.residual_tail`; also h2, s, hidden and gate for the backward."""
     stores = stores_activated(project_weight.shape[0], h.dtype)
     h2, activated = depthwise_activated(h, depthwise_weight, depthwise_bias, upsample, stores)
     read = h2 if activated is None else activated
@@ -87,7 +86,7 @@ def residual_tail_backward(
     shift = shift_of(sums_of(nhwc(s), dy), pixels, hidden, gate, weight_in, weight_out)
     if pixels >= config_of(dy, h.shape[1]).BLOCK_M:
         dh2, _ = product(dy, project_weight.T, slope_of=h2, activation="swish", gate=(gate, shift))
-    else:  # blocks that end with an image would be smaller, and read the weight more often than dy and ds cost
+    else:  # blocks within one image would be so small that rereading the weight costs more than storing ds
         ds = apply(dy, gate, None, shift)
         dh2, _ = product(ds, project_weight.T, slope_of=h2, activation="swish")
     return depthwise_swish_backward(dh2, h, depthwise_weight, upsample)

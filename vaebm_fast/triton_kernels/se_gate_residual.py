@@ -1,7 +1,7 @@
 """se_gate_residual and its backward: sums over pixels, the gate of each image, then all pixels again.
 
-The sums are taken in a fixed order, chunk by chunk, so results have the same bits on every run. What is small, the
-gate's hidden layer, each program that needs it computes again: that costs less than a launch for it.
+Sums are taken chunk by chunk in a fixed order, so results have the same bits on every run. Each program recomputes the
+gate's small hidden layer, which costs less than a launch of its own.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from vaebm_fast.triton_kernels.activation import nhwc
 
 TILE = 2048  # elements of an image that a program holds at once
-BLOCK_OUT = 128  # channels whose gate a program computes
-SUMS_TILE = 4096  # partial sums that it takes at once
-WEIGHT_TILE = 16 << 10  # bytes of a weight that it takes at once
+BLOCK_OUT = 128  # gate channels that a program computes
+SUMS_TILE = 4096  # partial sums that it loads at once
+WEIGHT_TILE = 16 << 10  # bytes of a weight that it loads at once
 
 
 @triton.jit
 def sum_kernel(
     s, dy, sums, pixels, C, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Grid: chunks of pixels, blocks of channels, images. sums [N, chunks, C] of s, or of dy s where there is a dy."""
+    """Grid: chunks of pixels, blocks of channels, images. sums [N, chunks, C] of s, or of dy s if dy is given."""
     chunk, n = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in tl.static_range(0, CHUNK, BLOCK_P):  # unrolled, for several loads to be under way
+    for start in tl.static_range(0, CHUNK, BLOCK_P):  # unrolled to keep several loads in flight
         pixel = chunk * CHUNK + start + tl.arange(0, BLOCK_P)[:, None]
         offset = (n.to(tl.int64) * pixels + pixel) * C + c
         inside = (pixel < pixels) & (c < C)
@@ -59,8 +59,8 @@ def gate_kernel(
 ):  # fmt: skip
     """Grid: images, blocks of channels. hidden = relu(W_in mean + b_in), gate = sigmoid(W_out hidden + b_out).
 
-    Every program of an image computes its whole hidden layer; the first stores it. What does not wait for that layer is
-    loaded before it.
+    Every program of an image computes the whole hidden layer; the first stores it. Everything that does not depend on
+    that layer is loaded first.
     """
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j, out = tl.arange(0, BLOCK_H)[:, None], block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
@@ -86,7 +86,7 @@ def gate_backward_kernel(
 ):  # fmt: skip
     """Grid: images, blocks of channels. shift = W_in' [hidden > 0] W_out' (gate (1 - gate) sum_hw dy s) / pixels.
 
-    float32 [N, C]. As forward every program computes the gradient of the whole hidden layer.
+    float32 [N, C]. As in the forward, every program computes the gradient of the whole hidden layer.
     """
     n, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j, out = tl.arange(0, BLOCK_H)[:, None], block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
@@ -108,7 +108,7 @@ def gate_backward_kernel(
 def apply_kernel(
     x, gate, skip, shift, y, pixels, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Grid: blocks of pixels, blocks of channels, images. y = gate x + skip, or gate x + shift of its image."""
+    """Grid: blocks of pixels, blocks of channels, images. y = gate x + skip, or gate x + shift [N, C]."""
     n = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -124,7 +124,7 @@ def apply_kernel(
 
 
 def chunk_of(pixels: int) -> int:
-    """Pixels that a program sums: 64 to 256, for an image of 32 x 32 to have 16 chunks and of 256 x 256 256."""
+    """Pixels that a program sums, 64 to 256: a 32 x 32 image has 16 chunks, a 256 x 256 image 256."""
     return min(256, max(64, triton.next_power_of_2(pixels) // 32))
 
 
@@ -156,7 +156,7 @@ def gate_of(sums: Tensor, pixels: int, weights: Sequence[Tensor], dtype: torch.d
 
 
 def shift_of(sums: Tensor, pixels: int, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
-    """What the gate adds to every pixel of ds, float32 [N, C], from any partial sums of dy s."""
+    """The term that the gate's gradient adds to every pixel of ds, float32 [N, C], from any partial sums of dy s."""
     shift = torch.empty(gate.shape, dtype=torch.float32, device=sums.device)
     grid, constants = _gate_launch(sums, weight_in)
     if shift.numel() > 0:
