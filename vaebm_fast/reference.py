@@ -21,6 +21,12 @@ _LOG_SIGMA_FLOOR = -2.0
 _LOG_2PI = math.log(2 * math.pi)
 
 
+def prior_potential(*noise: Tensor) -> Tensor:
+    """sum |eps|^2 / 2 over tensors [N, ...], [N]: what the "paper" potential adds to the energy."""
+    terms = [0.5 * (eps * eps).flatten(1).sum(1) for eps in noise]
+    return torch.stack(terms).sum(0)
+
+
 def philox_words(seeds: Tensor, draw: Tensor, *, stream: int, numel: int) -> Tensor:
     """Philox4x32-10 words, int32 [N, numel]; see `vaebm_fast.ops.philox_normal.philox_words`."""
     words = _philox_quads(seeds, draw, stream, (numel + 3) // 4)

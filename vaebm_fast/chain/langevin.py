@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple, Protocol, cast, get_args, runtime_checka
 import torch
 from torch import Tensor
 
+from vaebm_fast import reference
 from vaebm_fast.chain.graphs import Graphs
 from vaebm_fast.chain.noise import Stream, normal, seed_tensor
-from vaebm_fast.config import POTENTIALS, NoiseLayout, Potential
+from vaebm_fast.config import NoiseLayout, Potential, require_potential
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
 
@@ -212,8 +213,7 @@ class LangevinSampler:
         start_temperature: float = 1.0,
         capture: bool = True,
     ) -> None:
-        if potential not in POTENTIALS:
-            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+        require_potential(potential)
         for name, value in (("temperature", temperature), ("start_temperature", start_temperature)):
             if not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} is {value}; it must be a number from 0 up.")
@@ -324,7 +324,7 @@ class LangevinSampler:
         model = cast(ChainModel, self.model)  # __init__ refuses steps without an energy network
         u, gradients = model.potential_and_grad(eps_z, eps_x, potential, self.temperature)
         if self._has_prior:
-            u = u + torch.linalg.vector_norm(eps, dim=1).square() / 2
+            u = u + reference.prior_potential(eps)
         return u, self.noise_layout.join(gradients[:-1], gradients[-1])
 
     @torch.no_grad()

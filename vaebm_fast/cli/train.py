@@ -23,6 +23,7 @@ from vaebm_fast.config import (
     Preset,
     ReplayBuffer,
     VAETraining,
+    find_preset,
     format_blocks,
     parse_blocks,
 )
@@ -140,9 +141,7 @@ def start_options(stage: str, arguments: Sequence[str]) -> tuple[Preset, dict[st
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset")
     name = finder.parse_known_args(arguments)[0].preset
-    if name is not None and name not in PRESETS:
-        raise UserError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
-    preset = PRESETS[name or SHOWN_PRESET]
+    preset = find_preset(SHOWN_PRESET if name is None else name)
     return preset, {
         "preset": name or tyro.MISSING,
         "data": "digits" if preset.name == "digits" else tyro.MISSING,

@@ -6,7 +6,7 @@ defaults and their validation, and of tensors only `NoiseLayout`, which cuts an 
 """
 
 from vaebm_fast.config._fields import to_json
-from vaebm_fast.config.chain import POTENTIALS, Potential, Sampling
+from vaebm_fast.config.chain import POTENTIALS, Potential, Sampling, require_potential
 from vaebm_fast.config.energy import (
     ENERGY_ARCHS,
     EnergyArch,
@@ -19,7 +19,7 @@ from vaebm_fast.config.energy import (
 )
 from vaebm_fast.config.noise_layout import NoiseLayout
 from vaebm_fast.config.nvae import CELL_PLANS, ArchInstance, CellPlan, Likelihood, NVAEConfig, nvae_from_json
-from vaebm_fast.config.presets import PRESETS, Preset
+from vaebm_fast.config.presets import PRESETS, Preset, find_preset
 from vaebm_fast.config.training import EnergyTraining, Placement, ReplayBuffer, ReplayDtype, VAETraining
 
 __all__ = [
@@ -45,8 +45,10 @@ __all__ = [
     "VAETraining",
     "energy_from_json",
     "find_energy_arch",
+    "find_preset",
     "format_blocks",
     "nvae_from_json",
     "parse_blocks",
+    "require_potential",
     "to_json",
 ]

@@ -10,6 +10,7 @@ from vaebm_fast.config.chain import Sampling
 from vaebm_fast.config.energy import ENERGY_ARCHS, EnergyConfig, parse_blocks
 from vaebm_fast.config.nvae import NVAEConfig
 from vaebm_fast.config.training import EnergyTraining, ReplayBuffer, VAETraining
+from vaebm_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ class Preset:
     random_crop: bool = False
     vae_gpus: int = 8
     energy_gpus: int = 1
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name. Raises UserError for one that does not exist."""
+    if name not in PRESETS:
+        raise UserError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
+    return PRESETS[name]
 
 
 def _nvae(image_size: int, channels: int, scales: int, groups: int, flows: int, bits: int = 8) -> NVAEConfig:

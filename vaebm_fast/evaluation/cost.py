@@ -19,14 +19,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vaebm_fast.chain.langevin import ChainModel
-from vaebm_fast.config import PRESETS
+from vaebm_fast.config import find_preset
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.frozen.cells import FUSED_SIDE, freeze_cell
 from vaebm_fast.frozen.part import tensors_of
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import Cell, InvertedResidual
 from vaebm_fast.ops._backend import Backend, why_absent
-from vaebm_fast.runtime.errors import UserError
 
 META = torch.device("meta")
 BF16_BYTES = 2
@@ -259,10 +258,9 @@ def step_traffic(pair: ChainModel) -> Traffic:
 
 def _without_values(preset: str) -> VAEBM:
     """The preset's networks on the meta device."""
-    if preset not in PRESETS:
-        raise UserError(f"Preset {preset!r} is not known; there are {', '.join(PRESETS)}.")
+    found = find_preset(preset)
     with META:
-        model = VAEBM(NVAE(PRESETS[preset].nvae), EnergyNetwork(PRESETS[preset].energy))
+        model = VAEBM(NVAE(found.nvae), EnergyNetwork(found.energy))
     return model.eval().requires_grad_(False)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaebm_fast.config import POTENTIALS, NoiseLayout, Potential
+from vaebm_fast import reference
+from vaebm_fast.config import NoiseLayout, Potential, require_potential
 from vaebm_fast.frozen.decoder import FrozenDecoder
 from vaebm_fast.frozen.energy import FrozenEnergy
 from vaebm_fast.frozen.memory import reused_memory
@@ -158,8 +159,7 @@ class FrozenVAEBM(FrozenNVAE):
         Noise is `noise_dtype`, [N, L, H, W] per group and [N, C, H, W]. NHWC memory (from `NoiseLayout.split`) is read
         in place; other layouts are copied. Also works under `torch.no_grad` and `torch.inference_mode`.
         """
-        if potential not in POTENTIALS:
-            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+        require_potential(potential)
         self._check(eps_z, eps_x)
         with reused_memory(self, self.device), torch.inference_mode(False), torch.enable_grad():
             noise = [eps.clone() if eps.is_inference() else eps.detach() for eps in _nhwc((*eps_z, eps_x))]
@@ -168,8 +168,7 @@ class FrozenVAEBM(FrozenNVAE):
             gradients = list(torch.autograd.grad(u, leaves, torch.ones_like(u)))
         u, noise = u.detach(), [eps.detach() for eps in leaves]
         if potential == "paper":
-            for eps in noise:
-                u = u + 0.5 * (eps * eps).flatten(1).sum(1)
+            u = u + reference.prior_potential(*noise)
             gradients = [gradient + eps for gradient, eps in zip(gradients, noise, strict=True)]
         return u, gradients
 

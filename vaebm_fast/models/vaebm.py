@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vaebm_fast.config import POTENTIALS, PRESETS, NoiseLayout, Potential
+from vaebm_fast import reference
+from vaebm_fast.config import NoiseLayout, Potential, find_preset, require_potential
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.energy import EnergyNetwork
 from vaebm_fast.models.nvae import NVAE
@@ -47,9 +48,7 @@ class VAEBM(nn.Module):
     @classmethod
     def from_preset(cls, name: str, seed: int = 0) -> VAEBM:
         """The preset's two networks with random weights that depend only on `seed`, in eval mode."""
-        if name not in PRESETS:
-            raise UserError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
-        preset = PRESETS[name]
+        preset = find_preset(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(NVAE(preset.nvae), EnergyNetwork(preset.energy))
@@ -103,8 +102,7 @@ class VAEBM(nn.Module):
         (arXiv:2010.00654, equation 8). "official": E - log p(z) - log p(x|z) with log sigma floored, used to train and
         sample published checkpoints.
         """
-        if potential not in POTENTIALS:
-            raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+        require_potential(potential)
         needed = (self.vae.check_noise(eps_z), *self.image_shape)
         if tuple(eps_x.shape) != needed:
             raise ValueError(f"eps_x has shape {tuple(eps_x.shape)}; this model needs {needed} [N, C, H, W].")
@@ -113,8 +111,7 @@ class VAEBM(nn.Module):
         x = pixels.sample(eps_x)
         u = self.energy(x)
         if potential == "paper":
-            for eps in (*eps_z, eps_x):
-                u = u + 0.5 * (eps * eps).flatten(1).sum(1)
+            u = u + reference.prior_potential(*eps_z, eps_x)
         elif potential == "official":
             u = u - decoded.log_p_z - pixels.log_prob(x)
         return u

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from vaebm_fast.chain.langevin import schedule
-from vaebm_fast.config import PRESETS, Potential
+from vaebm_fast.config import Potential, find_preset
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.runtime.devices import DeviceName
 from vaebm_fast.runtime.errors import UserError
@@ -92,9 +92,7 @@ class SampleOptions:
 
         Raises ValueError where neither says enough, for steps that make no chain, and for some without an energy.
         """
-        if self.preset is not None and self.preset not in PRESETS:
-            raise UserError(f"Preset {self.preset!r} is not known; there are {', '.join(PRESETS)}.")
-        published = PRESETS[self.preset].sampling if self.preset else None
+        published = None if self.preset is None else find_preset(self.preset).sampling
         steps = published.steps if self.steps is None and published else self.steps
         step_size = published.step_size if self.step_size is None and published else self.step_size
         if steps == 0 and step_size is None:
