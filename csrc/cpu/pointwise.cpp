@@ -83,7 +83,8 @@ at::Tensor pointwise_backward_cpu(const at::Tensor& dy, const at::Tensor& weight
                                   const std::optional<at::Tensor>& x, std::string_view activation) {
   const Activation f = activation_of(activation);
   TORCH_CHECK_VALUE(x.has_value() == (f != Activation::none), "activation is '", activation, "' and x is ",
-                    x ? "" : "not ", "given; x is what was activated, and goes with swish and elu alone.");
+                    x ? "" : "not ",
+                    "given; x is the input before its activation: pass it for swish and elu only.");
   check_pointwise_arguments(dy, "dy", weight_t, Cin);
   check_like(x, "x", Cin, dy);
   const int64_t N = dy.size(0), Cout = dy.size(1), H = dy.size(2), W = dy.size(3);

@@ -179,7 +179,7 @@ def test_samples_of_chains_that_left_the_numbers_are_those_of_the_redo_and_never
     failing = [SEEDS[position] for position in hopeless.run(SEEDS, nonfinite="redo").failed]
     fine = [seed for seed in SEEDS if seed not in failing]
     seeds = (fine + failing)[-len(failing) - 1 :]  # the first is fine
-    with pytest.raises(NonFiniteChainError, match=r"non-finite twice, with steps 0\.1 as large too") as caught:
+    with pytest.raises(NonFiniteChainError, match=r"non-finite twice, the second time with 0\.1 h") as caught:
         hopeless.sample(seeds, batch_size)
     first_batch = {1: seeds[1:2], 5: seeds[1:5], 64: failing}[batch_size]
     assert caught.value.seeds == first_batch == [seeds[position] for position in caught.value.images]

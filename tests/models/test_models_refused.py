@@ -84,7 +84,7 @@ def test_a_joint_model_needs_the_same_images_and_gaussian_pixels() -> None:
     assert VAEBM(vae, energy).image_shape == (3, 16, 16)
     for other in (replace(SMALL_ENERGY, image_size=32), replace(SMALL_ENERGY, image_channels=1)):
         with pytest.raises(
-            ValueError, match=r"images of shape \(3, 16, 16\) .* takes \(.*\); load two files that belong"
+            ValueError, match=r"images of shape \(3, 16, 16\) .* takes \(.*\); load two checkpoints that belong"
         ):
             VAEBM(vae, EnergyNetwork(other))
     with pytest.raises(

@@ -347,7 +347,7 @@ class LangevinSampler:
             if chains.failed:
                 positions = [at + position for position in chains.failed]
                 failed = [everything[position] for position in positions]
-                raise NonFiniteChainError(positions, failed, f" twice, with steps {REDO_STEP_SCALE} as large too")
+                raise NonFiniteChainError(positions, failed, f" twice, the second time with {REDO_STEP_SCALE} h")
             images.append(to_uint8(chains.images).cpu())
         return torch.cat(images) if images else torch.empty(0, height, width, channels, dtype=torch.uint8)
 

@@ -52,7 +52,7 @@ class FrozenNVAE:
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend, within: VAEBM | None = None) -> None:
         if dtype not in DTYPES:
-            raise UserError(f"dtype is {dtype}; a frozen pair is {', '.join(map(str, DTYPES))}.")
+            raise UserError(f"dtype is {dtype}; a frozen pair takes {', '.join(map(str, DTYPES))}.")
         self._vae, self._model = vae, within or vae
         self.device = _require_foldable(self._vae, self._model)
         self.backend = choose_backend(backend, self.device, dtype)

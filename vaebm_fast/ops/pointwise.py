@@ -120,8 +120,8 @@ def pointwise_backward(
     _check_activation(activation)
     if (x is None) != (activation == "none"):
         raise ValueError(
-            f"activation is {activation!r} and x is {'not ' if x is None else ''}given; x is what was activated, and "
-            "goes with swish and elu alone."
+            f"activation is {activation!r} and x is {'not ' if x is None else ''}given; x is the input before its "
+            "activation: pass it for swish and elu only."
         )
     if x is not None:
         check_tensor("x", x, [dy.shape[0], Cin, *dy.shape[2:]], dy.device, dy.dtype)

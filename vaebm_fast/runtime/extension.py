@@ -19,7 +19,7 @@ def _load() -> tuple[str | None, bool]:
     except ModuleNotFoundError:
         return f"the compiled part has not been built; {BUILD}", False
     except ImportError as error:
-        return f"the compiled part does not fit torch {torch.__version__} ({error}); {BUILD} anew", False
+        return f"the compiled part does not fit torch {torch.__version__} ({error}); {BUILD} again", False
     return None, bool(module.with_cuda)
 
 
