@@ -7,6 +7,7 @@ the pixels.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,42 +96,8 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
     """
 
     def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend) -> None:
-        self._cell, self._op, self._resample, self._backend = cell, op, _resample(cell), backend
-        self._has_whole = backend == "cuda" and dtype == torch.bfloat16 and self._resample == "none"
-        super().__init__(name, slots(cell), dtype)
-
-    def fold(self) -> InvertedResidualWeights:
-        norm, expand, depthwise, project, last = list(self._op.conv)[-5:]
-        assert isinstance(norm, BatchNorm) and isinstance(project, nn.Conv2d) and isinstance(last, BatchNorm)
-        middle: Depthwise | Conv = _fold_conv_norm(depthwise)
-        if self._is_compiled(middle.weight):
-            assert middle.bias is not None
-            middle = Depthwise(pack_depthwise(middle.weight), middle.bias)
-        elif self._resample == "up":
-            middle = Conv(fold.nearest_phases(middle.weight), middle.bias)
-        start = fold.of_affine(_fold_conv_norm(expand), fold.batch_norm(norm.bn))
-        end = fold.then_affine(fold.convolution(project), fold.batch_norm(last.bn))
-        end = fold.scaled(end, RESIDUAL_SCALE)
-        return InvertedResidualWeights(
-            expand=Pointwise.of(start, self._backend),
-            depthwise=middle,
-            project=Pointwise.of(end, self._backend),
-            skip=_fold_skip(self._cell, self._backend),
-            se=_fold_se(self._cell),
-            whole=self._fold_whole(start, middle, end),
-        )
-
-    def _fold_whole(self, expand: Conv, middle: Depthwise | Conv, project: Conv) -> PackedBlock | None:
-        """Weights of the one-kernel branch; None if it does not support this dtype and these sizes."""
-        if not (self._has_whole and isinstance(middle, Depthwise) and is_taken(expand.weight.shape[1], middle.weight)):
-            return None
-        assert expand.bias is not None and project.bias is not None
-        weights = (expand.weight.flatten(1), expand.bias, *middle, project.weight.flatten(1), project.bias)
-        return pack_inverted_residual(BlockWeights(*weights))
-
-    def _is_compiled(self, weight: Tensor) -> bool:
-        """Whether a compiled kernel runs the middle convolution: it must be depthwise with stride 1."""
-        return self._backend != "reference" and weight.shape[1] == 1 and self._resample != "down"
+        super().__init__(name, slots(cell), dtype, partial(_fold_inverted_residual, cell, op, dtype, backend))
+        self._resample, self._backend = _resample(cell), backend
 
     def __call__(self, x: Tensor) -> Tensor:
         w, skip = self.weights, _run_skip(x, self.weights.skip, self._backend)
@@ -149,6 +116,42 @@ class InvertedResidualCell(Part[InvertedResidualWeights]):
         return gate_and_add(s, skip, w.se, self._backend)
 
 
+def _fold_inverted_residual(
+    cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend
+) -> InvertedResidualWeights:
+    resample = _resample(cell)
+    norm, expand, depthwise, project, last = list(op.conv)[-5:]
+    assert isinstance(norm, BatchNorm) and isinstance(project, nn.Conv2d) and isinstance(last, BatchNorm)
+    start = fold.of_affine(_fold_conv_norm(expand), fold.batch_norm(norm.bn))
+    end = fold.scaled(fold.then_affine(fold.convolution(project), fold.batch_norm(last.bn)), RESIDUAL_SCALE)
+    middle: Depthwise | Conv = _fold_conv_norm(depthwise)
+    whole = None
+    if backend != "reference" and middle.weight.shape[1] == 1 and resample != "down":  # what compiled kernels run
+        assert middle.bias is not None
+        middle = Depthwise(pack_depthwise(middle.weight), middle.bias)
+        if backend == "cuda" and dtype == torch.bfloat16 and resample == "none":
+            whole = _pack_whole(start, middle, end)
+    elif resample == "up":
+        middle = Conv(fold.nearest_phases(middle.weight), middle.bias)
+    return InvertedResidualWeights(
+        expand=Pointwise.of(start, backend),
+        depthwise=middle,
+        project=Pointwise.of(end, backend),
+        skip=_fold_skip(cell, backend),
+        se=_fold_se(cell),
+        whole=whole,
+    )
+
+
+def _pack_whole(expand: Conv, middle: Depthwise, project: Conv) -> PackedBlock | None:
+    """Weights of the one-kernel branch; None if it does not support these sizes."""
+    if not is_taken(expand.weight.shape[1], middle.weight):
+        return None
+    assert expand.bias is not None and project.bias is not None
+    weights = (expand.weight.flatten(1), expand.bias, *middle, project.weight.flatten(1), project.bias)
+    return pack_inverted_residual(BlockWeights(*weights))
+
+
 class ActivatedConvsCell(Part[ActivatedConvsWeights]):
     """`res_*` ops: activation, 3x3, activation, 3x3; every BN but the first is folded into the preceding convolution.
 
@@ -157,23 +160,11 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
     """
 
     def __init__(self, name: str, cell: Cell, dtype: torch.dtype, backend: Backend) -> None:
-        self._cell, self._resample, self._backend = cell, _resample(cell), backend
-        self._ops = [op for op in cell._ops if isinstance(op, ActivatedConv)]
+        self._ops, self._resample, self._backend = _activated_convs(cell), _resample(cell), backend
         if self._resample == "up" and self._ops[0].primitive == "res_bnswish5":
             raise UserError(f"{name} upsamples before a dilated convolution; freezing does not support this.")
         self._activations = [F.elu if op.primitive in ("res_elu", "res_bnelu") else F.silu for op in self._ops]
-        super().__init__(name, slots(cell), dtype)
-
-    def fold(self) -> ActivatedConvsWeights:
-        norms = [_fold_norm(op) for op in self._ops]
-        convs = [fold.convolution(op.conv_0) for op in self._ops]
-        for index, norm in enumerate(norms[1:]):
-            convs[index] = convs[index] if norm is None else fold.then_affine(convs[index], norm)
-        convs[-1] = fold.scaled(convs[-1], RESIDUAL_SCALE)
-        if self._resample == "up":
-            convs[0] = Conv(fold.nearest_transposed(convs[0].weight), convs[0].bias)
-        skip = _fold_skip(self._cell, self._backend)
-        return ActivatedConvsWeights(norms[0], tuple(convs), skip, _fold_se(self._cell))
+        super().__init__(name, slots(cell), dtype, partial(_fold_activated_convs, cell, backend))
 
     def __call__(self, x: Tensor) -> Tensor:
         w, s = self.weights, x
@@ -187,6 +178,21 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
                 live = op.conv_0
                 s = F.conv2d(s, conv.weight, conv.bias, live.stride, live.padding, live.dilation)
         return gate_and_add(s, _run_skip(x, w.skip, self._backend), w.se, self._backend)
+
+
+def _activated_convs(cell: Cell) -> list[ActivatedConv]:
+    return [op for op in cell._ops if isinstance(op, ActivatedConv)]
+
+
+def _fold_activated_convs(cell: Cell, backend: Backend) -> ActivatedConvsWeights:
+    ops = _activated_convs(cell)
+    norms, convs = [_fold_norm(op) for op in ops], [fold.convolution(op.conv_0) for op in ops]
+    for index, norm in enumerate(norms[1:]):
+        convs[index] = convs[index] if norm is None else fold.then_affine(convs[index], norm)
+    convs[-1] = fold.scaled(convs[-1], RESIDUAL_SCALE)
+    if _resample(cell) == "up":
+        convs[0] = Conv(fold.nearest_transposed(convs[0].weight), convs[0].bias)
+    return ActivatedConvsWeights(norms[0], tuple(convs), _fold_skip(cell, backend), _fold_se(cell))
 
 
 def _resample(cell: Cell) -> str:

@@ -6,6 +6,7 @@ The first combiner reads the parameter `prior_ftr0` and the first z; the first o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,43 +48,44 @@ class Entry(Part[EntryWeights]):
     """The first feature, constant + W z, from `prior_ftr0` and the first combiner, or from `stem_decoder`."""
 
     def __init__(self, vae: NVAE, dtype: torch.dtype, backend: Backend) -> None:
-        self._vae, self._backend = vae, backend
         watched: list[Slot] = (
             slots(vae.stem_decoder)
             if vae.config.is_vanilla
             else [*slots(vae.dec_tower[0]), (vae._parameters, "prior_ftr0")]
         )
-        super().__init__("vae's first combiner", watched, dtype)
-
-    def fold(self) -> EntryWeights:
-        if self._vae.config.is_vanilla:
-            stem = fold.convolution(self._vae.stem_decoder)
-            assert stem.bias is not None
-            return EntryWeights(stem.bias[None, :, None, None], Pointwise.of(Conv(stem.weight, None), self._backend))
-        combiner = self._vae.dec_tower[0]
-        assert isinstance(combiner, DecoderCombiner)
-        prior = self._vae.prior_ftr0[None]
-        feature, latent = fold.split_input(fold.convolution(combiner.conv), prior.shape[1])
-        constant = F.conv2d(prior, feature.weight, feature.bias)
-        return EntryWeights(constant, Pointwise.of(latent, self._backend))
+        super().__init__("vae's first combiner", watched, dtype, partial(_fold_entry, vae, backend))
+        self._backend = backend
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.weights.latent(z, self._backend).add_(self.weights.constant)
+
+
+def _fold_entry(vae: NVAE, backend: Backend) -> EntryWeights:
+    if vae.config.is_vanilla:
+        stem = fold.convolution(vae.stem_decoder)
+        assert stem.bias is not None
+        return EntryWeights(stem.bias[None, :, None, None], Pointwise.of(Conv(stem.weight, None), backend))
+    combiner = vae.dec_tower[0]
+    assert isinstance(combiner, DecoderCombiner)
+    prior = vae.prior_ftr0[None]
+    feature, latent = fold.split_input(fold.convolution(combiner.conv), prior.shape[1])
+    return EntryWeights(F.conv2d(prior, feature.weight, feature.bias), Pointwise.of(latent, backend))
 
 
 class Combiner(Part[CombinerWeights]):
     """The 1x1 of cat(s, z) as W_s s + b + W_z z."""
 
     def __init__(self, name: str, combiner: DecoderCombiner, dtype: torch.dtype, backend: Backend) -> None:
-        self._conv, self._backend = combiner.conv, backend
-        super().__init__(name, slots(combiner), dtype)
-
-    def fold(self) -> CombinerWeights:
-        feature, latent = fold.split_input(fold.convolution(self._conv), self._conv.out_channels)
-        return CombinerWeights(Pointwise.of(feature, self._backend), Pointwise.of(latent, self._backend))
+        super().__init__(name, slots(combiner), dtype, partial(_fold_combiner, combiner, backend))
+        self._backend = backend
 
     def __call__(self, s: Tensor, z: Tensor) -> Tensor:
         return self.weights.latent(z, self._backend, residual=self.weights.feature(s, self._backend))
+
+
+def _fold_combiner(combiner: DecoderCombiner, backend: Backend) -> CombinerWeights:
+    feature, latent = fold.split_input(fold.convolution(combiner.conv), combiner.conv.out_channels)
+    return CombinerWeights(Pointwise.of(feature, backend), Pointwise.of(latent, backend))
 
 
 class EluConv(Part[EluConvWeights]):
@@ -94,19 +96,19 @@ class EluConv(Part[EluConvWeights]):
 
     def __init__(self, name: str, layers: nn.Module, dtype: torch.dtype, backend: Backend) -> None:
         assert isinstance(layers, nn.Sequential) and isinstance(layers[1], WNConv2d)
-        self._conv, self._backend = layers[1], backend
-        super().__init__(name, slots(layers), dtype)
-
-    def fold(self) -> EluConvWeights:
-        conv = fold.convolution(self._conv)
-        is_pointwise = self._conv.kernel_size == (1, 1)
-        return EluConvWeights(Pointwise.of(conv, self._backend) if is_pointwise else conv)
+        super().__init__(name, slots(layers), dtype, partial(_fold_elu_conv, layers[1], backend))
+        self._padding, self._backend = layers[1].padding, backend
 
     def __call__(self, s: Tensor) -> Tensor:
         conv = self.weights.conv
         if isinstance(conv, Pointwise):
             return conv(s, self._backend, activation="elu")
-        return F.conv2d(F.elu(s), conv.weight, conv.bias, padding=self._conv.padding)
+        return F.conv2d(F.elu(s), conv.weight, conv.bias, padding=self._padding)
+
+
+def _fold_elu_conv(layer: WNConv2d, backend: Backend) -> EluConvWeights:
+    conv = fold.convolution(layer)
+    return EluConvWeights(Pointwise.of(conv, backend) if layer.kernel_size == (1, 1) else conv)
 
 
 class LatentStep(NamedTuple):

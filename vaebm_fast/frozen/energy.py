@@ -9,11 +9,12 @@ pass, and the activation reads the whole result anyway.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaebm_fast.frozen import fold
 from vaebm_fast.frozen.fold import Conv
@@ -72,39 +73,25 @@ class FrozenStem(Part[StemWeights]):
     """u = swish(conv1(x)) of images x in [0, 1]."""
 
     def __init__(self, conv: WNConv2d, dtype: torch.dtype, backend: Backend) -> None:
-        self._conv, self._backend = conv, backend_for("energy_epilogue", backend)
-        super().__init__("energy.conv1", slots(conv), dtype)
-
-    def fold(self) -> StemWeights:
-        return StemWeights(fold.convolution(self._conv))
+        super().__init__("energy.conv1", slots(conv), dtype, partial(_fold_stem, conv))
+        self._backend = backend_for("energy_epilogue", backend)
 
     def __call__(self, x: Tensor) -> Tensor:
         conv = self.weights.conv
         return energy_epilogue(F.conv2d(x, conv.weight, padding=1), shift=conv.bias, backend=self._backend)
 
 
+def _fold_stem(conv: WNConv2d) -> StemWeights:
+    return StemWeights(fold.convolution(conv))
+
+
 class FrozenBlock(Part[BlockWeights]):
     """u -> swish([pool] (conv2(swish(conv1 u)) + skip(u))); every 1/1.1 is in a weight or in the skip's scale."""
 
     def __init__(self, name: str, block: EnergyResidualBlock, dtype: torch.dtype, backend: Backend) -> None:
-        self._block, self._backend, self._epilogue = block, backend, backend_for("energy_epilogue", backend)
+        super().__init__(name, slots(block), dtype, partial(_fold_block, block, backend))
         self._downsample = block.downsample
-        super().__init__(name, slots(block), dtype)
-
-    def fold(self) -> BlockWeights:
-        block = self._block
-        conv1, conv2 = (fold.of_scaled(fold.convolution(c), ACTIVATION_SCALE) for c in (block.conv1, block.conv2))
-        if self._downsample:
-            conv2 = Conv(fold.pooled(conv2.weight), conv2.bias)
-        skip: Pointwise | Conv | None = None
-        if len(block.skip) > 0:
-            assert isinstance(block.skip[0], WNConv2d)
-            skip = fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE)
-            if self._downsample and pools_in_convolution(skip.weight.device):
-                skip = Conv(fold.pooled(skip.weight), skip.bias)
-            else:
-                skip = Pointwise.of(skip, self._backend)
-        return BlockWeights(conv1, conv2, skip)
+        self._backend, self._epilogue = backend, backend_for("energy_epilogue", backend)
 
     def before_activation(self, u: Tensor) -> Terms:
         """The terms whose sum the block's last swish activates."""
@@ -121,18 +108,33 @@ class FrozenBlock(Part[BlockWeights]):
         return energy_epilogue(*self.before_activation(u), backend=self._epilogue)
 
 
+def _fold_block(block: EnergyResidualBlock, backend: Backend) -> BlockWeights:
+    conv1, conv2 = (fold.of_scaled(fold.convolution(c), ACTIVATION_SCALE) for c in (block.conv1, block.conv2))
+    if block.downsample:
+        conv2 = Conv(fold.pooled(conv2.weight), conv2.bias)
+    if len(block.skip) == 0:
+        return BlockWeights(conv1, conv2, None)
+    assert isinstance(block.skip[0], WNConv2d)
+    skip = fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE)
+    if block.downsample and pools_in_convolution(skip.weight.device):
+        return BlockWeights(conv1, conv2, Conv(fold.pooled(skip.weight), skip.bias))
+    return BlockWeights(conv1, conv2, Pointwise.of(skip, backend))
+
+
 class FrozenHead(Part[HeadWeights]):
     """E [N] = linear(sum_hw swish(t) / 1.1), t the last block's pre-activation; in float32 or float64."""
 
     def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
-        self._linear, self._backend = energy.linear, backend_for("energy_head", backend)
-        super().__init__("energy.linear", slots(energy.linear), torch.promote_types(dtype, torch.float32))
-
-    def fold(self) -> HeadWeights:
-        return HeadWeights(self._linear.weight[0] * ACTIVATION_SCALE, self._linear.bias)
+        linear, dtype = energy.linear, torch.promote_types(dtype, torch.float32)
+        super().__init__("energy.linear", slots(linear), dtype, partial(_fold_head, linear))
+        self._backend = backend_for("energy_head", backend)
 
     def __call__(self, terms: Terms) -> Tensor:
         return energy_head(*terms, *self.weights, backend=self._backend)
+
+
+def _fold_head(linear: nn.Linear) -> HeadWeights:
+    return HeadWeights(linear.weight[0] * ACTIVATION_SCALE, linear.bias)
 
 
 class FrozenEnergy:

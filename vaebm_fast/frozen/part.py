@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -46,24 +45,20 @@ def _map(function: Callable[[Tensor], Tensor], entry: Any) -> Any:
     return getattr(entry, "_make", tuple)(_map(function, inner) for inner in entry)
 
 
-class Part(ABC, Generic[Weights]):
-    """A subclass says in `fold` what its weights are made of, and in `__call__` what they compute.
+class Part(Generic[Weights]):
+    """Folded weights; a subclass computes with them in `__call__`.
 
-    `weights` is a (nested) named tuple of tensors without gradients. A subclass calls `super().__init__` last, when
-    everything that `fold` reads is there.
+    fold: gives the weights, a (nested) named tuple of tensors, from the live modules in their own precision. watched:
+    the live tensors that it reads.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, name: str, watched: list[Slot], dtype: torch.dtype) -> None:
+    def __init__(self, name: str, watched: list[Slot], dtype: torch.dtype, fold: Callable[[], Weights]) -> None:
         self.name = name
-        self._watched = watched
-        self.weights: Weights = _map(lambda tensor: _own_copy(tensor, dtype), self.fold())
+        self._watched, self._fold = watched, fold
+        self.weights: Weights = _map(lambda tensor: _own_copy(tensor, dtype), fold())
         self._signature = self._live_signature()
-
-    @abstractmethod
-    def fold(self) -> Weights:
-        """Fold the live weights, in their own precision."""
 
     def _live_signature(self) -> list[tuple[int, int]]:
         """Address and version counter of every live tensor; in-place edits raise the counter."""
@@ -79,7 +74,7 @@ class Part(ABC, Generic[Weights]):
     @torch.no_grad()
     def refold(self) -> None:
         """Fold anew into the same memory."""
-        for kept, fresh in zip(tensors_of(self.weights), tensors_of(self.fold()), strict=True):
+        for kept, fresh in zip(tensors_of(self.weights), tensors_of(self._fold()), strict=True):
             if fresh.device != kept.device:
                 raise ValueError(
                     f"{self.name} is on {fresh.device} but was frozen on {kept.device}; freeze the model again."
