@@ -20,11 +20,11 @@ import vaebm_fast as vf
 from tests.helpers.trainers import QUIET, SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 from vaebm_fast import reference
 from vaebm_fast.checkpoint import CheckpointError
-from vaebm_fast.config import PRESETS, EnergyTraining, NVAEConfig, ReplayBuffer, VAETraining
+from vaebm_fast.config import PRESETS, EnergyTraining, ReplayBuffer, VAETraining
 from vaebm_fast.data import digits
 from vaebm_fast.data.images import Pixels
 from vaebm_fast.data.loader import StepData
-from vaebm_fast.models import NVAE, EnergyNetwork
+from vaebm_fast.models import NVAE
 from vaebm_fast.models.nvae import bits_per_dim
 from vaebm_fast.report import save_grid
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
@@ -386,16 +386,6 @@ def test_readjusted_file_is_made_once_and_again_when_the_weights_change(tmp_path
     vf.save_nvae(other, path)
     load_readjusted_nvae(path, 0.7, batches=2)
     assert cache.stat().st_mtime_ns > written
-
-
-def test_presets_hold_the_published_settings() -> None:
-    cifar, celeba256 = PRESETS["cifar10"], PRESETS["celeba_256"]
-    assert (cifar.energy_training.steps, cifar.energy_training.step_size, cifar.sampling.steps) == (10, 8e-5, 16)
-    assert not cifar.energy_training.use_mean_negatives
-    assert celeba256.energy_training.buffer == ReplayBuffer(size=2000, max_probability=0.6, anneal_steps=3000)
-    assert celeba256.nvae.num_x_bits == 5 and celeba256.vae_training.weight_decay_norm_anneal
-    assert isinstance(celeba256.nvae, NVAEConfig) and isinstance(celeba256.energy_training, EnergyTraining)
-    assert EnergyNetwork(TINY_ENERGY).image_shape == TINY.image_shape
 
 
 def test_resuming_energy_training_with_another_nvae_is_refused(tmp_path: Path) -> None:
