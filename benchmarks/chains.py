@@ -20,7 +20,7 @@ from benchmarks.measure import synchronize
 from benchmarks.torch_compile import compiled
 from vaebm_fast import VAEBM
 from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
-from vaebm_fast.config import NoiseLayout, Potential, Sampling
+from vaebm_fast.config import ChainConfig, NoiseLayout, Potential
 from vaebm_fast.frozen import FrozenVAEBM
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.sampling import SampleOptions, run_job
@@ -78,7 +78,7 @@ class Bench:
     device: torch.device
     model: VAEBM
     frozen: FrozenVAEBM
-    chain: Sampling
+    chain: ChainConfig
     batch: int
     blocks: int
     options: SampleOptions

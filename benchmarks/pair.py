@@ -109,7 +109,7 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
             return layout.join(gradients[:-1], gradients[-1])
 
     eps, draw, nonfinite_at = start.clone(), draw_tensor(1, device), torch.full_like(seeds, -1)
-    update = partial(langevin_update, stream=int(Stream.CHAIN), step_size=PRESETS[preset].sampling.step_size)
+    update = partial(langevin_update, stream=int(Stream.CHAIN), step_size=PRESETS[preset].sampling.step_sizes[0])
     last: list[Tensor] = []  # the gradient of a captured step; held, so that nothing else is put into its memory
 
     def step() -> None:

@@ -101,7 +101,14 @@ def demo_subject(folder: Path) -> Subject:
     judge = Judge(classifier, classifier.features(everything(digits(split="held_out"))[0]))
     sampling, seeds = PRESETS["digits"].sampling, range(SAMPLES * SAMPLING_SEEDS)
     return Subject(
-        "demo, trained", model, sampling.potential, sampling.steps, sampling.step_size, seeds, SAMPLES, judge.distance
+        "demo, trained",
+        model,
+        sampling.potential,
+        sampling.steps,
+        sampling.step_sizes[0],
+        seeds,
+        SAMPLES,
+        judge.distance,
     )
 
 

@@ -74,7 +74,7 @@ def profile_step(preset: str, batch: int, backend: Any, dtype: torch.dtype) -> d
     seeds, draw = seed_tensor(range(batch), device), draw_tensor(1, device)
     start = normal(seeds, 0, Stream.CHAIN, layout.dim)
     eps, nonfinite_at = start.clone(), torch.full_like(seeds, -1)
-    step_size = PRESETS[preset].sampling.step_size
+    step_size = PRESETS[preset].sampling.step_sizes[0]
 
     def step() -> None:
         _, gradients = pair.potential_and_grad(*layout.split(start), "official")

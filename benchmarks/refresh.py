@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def measure(preset: str, batches: list[int], repeats: int) -> list[dict[str, Any
     for batch in batches:
         times = {**refreshes, "chain": times_of_chain(frozen, preset, batch, device, repeats)}
         result: dict[str, Any] = {"preset": preset, "batch": batch, "dtype": "float32", "backend": frozen.backend}
-        result |= {"steps": PRESETS[preset].energy_training.steps, "repeats": repeats}
+        result |= {"steps": PRESETS[preset].energy_training.chain.steps, "repeats": repeats}
         for name, times_s in times.items():
             result |= {f"{name}_{key}": value for key, value in summary(times_s).items()}
         for name in refreshes:
@@ -65,8 +66,7 @@ def times_of_refresh(frozen: FrozenVAEBM, changed: nn.Module, device: torch.devi
 
 def times_of_chain(frozen: FrozenVAEBM, preset: str, batch: int, device: torch.device, repeats: int) -> list[float]:
     """A chain with the steps, step size and potential of the preset's energy training."""
-    training = PRESETS[preset].energy_training
-    sampler = LangevinSampler(frozen, steps=training.steps, step_size=training.step_size, potential=training.potential)
+    sampler = LangevinSampler(frozen, **asdict(PRESETS[preset].energy_training.chain))
     return times_of(lambda: sampler.run(range(batch)), device, repeats)
 
 

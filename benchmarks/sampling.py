@@ -38,7 +38,7 @@ from benchmarks.pair import COMPILED, COMPILED_BF16, NHWC, PLAIN, TO_COMPILE, Ke
 from benchmarks.refresh import summary
 from benchmarks.results_file import ResultsFile
 from vaebm_fast import PRESETS, save_energy, save_nvae
-from vaebm_fast.config import Sampling
+from vaebm_fast.config import ChainConfig
 from vaebm_fast.frozen import freeze
 from vaebm_fast.ops._backend import BACKENDS, Backend
 from vaebm_fast.sampling import SampleOptions
@@ -48,7 +48,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 def measure(
     preset: str,
-    chain: Sampling,
+    chain: ChainConfig,
     batch: int,
     blocks: int,
     rounds: int,
@@ -102,7 +102,7 @@ def _makers(bench: Bench, *, job: bool, plain: bool, compile: bool) -> dict[str,
 
 
 @contextmanager
-def _bench(preset: str, chain: Sampling, batch: int, blocks: int, dtype: Dtype, backend: Backend) -> Iterator[Bench]:
+def _bench(preset: str, chain: ChainConfig, batch: int, blocks: int, dtype: Dtype, backend: Backend) -> Iterator[Bench]:
     """The networks, frozen, and in files that last as long."""
     device = default_device()
     model = plain_model(preset, device, nhwc=False)

@@ -16,7 +16,7 @@ from benchmarks.conftest import Replay
 from benchmarks.pair import COMPILED, NHWC, PLAIN
 from benchmarks.results_file import ResultsFile
 from tests.helpers.benchmark_rows import CEILINGS, CPU, content, op_row, pair_row, run_python
-from vaebm_fast.config import NoiseLayout, ReplayBuffer, Sampling
+from vaebm_fast.config import ChainConfig, NoiseLayout, ReplayBuffer
 from vaebm_fast.ops._backend import OP_BACKENDS
 
 
@@ -179,7 +179,7 @@ def test_every_case_names_an_op_and_a_file_of_tests_that_exist() -> None:
 
 
 def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pytest.CaptureFixture[str]) -> None:
-    chain = Sampling(steps=1, step_size=0.1, potential="paper")
+    chain = ChainConfig(steps=1, step_size=0.1, potential="paper")
     job, bare = sampling.measure("digits", chain, batch=2, blocks=3, rounds=2, plain=False, compile=False)
     assert (job["candidate"], bare["candidate"]) == (sampling.JOB, sampling.BARE)
     assert len(job["times_s"]) == 2 and bare["images_per_second"] == pytest.approx(6 / bare["median_s"])

@@ -29,10 +29,10 @@ from benchmarks.pair import COMPILED_BF16, NHWC, PLAIN
 from benchmarks.results_file import ResultsFile
 from tests.helpers.fake_gpu import CUDA, fake_gpu  # noqa: F401
 from vaebm_fast.chain import graphs
-from vaebm_fast.config import Sampling
+from vaebm_fast.config import ChainConfig
 
 FROZEN = "frozen, reference"
-OFFICIAL = Sampling(steps=1, step_size=1e-3)
+OFFICIAL = ChainConfig(steps=1, step_size=1e-3)
 on_a_gpu = pytest.mark.usefixtures("gpu")
 
 

@@ -18,7 +18,9 @@ def test_demo_writes_pictures_curves_and_metrics(tmp_path: Path, monkeypatch: py
         preset,
         nvae=replace(preset.nvae, num_channels_enc=4, num_channels_dec=4),
         vae_training=replace(preset.vae_training, epochs=1, batch_size=128),
-        energy_training=replace(preset.energy_training, iterations=10, batch_size=8, steps=2),
+        energy_training=replace(
+            preset.energy_training, iterations=10, batch_size=8, chain=replace(preset.energy_training.chain, steps=2)
+        ),
         sampling=replace(preset.sampling, steps=3),
     )
     monkeypatch.setattr(demo, "PRESETS", {"digits": short})

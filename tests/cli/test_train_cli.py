@@ -21,6 +21,7 @@ from vaebm_fast.cli import train
 from vaebm_fast.config import (
     CELL_PLANS,
     PRESETS,
+    ChainConfig,
     EnergyConfig,
     EnergyTraining,
     NVAEConfig,
@@ -39,7 +40,7 @@ TINY_VAE_OPTIONS = (
     *("--model.num-channels-enc", "4", "--model.num-channels-dec", "4", "--model.num-groups-per-scale", "1"),
     *("--training.epochs", "1", "--training.batch-size", "128"),
 )
-TINY_ENERGY_OPTIONS = ("--energy.width", "4", "--training.steps", "2", "--training.batch-size", "16")
+TINY_ENERGY_OPTIONS = ("--energy.width", "4", "--training.chain.steps", "2", "--training.batch-size", "16")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def option_names(prefix: str, kind: type) -> list[str]:
-    return [f"--{prefix}{entry.name.replace('_', '-')}" for entry in fields(kind)]
+    """Without a chain, which is a group of options of its own."""
+    return [f"--{prefix}{entry.name.replace('_', '-')}" for entry in fields(kind) if entry.type != "ChainConfig"]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,7 @@ def option_names(prefix: str, kind: type) -> list[str]:
             {
                 "energy.": EnergyConfig,
                 "training.": EnergyTraining,
+                "training.chain.": ChainConfig,
                 "training.buffer.": ReplayBuffer,
                 "": RunOptions,
             },
@@ -139,7 +142,7 @@ def test_help_shows_the_values_of_the_named_preset(form: list[str], capsys: pyte
     vae, energy = help_of(capsys, "vae", *form), help_of(capsys, "energy", *form)
     assert "--preset cifar10|celeba_64|" in vae and "(default: celeba_256)" in vae
     assert "--training.learning-rate FLOAT (default: 0.006)" in vae and "--model.image-size INT (default: 256)" in vae
-    assert "--training.step-size FLOAT h (default: 3e-06)" in energy
+    assert "--training.chain.step-size" in energy and "3e-06" in energy
     assert "--training.buffer.size INT (default: 2000)" in energy
     assert "(default: runs/celeba_256/energy)" in energy
     assert all(name in vae.replace(", ", ",") for name in CELL_PLANS)

@@ -13,11 +13,11 @@ import torch
 from vaebm_fast.config import (
     ENERGY_ARCHS,
     PRESETS,
+    ChainConfig,
     EnergyBlock,
     EnergyTraining,
     Preset,
     ReplayBuffer,
-    Sampling,
     VAETraining,
 )
 from vaebm_fast.models import EnergyNetwork
@@ -152,9 +152,13 @@ def expected_energy_training(name: str) -> dict[str, Any]:
         "beta2": 0.999,
         "weight_decay": 3e-5,
         "spectral_coeff": row["alpha_s"],
-        "steps": row["steps"],
-        "step_size": row["h"],
-        "potential": row["potential"],
+        "chain": {
+            "steps": row["steps"],
+            "step_size": row["h"],
+            "potential": row["potential"],
+            "temperature": 1.0,
+            "start_temperature": 1.0,
+        },
         "use_mean_negatives": row["use_mu_cd"],
         "buffer": expected_buffer(name),
         "init_batches": 5,
@@ -216,7 +220,7 @@ def test_stage_2_of_a_preset_is_trained_as_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_sampled_with_the_h_that_it_is_trained_with(name: str) -> None:
-    expected = {**SAMPLING[name], "step_size": STAGE_2[name]["h"], "temperature": 1.0}
+    expected = {**SAMPLING[name], "step_size": STAGE_2[name]["h"], "temperature": 1.0, "start_temperature": 1.0}
     assert asdict(PRESETS[name].sampling) == expected
     chain = SampleOptions(nvae=Path("v"), energy=Path("e"), seeds="0", out=Path("o"), preset=name).chain()
     assert asdict(chain) == {**expected, "start_temperature": 1.0}
@@ -260,7 +264,7 @@ def test_settings_without_a_preset_are_those_of_cifar10_with_means_as_negatives(
     assert asdict(VAETraining()) == expected_vae_training("cifar10")
     assert asdict(EnergyTraining()) == expected_energy_training("cifar10") | {"use_mean_negatives": True}
     assert asdict(ReplayBuffer()) == expected_buffer("lsun_church_64")
-    assert Sampling(1, 2.0) == Sampling(1, 2.0, "official", 1.0)
+    assert ChainConfig(1, 2.0) == ChainConfig(1, 2.0, "official", 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,10 @@ def vae_trainer(source: ImageSource = SOURCE, **changes: Any) -> VAETrainer:
 
 
 def energy_trainer(**changes: Any) -> EnergyTrainer:
-    """Six steps of stage 2 against an NVAE that knows nothing."""
+    """Six steps of stage 2 against an NVAE that knows nothing; `changes` to the training or to its chain."""
     torch.manual_seed(0)
     options = {"iterations": 6, "batch_size": 8, "steps": 2, **changes}
-    training = replace(PRESETS["digits"].energy_training, **options)
+    training = PRESETS["digits"].energy_training
+    of_chain = {name: options.pop(name) for name in ("steps", "step_size", "potential") if name in options}
+    training = replace(training, chain=replace(training.chain, **of_chain), **options)
     return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, SOURCE, seed=5)

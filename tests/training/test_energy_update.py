@@ -16,7 +16,7 @@ from tests.helpers.by_hand import ClippedAdam, largest_change_error, seen_by, sp
 from tests.helpers.trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer
 from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.chain.noise import Stream, normal, step_seeds
-from vaebm_fast.config import PRESETS, EnergyTraining, Potential, ReplayBuffer
+from vaebm_fast.config import PRESETS, ChainConfig, EnergyTraining, Potential, ReplayBuffer
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import DecoderCombiner, WNConv2d
 from vaebm_fast.training import EnergyTrainer
@@ -117,9 +117,8 @@ def chain_by_hand(trainer: EnergyTrainer, step: int, *, steps: int, h: float, po
 @pytest.mark.parametrize("potential, h", [("official", 2e-4), ("paper", 0.05)])
 @pytest.mark.parametrize("mean", [True, False])
 def test_negatives_are_images_of_chains_at_the_present_energy(mean: bool, potential: Potential, h: float) -> None:
-    chain: dict[str, Any] = {"potential": potential, "steps": 3, "step_size": h, "use_mean_negatives": mean}
-    buffer = ReplayBuffer(size=16, max_probability=0.5, anneal_steps=0)
-    trainer = trainer_with_sensitive_images(buffer=buffer, **chain)
+    chain, buffer = ChainConfig(3, h, potential), ReplayBuffer(size=16, max_probability=0.5, anneal_steps=0)
+    trainer = trainer_with_sensitive_images(buffer=buffer, chain=chain, use_mean_negatives=mean)
     assert trainer.buffer is not None
     trainer.step(0)
 
@@ -155,7 +154,7 @@ def test_an_update_gets_the_steps_images_and_the_ends_of_the_steps_chains() -> N
 
 def test_the_nvae_stays_in_evaluation_mode_and_as_it_is() -> None:
     vae = NVAE(TINY).train()
-    training = replace(PRESETS["digits"].energy_training, batch_size=8, steps=2)
+    training = replace(PRESETS["digits"].energy_training, batch_size=8, chain=ChainConfig(2, 0.15, "paper"))
     before = copy.deepcopy(vae.state_dict())
     trainer = EnergyTrainer(vae, TINY_ENERGY, training, SOURCE)
     for step in range(2):

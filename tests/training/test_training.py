@@ -20,7 +20,7 @@ import vaebm_fast as vf
 from tests.helpers.trainers import QUIET, SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 from vaebm_fast import reference
 from vaebm_fast.checkpoint import CheckpointError
-from vaebm_fast.config import PRESETS, EnergyTraining, ReplayBuffer, VAETraining
+from vaebm_fast.config import PRESETS, ChainConfig, EnergyTraining, ReplayBuffer, VAETraining
 from vaebm_fast.data import digits
 from vaebm_fast.data.images import Pixels
 from vaebm_fast.data.loader import StepData
@@ -391,7 +391,9 @@ def test_readjusted_file_is_made_once_and_again_when_the_weights_change(tmp_path
 def test_resuming_energy_training_with_another_nvae_is_refused(tmp_path: Path) -> None:
     def trainer(seed: int) -> EnergyTrainer:
         torch.manual_seed(seed)
-        training = replace(PRESETS["digits"].energy_training, iterations=2, batch_size=8, steps=1)
+        training = replace(
+            PRESETS["digits"].energy_training, iterations=2, batch_size=8, chain=ChainConfig(1, 0.15, "paper")
+        )
         return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, SOURCE)
 
     train(trainer(0), RunOptions(tmp_path, **QUIET))
@@ -417,7 +419,7 @@ def test_a_garbled_log_does_not_stop_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"iterations": 0}, {"step_size": -1.0}, {"beta1": 1.0}, {"buffer": ReplayBuffer(size=4)}]
+    "wrong", [{"iterations": 0}, {"chain": ChainConfig(0, 1.0)}, {"beta1": 1.0}, {"buffer": ReplayBuffer(size=4)}]
 )
 def test_settings_that_cannot_train_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -428,3 +430,9 @@ def test_settings_that_cannot_train_are_named(wrong: dict[str, object]) -> None:
 def test_settings_that_no_buffer_can_have_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ReplayBuffer(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_chain_is_saved_flat_so_that_checkpoints_of_older_versions_continue() -> None:
+    settings = energy_trainer().settings()
+    assert (settings["steps"], settings["step_size"], settings["potential"]) == (2, 0.15, "paper")
+    assert "chain" not in settings

@@ -34,7 +34,7 @@ def seen_in_training(stage: str, source: ImageSource, steps: range, *, bits: int
         vae_stage = VAETrainer(config, training, source, seed=5, **augmentation)
         seen = [seen_by(vae_stage.vae.stem, partial(vae_stage.step, step))[0] for step in steps]
         return (torch.cat(seen) + 1) / 2
-    short = replace(digits.energy_training, batch_size=10, steps=1)
+    short = replace(digits.energy_training, batch_size=10, chain=replace(digits.energy_training.chain, steps=1))
     energy_stage = EnergyTrainer(NVAE(config), TINY_ENERGY, short, source, seed=5, **augmentation)
     energy_stage.initialize = lambda: None  # type: ignore[method-assign]
     return torch.cat([seen_by(energy_stage.model.energy, partial(energy_stage.step, step))[0] for step in steps])

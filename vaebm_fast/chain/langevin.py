@@ -18,7 +18,7 @@ from torch import Tensor
 from vaebm_fast import reference
 from vaebm_fast.chain.graphs import Graphs
 from vaebm_fast.chain.noise import Stream, normal, seed_tensor
-from vaebm_fast.config import NoiseLayout, Potential, require_potential
+from vaebm_fast.config import ChainConfig, NoiseLayout, Potential
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
 
@@ -213,11 +213,8 @@ class LangevinSampler:
         start_temperature: float = 1.0,
         capture: bool = True,
     ) -> None:
-        require_potential(potential)
-        for name, value in (("temperature", temperature), ("start_temperature", start_temperature)):
-            if not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{name} is {value}; it must be a number from 0 up.")
-        self.step_sizes = schedule(steps, step_size)
+        chain = ChainConfig(steps, _plain_sizes(step_size), potential, temperature, start_temperature)
+        self.step_sizes = chain.step_sizes
         self._followed: FrozenModel | None = None
         if isinstance(model, LiveModel):
             model = self._followed = model.freeze()
@@ -352,19 +349,10 @@ class LangevinSampler:
         return torch.cat(images) if images else torch.empty(0, height, width, channels, dtype=torch.uint8)
 
 
-def schedule(steps: int, step_size: float | Sequence[float] | Tensor) -> tuple[float, ...]:
-    """The sizes h_k of all steps. Raises UserError for invalid steps, sizes or a wrong number of sizes."""
-    if steps < 0:
-        raise UserError(f"steps is {steps}; it must be 0 or more.")
+def _plain_sizes(step_size: float | Sequence[float] | Tensor) -> float | tuple[float, ...]:
+    """The step size, or the schedule, without tensors and lists."""
     given: float | Sequence[float] = step_size.tolist() if isinstance(step_size, Tensor) else step_size
-    is_one = isinstance(given, (int, float))
-    sizes = (float(given),) if isinstance(given, (int, float)) else tuple(map(float, given))
-    for size in sizes:
-        if not (size > 0 and math.isfinite(size)):
-            raise UserError(f"step_size is {size}; it must be a positive number.")
-    if not is_one and len(sizes) != steps:
-        raise UserError(f"step_size holds {len(sizes)} numbers; a chain of {steps} steps takes one, or {steps}.")
-    return sizes * steps if is_one else sizes
+    return float(given) if isinstance(given, (int, float)) else tuple(map(float, given))
 
 
 def _positions_not_finite(nonfinite_at: Tensor) -> list[int]:

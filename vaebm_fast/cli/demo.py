@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,7 @@ def _train(preset: Preset, source: ArraySource, folder: Path, *, seed: int, prog
 
 
 def _sampler(model: VAEBM, preset: Preset) -> LangevinSampler:
-    sampling = preset.sampling
-    return LangevinSampler(
-        freeze(model), steps=sampling.steps, step_size=sampling.step_size, potential=sampling.potential
-    )
+    return LangevinSampler(freeze(model), **asdict(preset.sampling))
 
 
 def _judge(model: VAEBM, preset: Preset, source: ArraySource, judge: Judge, sampling_seed: int) -> dict[str, float]:

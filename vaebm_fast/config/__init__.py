@@ -6,7 +6,7 @@ defaults and their validation, and of tensors only `NoiseLayout`, which cuts an 
 """
 
 from vaebm_fast.config._fields import to_json
-from vaebm_fast.config.chain import POTENTIALS, Potential, Sampling, require_potential
+from vaebm_fast.config.chain import POTENTIALS, ChainConfig, Potential, require_potential, require_temperature
 from vaebm_fast.config.energy import (
     ENERGY_ARCHS,
     EnergyArch,
@@ -29,6 +29,7 @@ __all__ = [
     "PRESETS",
     "ArchInstance",
     "CellPlan",
+    "ChainConfig",
     "EnergyArch",
     "EnergyBlock",
     "EnergyConfig",
@@ -41,7 +42,6 @@ __all__ = [
     "Preset",
     "ReplayBuffer",
     "ReplayDtype",
-    "Sampling",
     "VAETraining",
     "energy_from_json",
     "find_energy_arch",
@@ -50,5 +50,6 @@ __all__ = [
     "nvae_from_json",
     "parse_blocks",
     "require_potential",
+    "require_temperature",
     "to_json",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from vaebm_fast.config.chain import Sampling
+from vaebm_fast.config.chain import ChainConfig
 from vaebm_fast.config.energy import ENERGY_ARCHS, EnergyConfig, parse_blocks
 from vaebm_fast.config.nvae import NVAEConfig
 from vaebm_fast.config.training import EnergyTraining, ReplayBuffer, VAETraining
@@ -22,7 +22,7 @@ class Preset:
     energy: EnergyConfig
     vae_training: VAETraining
     energy_training: EnergyTraining
-    sampling: Sampling
+    sampling: ChainConfig
     horizontal_flip: bool = True
     random_crop: bool = False
     vae_gpus: int = 8
@@ -71,24 +71,26 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 nvae=_nvae(32, channels=128, scales=1, groups=30, flows=1),
                 energy=ENERGY_ARCHS["cifar_32"].config(),
                 vae_training=VAETraining(epochs=400),
-                energy_training=EnergyTraining(learning_rate=4e-5, step_size=8e-5, use_mean_negatives=False),
-                sampling=Sampling(steps=16, step_size=8e-5),
+                energy_training=EnergyTraining(
+                    learning_rate=4e-5, chain=ChainConfig(10, 8e-5), use_mean_negatives=False
+                ),
+                sampling=ChainConfig(steps=16, step_size=8e-5),
             ),
             Preset(
                 name="celeba_64",
                 nvae=_nvae(64, channels=48, scales=3, groups=5, flows=1),
                 energy=ENERGY_ARCHS["celeba_64"].config(),
                 vae_training=VAETraining(epochs=50, warmup_epochs=1),
-                energy_training=EnergyTraining(learning_rate=5e-5, step_size=5e-6),
-                sampling=Sampling(steps=20, step_size=5e-6),
+                energy_training=EnergyTraining(learning_rate=5e-5, chain=ChainConfig(10, 5e-6)),
+                sampling=ChainConfig(steps=20, step_size=5e-6),
             ),
             Preset(
                 name="lsun_church_64",
                 nvae=_nvae(64, channels=48, scales=3, groups=5, flows=1),
                 energy=ENERGY_ARCHS["lsun_64"].config(),
                 vae_training=VAETraining(epochs=60, warmup_epochs=1),
-                energy_training=EnergyTraining(learning_rate=4e-5, step_size=4e-6, buffer=ReplayBuffer()),
-                sampling=Sampling(steps=20, step_size=4e-6),
+                energy_training=EnergyTraining(learning_rate=4e-5, chain=ChainConfig(10, 4e-6), buffer=ReplayBuffer()),
+                sampling=ChainConfig(steps=20, step_size=4e-6),
                 random_crop=True,
             ),
             Preset(
@@ -107,11 +109,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                     batch_size=4,
                     learning_rate=4e-5,
                     spectral_coeff=0.3,
-                    steps=6,
-                    step_size=3e-6,
+                    chain=ChainConfig(6, 3e-6),
                     buffer=ReplayBuffer(size=2_000, anneal_steps=3_000),
                 ),
-                sampling=Sampling(steps=24, step_size=3e-6),
+                sampling=ChainConfig(steps=24, step_size=3e-6),
                 energy_gpus=4,
             ),
             Preset(
@@ -123,14 +124,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                     iterations=250,
                     learning_rate=1e-4,
                     beta1=0.5,
-                    steps=10,
-                    step_size=0.15,
-                    potential="paper",
+                    chain=ChainConfig(10, 0.15, "paper"),
                     use_mean_negatives=False,
                     ema_decay=0.98,
                     max_energy_gap=100.0,
                 ),
-                sampling=Sampling(steps=10, step_size=0.15, potential="paper"),
+                sampling=ChainConfig(steps=10, step_size=0.15, potential="paper"),
                 horizontal_flip=False,
                 vae_gpus=1,
             ),

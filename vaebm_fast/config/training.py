@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vaebm_fast.config._fields import require, require_not_negative, require_positive
-from vaebm_fast.config.chain import Potential
+from vaebm_fast.config.chain import ChainConfig
 
 ReplayDtype = Literal["float32", "bfloat16"]
 Placement = Literal["device", "host"]
@@ -68,9 +68,7 @@ class EnergyTraining:
     beta2: float = 0.999
     weight_decay: float = 3e-5
     spectral_coeff: float = 0.2  # alpha_s
-    steps: int = 10
-    step_size: float = 8e-5  # h
-    potential: Potential = "official"
+    chain: ChainConfig = ChainConfig(steps=10, step_size=8e-5)  # makes the negatives
     use_mean_negatives: bool = True  # negatives are decoder means, not x(eps)
     buffer: ReplayBuffer | None = None
     init_batches: int = 5  # data batches, taken as one, of the data-dependent initialisation
@@ -79,8 +77,9 @@ class EnergyTraining:
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
-        require_positive(self, "iterations", "batch_size", "learning_rate", "steps", "step_size", "init_batches")
+        require_positive(self, "iterations", "batch_size", "learning_rate", "init_batches")
         require_positive(self, "max_energy_gap")
+        require(self.chain.steps > 0, "chain.steps is 0; negatives need at least one step.")
         require_not_negative(self, "weight_decay", "spectral_coeff", "max_rollbacks")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)

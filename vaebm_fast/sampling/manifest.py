@@ -10,12 +10,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vaebm_fast.config.settings import differences, in_present_terms
 from vaebm_fast.sampling.folder import Folder, SamplingError
 
 NAME = "manifest.json"
 IMAGES_VERSION = 1  # raised when a new release makes other images from the same settings
-OLDER = {"start_temperature": 1.0}  # what manifests do not say that were written before it was a setting
-RENAMED = {"backend": {"cpu": "cpp"}}  # the present name of a value, by setting and by the name in older manifests
 
 
 def settle(folder: Folder, asked: Mapping[str, Any], choose: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
@@ -29,11 +28,9 @@ def settle(folder: Folder, asked: Mapping[str, Any], choose: Callable[[], Mappin
         settings = {**choose(), **asked}
         folder.write_json(NAME, settings)
         return settings
-    saved = {**OLDER, **saved}
-    saved |= {name: names[saved[name]] for name, names in RENAMED.items() if saved.get(name) in names}
-    differing = [
-        f"{name} was {saved.get(name)} and is {value}" for name, value in asked.items() if saved.get(name) != value
-    ]
+    saved = in_present_terms(saved, asked)
+    found = differences({name: value for name, value in saved.items() if name in asked}, asked)
+    differing = [f"{name} was {before} and is {now}" for name, (before, now) in found.items()]
     if differing:
         raise SamplingError(
             f"{folder.out} holds images of another configuration ({'; '.join(differing)}); "

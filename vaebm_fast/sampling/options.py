@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
@@ -11,25 +10,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from vaebm_fast.chain.langevin import schedule
-from vaebm_fast.config import Potential, find_preset
+from vaebm_fast.config import ChainConfig, Potential, find_preset, require_temperature
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.runtime.devices import DeviceName
 from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.sampling.outputs import Format
 
 MOST_SEEDS = 100_000_000  # of a job, which keeps a list of its blocks
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The chain of a job, by the names of `LangevinSampler`; step_size: h of all steps, or of each."""
-
-    steps: int
-    step_size: float | tuple[float, ...]
-    potential: Potential
-    temperature: float
-    start_temperature: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +71,10 @@ class SampleOptions:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
         for name in ("temperature", "start_temperature"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"{name} is {value}; it must be a number from 0 up.")
+            if value is not None:
+                require_temperature(name, value)
 
-    def chain(self) -> Chain:
+    def chain(self) -> ChainConfig:
         """The preset's chain with what is given in its place.
 
         Raises ValueError where neither says enough, for steps that make no chain, and for some without an energy.
@@ -99,10 +86,9 @@ class SampleOptions:
             step_size = ()
         if steps is None or step_size is None:
             raise UserError("The chain is not known: name a preset, or give both the steps and the step size.")
-        schedule(steps, step_size)
         if steps > 0 and self.energy is None:
             raise UserError("A chain's steps need an energy network: give --energy, or --steps 0 for the NVAE's own.")
-        return Chain(
+        return ChainConfig(
             steps,
             step_size,
             self.potential or (published.potential if published else "official"),

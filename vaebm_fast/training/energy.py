@@ -174,17 +174,12 @@ class EnergyTrainer:
         return ReplayRing(buffer.size, latent_dim, dtype=dtype, device=self.device, placement=buffer.placement)
 
     def _sampler_of(self, frozen: FrozenVAEBM) -> LangevinSampler:
-        training = self.training
-        return LangevinSampler(
-            frozen,
-            steps=training.steps,
-            step_size=training.step_size,
-            potential=training.potential,
-        )
+        return LangevinSampler(frozen, **asdict(self.training.chain))
 
     def settings(self) -> dict[str, Any]:
         """What a continuation must share with its checkpoint: not the device, nor where the replay buffer lies."""
         training = asdict(self.training)
+        chain = training.pop("chain")
         if self.training.buffer is not None:
             del training["buffer"]["placement"]
         return {
@@ -195,6 +190,7 @@ class EnergyTrainer:
             **self._augmentation,
             "energy": to_json(self.config),
             **training,
+            **chain,
         }
 
     def initialize(self) -> None:

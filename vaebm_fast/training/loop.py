@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vaebm_fast.checkpoint import CheckpointError, load_training, save_training
+from vaebm_fast.config.settings import differences, in_present_terms
 from vaebm_fast.data.loader import UnreadableDataError
 from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.runtime.files import write
@@ -29,7 +30,6 @@ Scalars = Mapping[str, Tensor | float]
 DrawSamples = Callable[[Tensor, Path], None]  # uint8 [N, H, W, C], and the PNG file to write
 STATE_FILE = "training.safetensors"
 SHOWN = 3  # settings that differ, in an error
-OLDER = {"random_crop": False}  # what checkpoints do not say that were written before it was a setting
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,9 @@ def _require_same(settings: Mapping[str, Any], saved: Mapping[str, Any], path: P
             f"{path} belongs to a run of stage {saved['stage']}, and this is one of stage {settings['stage']}; use "
             "another output folder."
         )
-    saved = {**OLDER, **saved}
-    differing = [name for name in sorted({*settings, *saved}) if settings.get(name) != saved.get(name)]
+    differing = list(differences(in_present_terms(saved, settings), settings).items())
     if differing:
-        changes = "; ".join(f"{name}: {saved.get(name)} -> {settings.get(name)}" for name in differing[:SHOWN])
+        changes = "; ".join(f"{name}: {before} -> {now}" for name, (before, now) in differing[:SHOWN])
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise CheckpointError(
             f"{path} belongs to a run with other settings ({changes}{more}). Use the same settings to continue it, or "
