@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENT = REPOSITORY / "docs" / "kernel_tables.md"
 HEAD = """# What the GPU kernels need
 
-Written by `python -m benchmarks.kernel_report`, for [kernels.md](kernels.md). What an H200 measured is in [gpu.md](gpu.md); here all is counted:
+Written by `python -m benchmarks.kernel_report`, for [kernels.md](kernels.md). [gpu.md](gpu.md) has measured times. Here
 times are floors, computed from counted work and the peak rates of an A100 SXM 80 GB (2.04 TB/s, 19.5 TFLOP/s fp32) and
 an H200 (4.8 TB/s, 66.9 TFLOP/s fp32). A floor is the time of the busiest unit alone; launches, latency, caches that do
 not hold and instructions that are not arithmetic are left out. Work and floors are of one launch at the shape beside
