@@ -81,7 +81,7 @@ def test_the_table_is_written_between_its_marks_alone(name: str, tmp_path: Path)
     shutil.copy(source, copy)
     write_table(tuner, "Timed on a clock.", copy)
     lines, written = (path.read_text(encoding="utf-8").splitlines() for path in (source, copy))
-    changed = [(a, b) for a, b in zip(lines, written, strict=True) if a != b]
+    changed = [(a, b) for a, b in zip(lines, written, strict=True) if a.removesuffix("  # not timed") != b]
     assert [b for _, b in changed] == ["    # Timed on a clock."]  # entries are spelled as the source spells them
 
     tune_for(tuner, tuner.candidates[-1])
