@@ -166,7 +166,7 @@ def test_the_command_prints_what_was_counted(capsys: pytest.CaptureFixture[str])
 
 def test_an_unknown_preset_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cost", "--preset", "celeba_512"]) == 1
-    assert capsys.readouterr().err.startswith("error: Preset 'celeba_512' is not known; there are cifar10,")
+    assert capsys.readouterr().err.startswith("error: Preset 'celeba_512' is not known; it must be one of cifar10,")
 
 
 def test_the_least_traffic_is_that_of_the_leanest_plan() -> None:
