@@ -230,8 +230,8 @@ def test_what_cannot_be_is_one_sentence(
     energy = ("energy", "--preset", "digits", "--out", str(tmp_path), "--nvae", str(nvae_file))
     assert "begin with one of vae, energy" in error_of(capsys, "nvae")
     assert all(name in error_of(capsys, "vae", "--preset", "cifar100") for name in ("cifar100", *PRESETS))
-    assert "There is no /nowhere" in error_of(capsys, *vae, "--data", "/nowhere")
-    at_most = "batch_size is 10000; it must be at least 1 and at most 898, the images of digits, train half."
+    assert "/nowhere does not exist" in error_of(capsys, *vae, "--data", "/nowhere")
+    at_most = "batch_size is 10000; it must be at least 1 and at most 898, the size of digits, train half."
     assert at_most in error_of(capsys, *vae, "--training.batch-size", "10000")
     assert "/nowhere: there is no such file" in error_of(capsys, *energy, "--nvae", "/nowhere")
     sizes = error_of(capsys, *energy, "--energy.image-size", "16")
