@@ -125,30 +125,30 @@ def test_what_is_saved_is_the_ring_itself_not_a_copy() -> None:
 
 
 def test_ring_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"capacity is 0; a replay buffer keeps at least one state\."):
+    with pytest.raises(ValueError, match=r"capacity is 0; it must be at least 1\."):
         ReplayRing(0, 4)
     with pytest.raises(ValueError, match=r"placement is host, .* but the device is cpu; use placement device\."):
         ReplayRing(3, 4, placement="host")
     ring = ReplayRing(3, 4)
-    with pytest.raises(ValueError, match=r"4 states do not fit a replay buffer of 3\."):
+    with pytest.raises(ValueError, match=r"4 states exceed the replay buffer's capacity of 3\."):
         ring.push(torch.zeros(4, 4))
     for shape in ((2, 1), (2, 3), (4,)):
         with pytest.raises(ValueError, match=r"states have shape .*; this replay buffer takes \[N, 4\]\."):
             ring.push(torch.zeros(shape))
     ring.push(torch.zeros(2, 4))
     for index in (2, -1):
-        with pytest.raises(IndexError, match=rf"There is no state {index} in a replay buffer that holds 2\."):
+        with pytest.raises(IndexError, match=rf"Index {index} is out of range for a replay buffer with 2 states\."):
             ring.gather(torch.tensor([0, index]))
 
 
 @pytest.mark.parametrize(
     "other, reason",
     [
-        (ReplayRing(2, 4, **OURS), r"saved replay buffer holds \(3, 4\); this one takes \(2, 4\)\."),
-        (ReplayRing(3, 5, **OURS), r"saved replay buffer holds \(3, 4\); this one takes \(3, 5\)\."),
-        (ReplayRing(3, 4, **OURS, dtype=torch.bfloat16), r"is in torch\.float32, this one in torch\.bfloat16;"),
-        (ReplayRing(3, 4, rank=1, world_size=4), r"of rank 0 of 4, this one that of rank 1 of 4; continue with as"),
-        (ReplayRing(3, 4, world_size=2), r"of rank 0 of 4, this one that of rank 0 of 2; continue with as many"),
+        (ReplayRing(2, 4, **OURS), r"saved replay buffer has shape \(3, 4\); this one has \(2, 4\)\."),
+        (ReplayRing(3, 5, **OURS), r"saved replay buffer has shape \(3, 4\); this one has \(3, 5\)\."),
+        (ReplayRing(3, 4, **OURS, dtype=torch.bfloat16), r"is torch\.float32, this one is torch\.bfloat16;"),
+        (ReplayRing(3, 4, rank=1, world_size=4), r"to rank 0 of 4, but this is rank 1 of 4; resume with the"),
+        (ReplayRing(3, 4, world_size=2), r"to rank 0 of 4, but this is rank 0 of 2; resume with the"),
     ],
     ids=["smaller", "wider", "bfloat16", "rank", "world"],
 )
@@ -162,11 +162,11 @@ def test_another_ring_is_not_continued_and_nothing_half_loaded(other: ReplayRing
 
 
 def test_a_ring_that_does_not_fit_the_memory_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"1000000000 states \[10000\] in torch\.float32 takes 40000\.0 GB of cpu"):
+    with pytest.raises(ValueError, match=r"1000000000 states \[10000\] in torch\.float32 needs 40000\.0 GB of cpu"):
         ReplayRing(10**9, 10_000)
     monkeypatch.setattr(replay, "free_memory", lambda device: 7999)
     assert ReplayRing(1000, 2, dtype=torch.bfloat16).capacity == 1000
-    with pytest.raises(ValueError, match="lower its size, keep it in bfloat16, or change its placement"):
+    with pytest.raises(ValueError, match="lower its size, use dtype bfloat16, or change its placement"):
         ReplayRing(1000, 2)
 
 

@@ -203,7 +203,7 @@ def test_a_folder_of_the_other_stage_is_refused_by_stage_alone(tmp_path: Path) -
     with pytest.raises(CheckpointError) as refused:
         train(energy_trainer(), RunOptions(tmp_path, **QUIET))
     message = str(refused.value)
-    assert "a run of stage vae" in message and "one of stage energy" in message and "->" not in message
+    assert "a run of stage vae" in message and "this run is of stage energy" in message and "->" not in message
 
 
 def test_of_many_settings_that_differ_three_are_shown(tmp_path: Path) -> None:
