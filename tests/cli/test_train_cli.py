@@ -328,7 +328,7 @@ def test_a_changed_setting_is_refused_by_name_and_a_damaged_state_by_file(
     state.write_bytes(content)
     assert f"{state}: the file is damaged" in error_of(capsys, *command)
     state.write_bytes(content[:1000])
-    assert f"{state}: the file is cut off" in error_of(capsys, *command)
+    assert f"{state}: the file is truncated" in error_of(capsys, *command)
 
 
 def test_vaebm_fast_train_is_the_same_command(

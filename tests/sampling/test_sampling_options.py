@@ -174,7 +174,7 @@ def test_an_energy_arch_of_no_blocks_is_refused_and_blocks_are_for_the_nvaes_sid
     options: SampleOptions, networks: Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for nothing in ("", " , "):
-        with pytest.raises(CheckpointError, match=f"{nothing!r} is no energy network; there are mnist, cifar_32"):
+        with pytest.raises(CheckpointError, match=f"{nothing!r} is not an energy network; use mnist, cifar_32"):
             load_energy(networks[1], arch=nothing)
     asked: list[Any] = []
 
