@@ -1,4 +1,4 @@
-"""Files that are no checkpoint, damaged or unfit: each is refused in one sentence that says what it is."""
+"""Invalid, damaged or mismatched files: each raises one sentence that names the fault."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)  # a root user may read everything, so chmod would prove nothing
+    monkeypatch.setattr(Path, "open", denied)  # root can read any file, so chmod would not test this
     assert "Permission denied" in refusal(load_nvae, path)
 
 
@@ -192,11 +192,11 @@ def test_a_flipped_bit_in_a_published_tensor_never_loads(index: int, bit: int, t
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(offset=st.integers(0, 4000), from_end=st.booleans(), bit=st.integers(0, 7))
-@example(offset=404, from_end=True, bit=4)  # makes a tensor a folder, which torch.load does not read
+@example(offset=404, from_end=True, bit=4)  # marks a tensor as a folder, which torch.load does not read
 def test_a_flipped_bit_anywhere_in_a_published_file_is_refused_or_harmless(
     offset: int, from_end: bool, bit: int, tmp_path: Path
 ) -> None:
-    content = energy_content(width=1)  # names and dates in a zip's own records have no checksum
+    content = energy_content(width=1)  # a zip has no checksum for names and dates in its records
     data = bytearray(saved(tmp_path / "e", content).read_bytes())
     data[-1 - offset if from_end else offset] ^= 1 << bit
     (tmp_path / "e").write_bytes(data)

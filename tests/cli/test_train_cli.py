@@ -1,4 +1,4 @@
-"""`train.py` as its users meet it: presets and options, errors, stopping and continuing."""
+"""The command line of `train.py`: presets, options, errors, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TINY_ENERGY_OPTIONS = ("--energy.width", "4", "--training.chain.steps", "2", "--
 
 @dataclass(frozen=True)
 class Stage:
-    """A short run of one stage without --out: its command line, its class, its steps, what it exports."""
+    """A short run of one stage without --out: command line, class, steps and exported file."""
 
     arguments: tuple[str, ...]
     trainer: type[VAETrainer] | type[EnergyTrainer]
@@ -74,7 +74,7 @@ def stage(request: pytest.FixtureRequest, nvae_file: Path) -> Stage:
 
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, RunOptions]]:
-    """What would have been trained, and how it would have run."""
+    """The trainer and options that a command would run."""
     seen: list[tuple[Any, RunOptions]] = []
 
     def finish(trainer: Any, run: RunOptions) -> int:
@@ -86,7 +86,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, RunOptions]]:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr of a run that fails."""
+    """The single line on stderr of a failing run."""
     assert train.main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -94,7 +94,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def refusal_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What tyro says of arguments that do not fit, its boxes and line breaks taken away."""
+    """tyro's message for invalid arguments, without boxes and line breaks."""
     with pytest.raises(SystemExit) as ended:
         train.main(arguments)
     assert ended.value.code == 2
@@ -109,7 +109,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def option_names(prefix: str, kind: type) -> list[str]:
-    """Without a chain, which is a group of options of its own."""
+    """Options for the fields of `kind` except `chain`, which has its own option group."""
     return [f"--{prefix}{entry.name.replace('_', '-')}" for entry in fields(kind) if entry.type != "ChainConfig"]
 
 
@@ -310,7 +310,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(
     assert "run the same command again" in capsys.readouterr().out
     assert not (tmp_path / "stopped" / stage.exported).exists()
     assert train.main(stopped) == 0
-    assert steps == list(range(stage.total_steps))  # none was left out, none was done twice
+    assert steps == list(range(stage.total_steps))  # none skipped or repeated
     assert (tmp_path / "stopped" / stage.exported).read_bytes() == exported.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Settings that older versions saved are compared in present terms."""
+"""Chain settings, and comparison with settings saved by older versions."""
 
 from __future__ import annotations
 

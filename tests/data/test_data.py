@@ -1,4 +1,4 @@
-"""Images in: decoding, resizing, the three sources, and the order of training batches."""
+"""Image decoding and resizing, the three sources, and the order of training batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 def halves(mode: str, left: Any, right: Any) -> Image.Image:
-    """A picture 12 pixels wide and 8 high, of one colour on each side."""
+    """An image 12 pixels wide and 8 high whose left and right halves have one colour each."""
     image = Image.new(mode, (12, 8), left)
     image.paste(right, (6, 0, 12, 8))
     return image
@@ -47,7 +47,7 @@ def palette() -> Image.Image:
 
 
 def numbered(total: int, side: int = 4) -> ArraySource:
-    """Image i has i in the left corner of its top row and 255 below it, which tells it from its mirror image."""
+    """Image i has i in its top-left pixel and 255 below it, so that mirroring is visible."""
     images = np.zeros((total, side, side, 1), np.uint8)
     images[:, 0, 0, 0] = np.arange(total)
     images[:, 1, 0, 0] = 255
@@ -55,7 +55,7 @@ def numbered(total: int, side: int = 4) -> ArraySource:
 
 
 def indices_of(batch: torch.Tensor) -> list[int]:
-    """The largest byte of each top row, be it mirrored or not."""
+    """The largest byte of each top row, mirrored or not."""
     return (batch[:, 0, 0].amax(-1) * 255).round().int().tolist()
 
 

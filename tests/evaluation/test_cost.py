@@ -151,7 +151,7 @@ def test_plans_of_a_cell_by_hand() -> None:
 def test_floors_are_work_over_peak_rate() -> None:
     floors = celeba_256().floors_ms("H200")
     assert floors["CUDA cores in float32, depthwise"] == pytest.approx(11.6 / 67, rel=1e-3)  # GFLOP / TFLOP/s
-    assert floors["tensor cores, all but the depthwise"] == pytest.approx((209.5 - 11.6) / 989, rel=1e-3)
+    assert floors["tensor cores, all except depthwise"] == pytest.approx((209.5 - 11.6) / 989, rel=1e-3)
     moved = celeba_256().plans["one kernel, all recomputed"].per_image
     assert floors["memory, one kernel, all recomputed"] == pytest.approx(moved / 4.8e9)
 

@@ -1,4 +1,4 @@
-"""Networks, noise and images that do not fit are refused in a sentence."""
+"""Invalid networks, noise and images raise a one-sentence error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vaebm_fast.config import parse_blocks
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 
 
-# What does not fit is refused in a sentence.
+# Invalid configurations raise a one-sentence error.
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

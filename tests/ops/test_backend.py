@@ -1,4 +1,4 @@
-"""The dispatcher: what `auto` picks, what a missing backend says, and the package without its compiled part."""
+"""The dispatcher: choice of `auto`, errors of missing backends, and the package without its compiled part."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine whose compiled part holds everything."""
+    """Simulates a compiled part that contains all ops."""
     monkeypatch.setattr(extension, "_why_missing", None)
     monkeypatch.setattr(extension, "_with_cuda", True)
     return monkeypatch

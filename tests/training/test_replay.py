@@ -1,4 +1,4 @@
-"""The replay buffer against a plain list, its memory, and what it refuses. With pinned memory: test_replay_gpu.py."""
+"""The replay buffer: comparison with a plain list, memory and errors. Pinned memory: test_replay_gpu.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OURS = {"rank": 0, "world_size": 4}
 
 
 class ListBuffer:
-    """What the ring is to be: a list of rounded rows, the oldest replaced first."""
+    """Reference ring: a list of rounded rows; the oldest is replaced first."""
 
     def __init__(self, capacity: int, dtype: torch.dtype) -> None:
         self.capacity, self.dtype, self.pushed = capacity, dtype, 0
@@ -43,7 +43,7 @@ class ListBuffer:
     dtype=st.sampled_from(DTYPES),
     work=st.lists(
         st.one_of(st.floats(0, 1), st.sampled_from(["restore", "clear"])), max_size=12
-    ),  # shares of it are pushed
+    ),  # fractions of the capacity to push
     picks=st.lists(st.floats(0, 1, exclude_max=True), max_size=8),
 )
 def test_ring_is_a_list_whose_oldest_states_are_replaced(
@@ -56,7 +56,7 @@ def test_ring_is_a_list_whose_oldest_states_are_replaced(
             expected = ListBuffer(capacity, dtype)
         elif isinstance(what, str):
             restored = ReplayRing(capacity, 3, dtype=dtype)
-            restored.push(torch.full((capacity, 3), -1.0))  # what it held before is forgotten
+            restored.push(torch.full((capacity, 3), -1.0))  # loading replaces former content
             restored.load_state_dict(ring.state_dict())
             ring = restored
         else:
@@ -73,7 +73,7 @@ def test_ring_is_a_list_whose_oldest_states_are_replaced(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ring_copies_what_it_takes_and_gives_and_knows_no_gradient(dtype: torch.dtype) -> None:
     ring, states = ReplayRing(3, 4, dtype=dtype), torch.randn(2, 8, requires_grad=True)
-    ring.push(states[:, ::2])  # not contiguous, as the latents of all noise are not
+    ring.push(states[:, ::2])  # not contiguous, like the latents of a noise vector
     assert not ring.state_dict()["states"].requires_grad
     kept = states.detach()[:, ::2].clone().to(dtype).float()
     with torch.no_grad():
@@ -187,7 +187,7 @@ print(taken - before, resident() - taken)
 
 
 def test_the_memory_of_a_ring_is_there_from_the_start() -> None:
-    """In a process of its own, where no block freed earlier serves."""
+    """Runs in its own process, so that no freed block can be reused."""
     done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
     at_first, later = map(int, done.stdout.split())
     assert at_first > 0.95 * 2**26 and later < 0.1 * 2**26

@@ -154,7 +154,7 @@ class Cost:
         """Lower bound on milliseconds per image for each GPU resource at its stated peak; excludes weights."""
         peaks = GPUS[gpu]
         floors = {
-            "tensor cores, all but the depthwise": (self.frozen_flops - self.depthwise_flops) / peaks.tensor_tflops,
+            "tensor cores, all except depthwise": (self.frozen_flops - self.depthwise_flops) / peaks.tensor_tflops,
             "CUDA cores in float32, depthwise": self.depthwise_flops / peaks.fp32_tflops,
         }
         floors |= {f"memory, {name}": plan.per_image / peaks.memory_tbps for name, plan in self.plans.items()}
@@ -188,14 +188,14 @@ def text(counted: Cost) -> str:
         f"{counted.preset}: one chain step, counted (official potential, forward and backward to the noise)",
         "",
         f"noise                {counted.noise_dim:,} elements per image",
-        f"frozen weights       {counted.weights / 1e6:.1f} M, of them {sum(c.weights for c in cells) / 1e6:.1f} M in "
+        f"frozen weights       {counted.weights / 1e6:.1f} M, including {sum(c.weights for c in cells) / 1e6:.1f} M in "
         f"{len(cells)} inverted residuals of the decoder",
-        f"hidden elements      {hidden / 1e6:.1f} M per image in these; {hidden_wide / 1e6:.1f} M of them in the "
-        f"{len(wide)} with H >= {FUSED_SIDE}, whose weights are {sum(c.weights for c in wide) / 1e6:.1f} M",
+        f"hidden elements      {hidden / 1e6:.1f} M per image in these, {hidden_wide / 1e6:.1f} M in the "
+        f"{len(wide)} with H >= {FUSED_SIDE}, which have {sum(c.weights for c in wide) / 1e6:.1f} M weights",
         f"GFLOP per image      {counted.plain_flops / 1e9:.1f} plain, {counted.frozen_flops / 1e9:.1f} frozen, "
-        f"of it {counted.depthwise_flops / 1e9:.1f} depthwise",
+        f"including {counted.depthwise_flops / 1e9:.1f} depthwise",
         "",
-        f"{'memory traffic, no cache':52}  GB per image  of it in cells  GB of weights per step",
+        f"{'memory traffic, no cache':52}  GB per image        in cells  GB of weights per step",
     ]
     rest = counted.rest_bytes / 1e9
     for name, moved in counted.traffic.items():
@@ -206,7 +206,7 @@ def text(counted: Cost) -> str:
     missing = why_absent("cpp")
     if missing is not None:
         lines.append(f"{'; '.join(COMPILED)}: not counted, because {missing}")
-    lines += ["", f"{'least ms per image at stated peak rates':52}" + "".join(f"{gpu:>10}" for gpu in GPUS)]
+    lines += ["", f"{'lower bound, ms per image at stated peak rates':52}" + "".join(f"{gpu:>10}" for gpu in GPUS)]
     floors = {gpu: counted.floors_ms(gpu) for gpu in GPUS}
     lines += [f"{name:52}" + "".join(f"{floors[gpu][name]:10.3f}" for gpu in GPUS) for name in floors["A100"]]
     return "\n".join(lines)
