@@ -1,7 +1,7 @@
-"""Builds vaebm_fast._C: the C++ part always, the CUDA part where it can be. All static metadata is in pyproject.toml.
+"""Builds vaebm_fast._C: always the C++ part, the CUDA part if possible. Static metadata is in pyproject.toml.
 
-VAEBM_CUDA=auto (default) builds the CUDA part when torch has CUDA and nvcc is there; 1 insists on it, 0 leaves it out.
-TORCH_CUDA_ARCH_LIST names GPU architectures; without it, those of the GPUs at hand, or 8.0 and 9.0 where there is none.
+VAEBM_CUDA=auto (default) builds the CUDA part if torch has CUDA and nvcc is found; 1 requires it, 0 skips it.
+TORCH_CUDA_ARCH_LIST sets GPU architectures; the default is those of the installed GPUs, or 8.0 and 9.0 without a GPU.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ try:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     raise SystemExit(
-        f"vaebm-fast is compiled against torch, which Python could not import ({error}). "
+        f"Building vaebm-fast needs torch, but importing it failed ({error}). "
         "Install torch first, then run `pip install --no-build-isolation -e .`."
     ) from error
 
-# The same bits on every machine: no fma unless the source says so. No errno and no traps, so that loops vectorise.
+# No implicit fma: same bits on every machine. No errno, no traps: loops vectorise.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp"]
 NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden"]
 
 
 def require_setuptools() -> None:
-    """Before 77, pyproject.toml's licence makes setuptools fail with a text about something else."""
+    """Require setuptools 77: older versions fail on pyproject.toml's license field with a misleading error."""
     if int(setuptools.__version__.split(".")[0]) < 77:
         raise SystemExit(
-            f"vaebm-fast is built by setuptools 77.0.3 or newer, and this is {setuptools.__version__}; "
+            f"Building vaebm-fast needs setuptools 77.0.3 or newer, but found {setuptools.__version__}; "
             "run `pip install --upgrade setuptools`."
         )
 
@@ -40,17 +40,17 @@ def require_cpp_compiler() -> None:
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler.split()[0]):
         raise SystemExit(
-            f"vaebm-fast needs a C++ compiler, and {compiler!r} is not on the PATH. "
+            f"Building vaebm-fast needs a C++ compiler, but {compiler!r} is not on the PATH. "
             "Install one (on Debian or Ubuntu: `apt-get install g++`), or set CXX to yours."
         )
 
 
 def why_no_cuda() -> str | None:
-    """What the CUDA part lacks, as the end of a sentence; None when it can be built."""
+    """Why the CUDA part cannot be built, as the end of a sentence; None if it can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch."
     if CUDA_HOME is None or not shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")):
-        return f"nvcc was not found; install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME to it."
+        return f"nvcc was not found; install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME to its path."
     return None
 
 
@@ -60,7 +60,7 @@ def builds_cuda() -> bool:
         raise SystemExit(f"VAEBM_CUDA is {choice!r}; it must be auto, 0 or 1.")
     missing = why_no_cuda()
     if choice == "1" and missing:
-        raise SystemExit(f"VAEBM_CUDA=1 asks for the CUDA part, but {missing}")
+        raise SystemExit(f"VAEBM_CUDA=1 requires the CUDA part, but {missing}")
     return choice != "0" and missing is None
 
 

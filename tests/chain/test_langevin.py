@@ -308,11 +308,11 @@ def test_uint8_is_255_times_the_image_rounded_and_never_rescaled() -> None:
         ({"step_size": math.inf}, r"step_size is inf; it must be a positive number\."),
         ({"steps": 0, "step_size": -1.0}, r"step_size is -1\.0; it must be a positive number\."),
         ({"steps": 2, "step_size": [0.1, math.nan]}, r"step_size is nan; it must be a positive number\."),
-        ({"steps": 3, "step_size": [0.1, 0.2]}, r"step_size holds 2 numbers; a chain of 3 steps takes one, or 3\."),
-        ({"temperature": math.nan}, r"temperature is nan; it must be a number from 0 up\."),
-        ({"start_temperature": -0.1}, r"start_temperature is -0\.1; it must be a number from 0 up\."),
-        ({"start_temperature": math.inf}, r"start_temperature is inf; it must be a number from 0 up\."),
-        ({"potential": "exact"}, r"'exact' is not known; it is one of energy, paper, official\."),
+        ({"steps": 3, "step_size": [0.1, 0.2]}, r"step_size has 2 values; a chain of 3 steps needs 1 or 3\."),
+        ({"temperature": math.nan}, r"temperature is nan; it must be finite and at least 0\."),
+        ({"start_temperature": -0.1}, r"start_temperature is -0\.1; it must be finite and at least 0\."),
+        ({"start_temperature": math.inf}, r"start_temperature is inf; it must be finite and at least 0\."),
+        ({"potential": "exact"}, r"'exact' is not known; it must be one of energy, paper, official\."),
     ],
 )
 def test_settings_that_make_no_chain_are_refused(arguments: dict[str, object], sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that are no checkpoint, damaged or unfit: each is refused in one sentence that says what it is."""
+"""Invalid, damaged or mismatched files: each raises one sentence that names the fault."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from vaebm_fast.models import EnergyNetwork
         (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
-        (b"no checkpoint at all", "no checkpoint"),
-        (b"\x80\x02", "cut off"),
-        (pickle.dumps([1, 2], protocol=2), "cut off, damaged, or no checkpoint"),
+        (b"no checkpoint at all", "not a checkpoint"),
+        (b"\x80\x02", "truncated"),
+        (pickle.dumps([1, 2], protocol=2), "truncated, damaged, or not a checkpoint"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_says_what_it_is(content: bytes, words: str, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)  # a root user may read everything, so chmod would prove nothing
+    monkeypatch.setattr(Path, "open", denied)  # root can read any file, so chmod would not test this
     assert "Permission denied" in refusal(load_nvae, path)
 
 
@@ -75,7 +75,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(layout: str, tmp_path: Pat
     whole = path.read_bytes()
     for length in (1, 7, 8, 9, 50, 300, len(whole) // 2, len(whole) - 100, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert "cut off" in refusal(load_energy, path)
+        assert "truncated" in refusal(load_energy, path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -115,15 +115,15 @@ def change_energy(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"linear.bias": None}, "lacks linear.bias"),
+        ({"linear.bias": None}, "missing linear.bias"),
         ({"blocks.1.conv1.weight": None}, "lacks blocks.1.conv1.weight"),
         ({"conv1.weight": None}, "lacks conv1.weight"),
-        ({f"extra{i}": torch.zeros(1) for i in range(5)}, "extra0, extra1, extra2 and 2 more too many"),
+        ({f"extra{i}": torch.zeros(1) for i in range(5)}, "unexpected extra0, extra1, extra2 and 2 more"),
         ({"linear.weight": torch.zeros(1, 9)}, "linear.weight (is [1, 9], must be [1, 4])"),
         ({"linear.weight": torch.zeros(1, 4, dtype=torch.int64)}, "linear.weight (is integer [1, 4]"),
-        ({"conv1.bias": torch.tensor([0.0, float("nan")])}, "conv1.bias has values"),
-        ({"conv1.bias": torch.tensor([0.0, float("-inf")])}, "conv1.bias has values"),
-        ({"conv1.bias": "text"}, "'conv1.bias', a str"),
+        ({"conv1.bias": torch.tensor([0.0, float("nan")])}, "conv1.bias has infinite or NaN values"),
+        ({"conv1.bias": torch.tensor([0.0, float("-inf")])}, "conv1.bias has infinite or NaN values"),
+        ({"conv1.bias": "text"}, "'conv1.bias' is a str"),
     ],
 )
 def test_an_energy_file_that_does_not_fit_names_the_tensor(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -135,9 +135,9 @@ def test_an_energy_file_that_does_not_fit_names_the_tensor(changes: dict[str, An
     ("changes", "words"),
     [
         ({"num_latent_per_group": 3}, "enc_sampler.0.weight (is [4, 8, 3, 3], must be [6, 8, 3, 3])"),
-        ({"num_groups_per_scale": 3}, "lacks enc_tower"),
-        ({"num_groups_per_scale": 1}, "too many"),
-        ({"arch_instance": "res_elu"}, "lacks"),
+        ({"num_groups_per_scale": 3}, "missing enc_tower"),
+        ({"num_groups_per_scale": 1}, "unexpected"),
+        ({"arch_instance": "res_elu"}, "missing"),
         ({"arch_instance": "res_new"}, "'res_new' is not known"),
         ({"dataset": "toy"}, "dataset 'toy'"),
         ({"dataset": "toy_9"}, "image_size 9"),
@@ -156,7 +156,7 @@ def test_missing_args_are_named(tmp_path: Path) -> None:
     path = saved(tmp_path / "n", {"state_dict": {}})
     assert "args" in refusal(load_nvae, path)
     assert "neither" in refusal(load_nvae, saved(tmp_path / "n", {"weights": {}}))
-    assert "holds a list" in refusal(load_nvae, saved(tmp_path / "n", [1]))
+    assert "contains a list" in refusal(load_nvae, saved(tmp_path / "n", [1]))
 
 
 # Our layout
@@ -192,11 +192,11 @@ def test_a_flipped_bit_in_a_published_tensor_never_loads(index: int, bit: int, t
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(offset=st.integers(0, 4000), from_end=st.booleans(), bit=st.integers(0, 7))
-@example(offset=404, from_end=True, bit=4)  # makes a tensor a folder, which torch.load does not read
+@example(offset=404, from_end=True, bit=4)  # marks a tensor as a folder, which torch.load does not read
 def test_a_flipped_bit_anywhere_in_a_published_file_is_refused_or_harmless(
     offset: int, from_end: bool, bit: int, tmp_path: Path
 ) -> None:
-    content = energy_content(width=1)  # names and dates in a zip's own records have no checksum
+    content = energy_content(width=1)  # a zip has no checksum for names and dates in its records
     data = bytearray(saved(tmp_path / "e", content).read_bytes())
     data[-1 - offset if from_end else offset] ^= 1 << bit
     (tmp_path / "e").write_bytes(data)

@@ -1,4 +1,4 @@
-"""`train.py` as its users meet it: presets and options, errors, stopping and continuing."""
+"""The command line of `train.py`: presets, options, errors, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TINY_ENERGY_OPTIONS = ("--energy.width", "4", "--training.chain.steps", "2", "--
 
 @dataclass(frozen=True)
 class Stage:
-    """A short run of one stage without --out: its command line, its class, its steps, what it exports."""
+    """A short run of one stage without --out: command line, class, steps and exported file."""
 
     arguments: tuple[str, ...]
     trainer: type[VAETrainer] | type[EnergyTrainer]
@@ -74,7 +74,7 @@ def stage(request: pytest.FixtureRequest, nvae_file: Path) -> Stage:
 
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, RunOptions]]:
-    """What would have been trained, and how it would have run."""
+    """The trainer and options that a command would run."""
     seen: list[tuple[Any, RunOptions]] = []
 
     def finish(trainer: Any, run: RunOptions) -> int:
@@ -86,7 +86,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, RunOptions]]:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr of a run that fails."""
+    """The single line on stderr of a failing run."""
     assert train.main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -94,7 +94,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def refusal_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What tyro says of arguments that do not fit, its boxes and line breaks taken away."""
+    """tyro's message for invalid arguments, without boxes and line breaks."""
     with pytest.raises(SystemExit) as ended:
         train.main(arguments)
     assert ended.value.code == 2
@@ -109,7 +109,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def option_names(prefix: str, kind: type) -> list[str]:
-    """Without a chain, which is a group of options of its own."""
+    """Options for the fields of `kind` except `chain`, which has its own option group."""
     return [f"--{prefix}{entry.name.replace('_', '-')}" for entry in fields(kind) if entry.type != "ChainConfig"]
 
 
@@ -230,8 +230,8 @@ def test_what_cannot_be_is_one_sentence(
     energy = ("energy", "--preset", "digits", "--out", str(tmp_path), "--nvae", str(nvae_file))
     assert "begin with one of vae, energy" in error_of(capsys, "nvae")
     assert all(name in error_of(capsys, "vae", "--preset", "cifar100") for name in ("cifar100", *PRESETS))
-    assert "There is no /nowhere" in error_of(capsys, *vae, "--data", "/nowhere")
-    at_most = "batch_size is 10000; it must be at least 1 and at most 898, the images of digits, train half."
+    assert "/nowhere does not exist" in error_of(capsys, *vae, "--data", "/nowhere")
+    at_most = "batch_size is 10000; it must be at least 1 and at most 898, the size of digits, train half."
     assert at_most in error_of(capsys, *vae, "--training.batch-size", "10000")
     assert "/nowhere: there is no such file" in error_of(capsys, *energy, "--nvae", "/nowhere")
     sizes = error_of(capsys, *energy, "--energy.image-size", "16")
@@ -310,7 +310,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(
     assert "run the same command again" in capsys.readouterr().out
     assert not (tmp_path / "stopped" / stage.exported).exists()
     assert train.main(stopped) == 0
-    assert steps == list(range(stage.total_steps))  # none was left out, none was done twice
+    assert steps == list(range(stage.total_steps))  # none skipped or repeated
     assert (tmp_path / "stopped" / stage.exported).read_bytes() == exported.read_bytes()
 
 
@@ -328,7 +328,7 @@ def test_a_changed_setting_is_refused_by_name_and_a_damaged_state_by_file(
     state.write_bytes(content)
     assert f"{state}: the file is damaged" in error_of(capsys, *command)
     state.write_bytes(content[:1000])
-    assert f"{state}: the file is cut off" in error_of(capsys, *command)
+    assert f"{state}: the file is truncated" in error_of(capsys, *command)
 
 
 def test_vaebm_fast_train_is_the_same_command(

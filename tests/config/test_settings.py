@@ -1,4 +1,4 @@
-"""Settings that older versions saved are compared in present terms."""
+"""Chain settings, and comparison with settings saved by older versions."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_defaults_are_only_those_of_settings_that_there_are_now() -> None:
         ({"steps": -1}, "steps is -1; it must be 0 or more"),
         ({"step_size": 0.0}, "step_size is 0.0; it must be a positive number"),
         ({"step_size": (0.1, float("nan"))}, "step_size is nan; it must be a positive number"),
-        ({"step_size": (0.1, 0.2, 0.3)}, "step_size holds 3 numbers; a chain of 2 steps takes one, or 2"),
-        ({"potential": "free"}, "Potential 'free' is not known; it is one of energy, paper, official"),
-        ({"temperature": -0.1}, "temperature is -0.1; it must be a number from 0 up"),
-        ({"start_temperature": float("inf")}, "start_temperature is inf; it must be a number from 0 up"),
+        ({"step_size": (0.1, 0.2, 0.3)}, "step_size has 3 values; a chain of 2 steps needs 1 or 2"),
+        ({"potential": "free"}, "Potential 'free' is not known; it must be one of energy, paper, official"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be finite and at least 0"),
+        ({"start_temperature": float("inf")}, "start_temperature is inf; it must be finite and at least 0"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Images in: decoding, resizing, the three sources, and the order of training batches."""
+"""Image decoding and resizing, the three sources, and the order of training batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 def halves(mode: str, left: Any, right: Any) -> Image.Image:
-    """A picture 12 pixels wide and 8 high, of one colour on each side."""
+    """An image 12 pixels wide and 8 high whose left and right halves have one colour each."""
     image = Image.new(mode, (12, 8), left)
     image.paste(right, (6, 0, 12, 8))
     return image
@@ -47,7 +47,7 @@ def palette() -> Image.Image:
 
 
 def numbered(total: int, side: int = 4) -> ArraySource:
-    """Image i has i in the left corner of its top row and 255 below it, which tells it from its mirror image."""
+    """Image i has i in its top-left pixel and 255 below it, so that mirroring is visible."""
     images = np.zeros((total, side, side, 1), np.uint8)
     images[:, 0, 0, 0] = np.arange(total)
     images[:, 1, 0, 0] = 255
@@ -55,7 +55,7 @@ def numbered(total: int, side: int = 4) -> ArraySource:
 
 
 def indices_of(batch: torch.Tensor) -> list[int]:
-    """The largest byte of each top row, be it mirrored or not."""
+    """The largest byte of each top row, mirrored or not."""
     return (batch[:, 0, 0].amax(-1) * 255).round().int().tolist()
 
 
@@ -236,12 +236,12 @@ def test_idx_images_are_padded_with_zeros_and_carry_their_labels(suffix: str, tm
     "file, magic, shape, cut, sentence",
     [
         ("train-images-idx3-ubyte", 2049, (5, 28, 28), None, "magic number is 2049, not 2051"),
-        ("train-images-idx3-ubyte", 2051, (5, 28, 28), 3000, r"is truncated: its header announces 5 x 28 x 28 = 3920"),
+        ("train-images-idx3-ubyte", 2051, (5, 28, 28), 3000, r"is truncated: its header specifies 5 x 28 x 28 = 3920"),
         ("train-images-idx3-ubyte.gz", 2051, (5, 28, 28), 7, "7 bytes cannot hold the 16-byte idx header"),
-        ("train-images-idx3-ubyte", 2051, (0, 28, 28), None, "holds no images"),
-        ("train-images-idx3-ubyte", 2051, (5, 27, 28), None, "holds 27x28 images"),
-        ("train-images-idx3-ubyte", 2051, (5, 29, 29), None, "try 29 or 33"),
-        ("train-labels-idx1-ubyte", 2049, (4,), None, "holds 4 labels for 5 images"),
+        ("train-images-idx3-ubyte", 2051, (0, 28, 28), None, "contains no images"),
+        ("train-images-idx3-ubyte", 2051, (5, 27, 28), None, "contains 27x28 images"),
+        ("train-images-idx3-ubyte", 2051, (5, 29, 29), None, "try size 29 or 33"),
+        ("train-labels-idx1-ubyte", 2049, (4,), None, "contains 4 labels for 5 images"),
         ("train-labels-idx1-ubyte", 2051, (5,), None, "magic number is 2051, not 2049"),
     ],
 )
@@ -284,12 +284,12 @@ def test_a_split_folder_reads_its_own_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, options, error, sentence",
     [
-        ("missing", {}, FileNotFoundError, "There is no .*missing"),
+        ("missing", {}, FileNotFoundError, "missing does not exist"),
         ("file.zip", {}, ValueError, r"file\.zip is a file"),
-        ("empty", {}, ValueError, "empty holds no images: of 0 files"),
-        ("texts", {}, ValueError, "texts holds no images: of 1 files"),
+        ("empty", {}, ValueError, "empty has no images: none of 0 files"),
+        ("texts", {}, ValueError, "texts has no images: none of 1 files"),
         ("images", {"split": "held_out"}, ValueError, "images has no held-out images"),
-        ("images", {"split": "test"}, ValueError, "split is 'test'; it is train or held_out"),
+        ("images", {"split": "test"}, ValueError, "split is 'test'; it must be train or held_out"),
         ("images", {"image_channels": 2}, ValueError, "image_channels is 2"),
         ("images", {"image_size": 0}, ValueError, "image_size is 0"),
         ("idx", {"split": "held_out"}, FileNotFoundError, "idx has neither t10k-images"),

@@ -151,7 +151,7 @@ def test_plans_of_a_cell_by_hand() -> None:
 def test_floors_are_work_over_peak_rate() -> None:
     floors = celeba_256().floors_ms("H200")
     assert floors["CUDA cores in float32, depthwise"] == pytest.approx(11.6 / 67, rel=1e-3)  # GFLOP / TFLOP/s
-    assert floors["tensor cores, all but the depthwise"] == pytest.approx((209.5 - 11.6) / 989, rel=1e-3)
+    assert floors["tensor cores, all except depthwise"] == pytest.approx((209.5 - 11.6) / 989, rel=1e-3)
     moved = celeba_256().plans["one kernel, all recomputed"].per_image
     assert floors["memory, one kernel, all recomputed"] == pytest.approx(moved / 4.8e9)
 
@@ -166,7 +166,7 @@ def test_the_command_prints_what_was_counted(capsys: pytest.CaptureFixture[str])
 
 def test_an_unknown_preset_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cost", "--preset", "celeba_512"]) == 1
-    assert capsys.readouterr().err.startswith("error: Preset 'celeba_512' is not known; there are cifar10,")
+    assert capsys.readouterr().err.startswith("error: Preset 'celeba_512' is not known; it must be one of cifar10,")
 
 
 def test_the_least_traffic_is_that_of_the_leanest_plan() -> None:

@@ -243,5 +243,5 @@ def test_a_preset_is_a_function_of_its_seed_and_leaves_the_global_generator_alon
     assert torch.equal(torch.rand(1), untouched)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["vae.prior_ftr0"], other["vae.prior_ftr0"])
-    with pytest.raises(ValueError, match=r"Preset 'mnist' is not known; there are cifar10, .*digits\."):
+    with pytest.raises(ValueError, match=r"Preset 'mnist' is not known; it must be one of cifar10, .*digits\."):
         VAEBM.from_preset("mnist")

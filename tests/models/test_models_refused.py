@@ -1,4 +1,4 @@
-"""Networks, noise and images that do not fit are refused in a sentence."""
+"""Invalid networks, noise and images raise a one-sentence error."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vaebm_fast.config import parse_blocks
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 
 
-# What does not fit is refused in a sentence.
+# Invalid configurations raise a one-sentence error.
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arch_instance": "res_relu"}, "arch_instance 'res_relu' is not known; it is one of res_elu, "),
+        ({"arch_instance": "res_relu"}, "arch_instance 'res_relu' is not known; it must be one of res_elu, "),
         ({"likelihood": "laplace"}, "likelihood 'laplace' is not known"),
         ({"num_groups_per_scale": 0}, "num_groups_per_scale is 0; it must be at least 1"),
         ({"num_nf": -1}, "num_nf is -1; it must be at least 0"),
-        ({"num_x_bits": 9}, "num_x_bits is 9; images are read with 1 to 8 bits"),
+        ({"num_x_bits": 9}, "num_x_bits is 9; it must be 1 to 8"),
         ({"num_preprocess_blocks": 2}, r"num_preprocess_blocks \(2\) and num_postprocess_blocks \(1\) differ"),
         ({"image_size": 18}, "image_size 18 is not a multiple of 4"),
         ({"likelihood": "logistic_mixture", "image_channels": 1}, "it cannot model 1 channels"),
@@ -43,7 +43,7 @@ def test_numbers_that_do_not_fit_together_are_refused_in_a_sentence(changes: dic
     [
         (lambda: parse_blocks("1-1 1x2"), "'1x2' is not of the form IN-OUT or IN-OUTd"),
         (lambda: replace(SMALL_ENERGY, blocks=()), "at least one block"),
-        (lambda: replace(SMALL_ENERGY, blocks=parse_blocks("1-2 1-2")), "Block 1 takes 1 x width .* gives 2"),
+        (lambda: replace(SMALL_ENERGY, blocks=parse_blocks("1-2 1-2")), "Block 1 takes 1 x width .* outputs 2"),
         (lambda: replace(SMALL_ENERGY, image_size=2), "image_size 2 is smaller than 4"),
         (lambda: replace(SMALL_ENERGY, width=0), "width is 0"),
     ],

@@ -113,7 +113,7 @@ def test_chains_run_where_autograd_is_off(mode: type[torch.no_grad]) -> None:
 def test_noise_that_does_not_fit_is_refused_by_name() -> None:
     model = tiny_grey_model().double()
     eps_z, eps_x = noise_of(model, 2)
-    with pytest.raises(ValueError, match=r"'exact' is not known; it is one of energy, paper, official\."):
+    with pytest.raises(ValueError, match=r"'exact' is not known; it must be one of energy, paper, official\."):
         model.potential_and_grad(eps_z, eps_x, "exact")
     for wrong in (eps_x[:1], eps_x[:, :, :3], eps_x[0]):
         with pytest.raises(ValueError, match=r"eps_x has shape .*; this model needs \(2, 1, 4, 4\) \[N, C, H, W\]\."):

@@ -1,4 +1,4 @@
-"""The dispatcher: what `auto` picks, what a missing backend says, and the package without its compiled part."""
+"""The dispatcher: choice of `auto`, errors of missing backends, and the package without its compiled part."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine whose compiled part holds everything."""
+    """Simulates a compiled part that contains all ops."""
     monkeypatch.setattr(extension, "_why_missing", None)
     monkeypatch.setattr(extension, "_with_cuda", True)
     return monkeypatch
@@ -128,8 +128,8 @@ def test_the_package_works_without_its_compiled_part() -> None:
     ("variable", "value", "sentence"),
     [
         ("VAEBM_CUDA", "yes", "VAEBM_CUDA is 'yes'; it must be auto, 0 or 1."),
-        ("VAEBM_CUDA", "1", "VAEBM_CUDA=1 asks for the CUDA part, but torch .* was built without CUDA"),
-        ("CXX", "no-such-compiler", "needs a C\\+\\+ compiler, and 'no-such-compiler' is not on the PATH"),
+        ("VAEBM_CUDA", "1", "VAEBM_CUDA=1 requires the CUDA part, but torch .* was built without CUDA"),
+        ("CXX", "no-such-compiler", "needs a C\\+\\+ compiler, but 'no-such-compiler' is not on the PATH"),
     ],
 )
 def test_setup_says_in_a_sentence_why_it_cannot_build(
@@ -143,5 +143,5 @@ def test_setup_says_in_a_sentence_why_it_cannot_build(
 
 def test_setup_says_that_setuptools_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setuptools, "__version__", "65.5.0")
-    with pytest.raises(SystemExit, match=r"by setuptools 77.0.3 or newer, and this is 65.5.0; run `pip install"):
+    with pytest.raises(SystemExit, match=r"needs setuptools 77.0.3 or newer, but found 65.5.0; run `pip install"):
         runpy.run_path(str(REPOSITORY / "setup.py"))

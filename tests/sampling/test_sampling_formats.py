@@ -73,7 +73,7 @@ def test_the_chain_is_the_presets_where_it_is_not_given(options: SampleOptions) 
     assert (chain.steps, chain.step_size, chain.potential, chain.temperature) == (0, 0.15, "paper", 0.7)
     with pytest.raises(ValueError, match="name a preset, or give both the steps and the step size"):
         replace(bare, steps=3).chain()
-    with pytest.raises(ValueError, match="Preset 'mnist' is not known; there are cifar10"):
+    with pytest.raises(ValueError, match="Preset 'mnist' is not known; it must be one of cifar10"):
         replace(bare, preset="mnist").chain()
     for name in ("batch_size", "processes"):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):

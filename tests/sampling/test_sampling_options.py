@@ -110,12 +110,12 @@ def test_another_schedule_or_start_is_refused(changed: dict[str, Any], sentence:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"step_size": (0.1, 0.2)}, "step_size holds 2 numbers; a chain of 3 steps takes one, or 3"),
-        ({"step_size": ()}, "step_size holds 0 numbers"),
+        ({"step_size": (0.1, 0.2)}, "step_size has 2 values; a chain of 3 steps needs 1 or 3"),
+        ({"step_size": ()}, "step_size has 0 values"),
         ({"step_size": (0.1, 0.2, -0.3)}, r"step_size is -0\.3; it must be a positive number"),
         ({"steps": -1}, "steps is -1"),
-        ({"start_temperature": -1.0}, r"start_temperature is -1\.0; it must be a number from 0 up"),
-        ({"temperature": float("nan")}, "temperature is nan; it must be a number from 0 up"),
+        ({"start_temperature": -1.0}, r"start_temperature is -1\.0; it must be finite and at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be finite and at least 0"),
         ({"energy": None}, "steps need an energy network: give --energy, or --steps 0"),
     ],
 )
@@ -174,7 +174,7 @@ def test_an_energy_arch_of_no_blocks_is_refused_and_blocks_are_for_the_nvaes_sid
     options: SampleOptions, networks: Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for nothing in ("", " , "):
-        with pytest.raises(CheckpointError, match=f"{nothing!r} is no energy network; there are mnist, cifar_32"):
+        with pytest.raises(CheckpointError, match=f"{nothing!r} is not an energy network; use mnist, cifar_32"):
             load_energy(networks[1], arch=nothing)
     asked: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""The replay buffer against a plain list, its memory, and what it refuses. With pinned memory: test_replay_gpu.py."""
+"""The replay buffer: comparison with a plain list, memory and errors. Pinned memory: test_replay_gpu.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OURS = {"rank": 0, "world_size": 4}
 
 
 class ListBuffer:
-    """What the ring is to be: a list of rounded rows, the oldest replaced first."""
+    """Reference ring: a list of rounded rows; the oldest is replaced first."""
 
     def __init__(self, capacity: int, dtype: torch.dtype) -> None:
         self.capacity, self.dtype, self.pushed = capacity, dtype, 0
@@ -43,7 +43,7 @@ class ListBuffer:
     dtype=st.sampled_from(DTYPES),
     work=st.lists(
         st.one_of(st.floats(0, 1), st.sampled_from(["restore", "clear"])), max_size=12
-    ),  # shares of it are pushed
+    ),  # fractions of the capacity to push
     picks=st.lists(st.floats(0, 1, exclude_max=True), max_size=8),
 )
 def test_ring_is_a_list_whose_oldest_states_are_replaced(
@@ -56,7 +56,7 @@ def test_ring_is_a_list_whose_oldest_states_are_replaced(
             expected = ListBuffer(capacity, dtype)
         elif isinstance(what, str):
             restored = ReplayRing(capacity, 3, dtype=dtype)
-            restored.push(torch.full((capacity, 3), -1.0))  # what it held before is forgotten
+            restored.push(torch.full((capacity, 3), -1.0))  # loading replaces former content
             restored.load_state_dict(ring.state_dict())
             ring = restored
         else:
@@ -73,7 +73,7 @@ def test_ring_is_a_list_whose_oldest_states_are_replaced(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ring_copies_what_it_takes_and_gives_and_knows_no_gradient(dtype: torch.dtype) -> None:
     ring, states = ReplayRing(3, 4, dtype=dtype), torch.randn(2, 8, requires_grad=True)
-    ring.push(states[:, ::2])  # not contiguous, as the latents of all noise are not
+    ring.push(states[:, ::2])  # not contiguous, like the latents of a noise vector
     assert not ring.state_dict()["states"].requires_grad
     kept = states.detach()[:, ::2].clone().to(dtype).float()
     with torch.no_grad():
@@ -125,30 +125,30 @@ def test_what_is_saved_is_the_ring_itself_not_a_copy() -> None:
 
 
 def test_ring_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"capacity is 0; a replay buffer keeps at least one state\."):
+    with pytest.raises(ValueError, match=r"capacity is 0; it must be at least 1\."):
         ReplayRing(0, 4)
     with pytest.raises(ValueError, match=r"placement is host, .* but the device is cpu; use placement device\."):
         ReplayRing(3, 4, placement="host")
     ring = ReplayRing(3, 4)
-    with pytest.raises(ValueError, match=r"4 states do not fit a replay buffer of 3\."):
+    with pytest.raises(ValueError, match=r"4 states exceed the replay buffer's capacity of 3\."):
         ring.push(torch.zeros(4, 4))
     for shape in ((2, 1), (2, 3), (4,)):
         with pytest.raises(ValueError, match=r"states have shape .*; this replay buffer takes \[N, 4\]\."):
             ring.push(torch.zeros(shape))
     ring.push(torch.zeros(2, 4))
     for index in (2, -1):
-        with pytest.raises(IndexError, match=rf"There is no state {index} in a replay buffer that holds 2\."):
+        with pytest.raises(IndexError, match=rf"Index {index} is out of range for a replay buffer with 2 states\."):
             ring.gather(torch.tensor([0, index]))
 
 
 @pytest.mark.parametrize(
     "other, reason",
     [
-        (ReplayRing(2, 4, **OURS), r"saved replay buffer holds \(3, 4\); this one takes \(2, 4\)\."),
-        (ReplayRing(3, 5, **OURS), r"saved replay buffer holds \(3, 4\); this one takes \(3, 5\)\."),
-        (ReplayRing(3, 4, **OURS, dtype=torch.bfloat16), r"is in torch\.float32, this one in torch\.bfloat16;"),
-        (ReplayRing(3, 4, rank=1, world_size=4), r"of rank 0 of 4, this one that of rank 1 of 4; continue with as"),
-        (ReplayRing(3, 4, world_size=2), r"of rank 0 of 4, this one that of rank 0 of 2; continue with as many"),
+        (ReplayRing(2, 4, **OURS), r"saved replay buffer has shape \(3, 4\); this one has \(2, 4\)\."),
+        (ReplayRing(3, 5, **OURS), r"saved replay buffer has shape \(3, 4\); this one has \(3, 5\)\."),
+        (ReplayRing(3, 4, **OURS, dtype=torch.bfloat16), r"is torch\.float32, this one is torch\.bfloat16;"),
+        (ReplayRing(3, 4, rank=1, world_size=4), r"to rank 0 of 4, but this is rank 1 of 4; resume with the"),
+        (ReplayRing(3, 4, world_size=2), r"to rank 0 of 4, but this is rank 0 of 2; resume with the"),
     ],
     ids=["smaller", "wider", "bfloat16", "rank", "world"],
 )
@@ -162,11 +162,11 @@ def test_another_ring_is_not_continued_and_nothing_half_loaded(other: ReplayRing
 
 
 def test_a_ring_that_does_not_fit_the_memory_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"1000000000 states \[10000\] in torch\.float32 takes 40000\.0 GB of cpu"):
+    with pytest.raises(ValueError, match=r"1000000000 states \[10000\] in torch\.float32 needs 40000\.0 GB of cpu"):
         ReplayRing(10**9, 10_000)
     monkeypatch.setattr(replay, "free_memory", lambda device: 7999)
     assert ReplayRing(1000, 2, dtype=torch.bfloat16).capacity == 1000
-    with pytest.raises(ValueError, match="lower its size, keep it in bfloat16, or change its placement"):
+    with pytest.raises(ValueError, match="lower its size, use dtype bfloat16, or change its placement"):
         ReplayRing(1000, 2)
 
 
@@ -187,7 +187,7 @@ print(taken - before, resident() - taken)
 
 
 def test_the_memory_of_a_ring_is_there_from_the_start() -> None:
-    """In a process of its own, where no block freed earlier serves."""
+    """Runs in its own process, so that no freed block can be reused."""
     done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
     at_first, later = map(int, done.stdout.split())
     assert at_first > 0.95 * 2**26 and later < 0.1 * 2**26

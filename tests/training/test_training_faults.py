@@ -1,4 +1,4 @@
-"""What goes wrong while training: networks that diverge, files that cannot be read, folders of another run."""
+"""Training failures: divergence, unreadable files, output folders of another run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def diverging_at(step: int, **changes: Any) -> EnergyTrainer:
-    """A trainer whose chains of one step leave the finite numbers, once."""
+    """A trainer whose chains become non-finite once, at one step."""
     trainer = energy_trainer(**changes)
     negatives = trainer.negatives
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_never_holds_what_is_not_finite(when: str, tmp_path: Path) 
 
     def step_once(step: int) -> Any:
         scalars = step_of(step)
-        if step == 3 and when == "before its last step":  # the fourth; the sixth is the next one that is saved
+        if step == 3 and when == "before its last step":  # the fourth step; the sixth is the next to be saved
             with torch.no_grad():
                 trainer.vae.stem.weight.fill_(math.nan)
         return scalars
@@ -157,7 +157,7 @@ def test_a_checkpoint_never_holds_what_is_not_finite(when: str, tmp_path: Path) 
 
 @dataclass
 class _Damaged:
-    """The digits, of which one cannot be read."""
+    """The digits with one unreadable image."""
 
     unreadable: int
     name: str = SOURCE.name
@@ -181,7 +181,7 @@ def test_an_image_that_cannot_be_read_costs_no_step(tmp_path: Path) -> None:
     with pytest.raises(UnreadableDataError, match=f"{fifth}.png cannot be read"):
         train(vae_trainer(_Damaged(fifth)), options)
     assert load_training(tmp_path / "mended" / "training.safetensors")[0]["step"] == 4
-    with pytest.raises(UnreadableDataError):  # and nothing is lost by trying again
+    with pytest.raises(UnreadableDataError):  # retrying loses nothing
         train(vae_trainer(_Damaged(fifth)), options)
     mended = train(vae_trainer(), options)
     assert whole is not None and mended is not None and whole.read_bytes() == mended.read_bytes()
@@ -203,7 +203,7 @@ def test_a_folder_of_the_other_stage_is_refused_by_stage_alone(tmp_path: Path) -
     with pytest.raises(CheckpointError) as refused:
         train(energy_trainer(), RunOptions(tmp_path, **QUIET))
     message = str(refused.value)
-    assert "a run of stage vae" in message and "one of stage energy" in message and "->" not in message
+    assert "a run of stage vae" in message and "this run is of stage energy" in message and "->" not in message
 
 
 def test_of_many_settings_that_differ_three_are_shown(tmp_path: Path) -> None:

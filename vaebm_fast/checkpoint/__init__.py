@@ -1,4 +1,4 @@
-"""Checkpoints: published NVAE and VAEBM files, read safely, and our own format, atomic and hashed."""
+"""Checkpoints: safe reading of published NVAE and VAEBM files, and our own format, written atomically with a hash."""
 
 from vaebm_fast.checkpoint.nested import flatten, unflatten
 from vaebm_fast.checkpoint.networks import (

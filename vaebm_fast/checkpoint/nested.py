@@ -1,7 +1,7 @@
-"""Training state as tensors and JSON: nested dictionaries and lists, taken apart for the store and put together again.
+"""Converts nested training state to named tensors plus JSON for `store`, and back, without pickle.
 
-Nothing is ever pickled. A tensor's name is the Python subscript that reaches it, `['optimizer']['state'][0]['step']`:
-names tell integer keys from strings and cannot collide.
+A tensor's name is the Python subscript that reaches it, such as `['optimizer']['state'][0]['step']`: names distinguish
+integer from string keys and cannot collide.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _SCALARS = (bool, int, float, str, type(None))
 
 
 def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """(tensors by name, structure as JSON values) of nested dictionaries, lists and tuples of tensors and scalars.
+    """Split nested dictionaries, lists and tuples into (tensors by name, structure as JSON values).
 
-    Dictionary keys are str or int; scalars are bool, int, float, str and None, of exactly these types. Raises
-    CheckpointError naming whatever else is found.
+    Dictionary keys are str or int; scalars are bool, int, float, str and None; subclasses are not accepted. Raises
+    CheckpointError naming any other key or value.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, _flatten(state, "", tensors)
@@ -33,14 +33,14 @@ def _flatten(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Mapping):
         wrong = [key for key in node if type(key) not in (str, int)]
         if wrong:
-            raise CheckpointError(f"A checkpoint's keys are str or int, but state{name} has the key {wrong[0]!r}.")
+            raise CheckpointError(f"Checkpoint keys must be str or int, but state{name} has the key {wrong[0]!r}.")
         return {"dict": [[key, _flatten(value, f"{name}[{key!r}]", tensors)] for key, value in node.items()]}
     if type(node) in (list, tuple):
         items = [_flatten(value, f"{name}[{index}]", tensors) for index, value in enumerate(node)]
         return items if type(node) is list else {"tuple": items}
     if type(node) in _SCALARS:
         return node
-    raise CheckpointError(f"A checkpoint holds tensors and plain values, but state{name} is a {type(node).__name__}.")
+    raise CheckpointError(f"Checkpoint values must be tensors or scalars, but state{name} is a {type(node).__name__}.")
 
 
 def unflatten(tensors: Mapping[str, Tensor], structure: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Networks in files: load either layout, save ours, describe, convert.
+"""Network files: load published files and ours; save ours; describe; convert.
 
-A file is read and checked whole (keys, shapes, finite values) before its network is built: nothing is ever half loaded.
+Files are fully read and checked (keys, shapes, finite values) before the network is built, so loading is never partial.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CALLED: Mapping[Kind, str] = {"nvae": "an NVAE", "energy": "an energy network",
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """What a file says about a network: checked, on the CPU, not yet a module."""
+    """Validated content of a network file, on the CPU, before a module is built."""
 
     layout: Layout
     config: NVAEConfig | EnergyConfig
@@ -45,17 +45,15 @@ class NetworkFile:
 
     @property
     def kind(self) -> Kind:
-        """Which of the two networks it is."""
+        """ "nvae" or "energy"."""
         return "nvae" if isinstance(self.config, NVAEConfig) else "energy"
 
 
 def load_nvae(path: str | Path, *, device: str | torch.device = "cpu") -> NVAE:
-    """The NVAE of a published file or of ours, in eval mode. Raises CheckpointError, in one sentence, if it cannot."""
+    """Load the NVAE of a published file or of ours, in eval mode. Raises CheckpointError if the file is invalid."""
     file = _read(Path(path), "nvae")
     assert isinstance(file.config, NVAEConfig)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # its fresh weights are replaced; the caller's random numbers stay as they are
+    with torch.random.fork_rng(devices=[]):  # initialisation must not advance the caller's random state
         vae = NVAE(file.config)
     vae.load_state_dict(file.state)
     return vae.to(device).eval()
@@ -64,10 +62,10 @@ def load_nvae(path: str | Path, *, device: str | torch.device = "cpu") -> NVAE:
 def load_energy(
     path: str | Path, *, arch: str | None = None, image_size: int | None = None, device: str | torch.device = "cpu"
 ) -> EnergyNetwork:
-    """The energy network of a published file or of ours, in eval mode. Raises CheckpointError if it cannot.
+    """Load the energy network of a published file or of ours, in eval mode. Raises CheckpointError if it is invalid.
 
-    A published file's network is recognised from its keys; `arch` overrides that with a name of ENERGY_ARCHS or with
-    blocks such as "1-1d 1-2", `image_size` overrides the side in pixels that the name implies.
+    The architecture of a published file is inferred from its keys; `arch` overrides it with a name of ENERGY_ARCHS or
+    blocks such as "1-1d 1-2", and `image_size` overrides the side in pixels that the name implies.
     """
     file = _read(Path(path), "energy", arch, image_size)
     assert isinstance(file.config, EnergyConfig)
@@ -78,7 +76,7 @@ def load_energy(
 
 
 def save_nvae(vae: NVAE, path: str | Path, info: Mapping[str, Any] | None = None) -> None:
-    """Write an NVAE in our layout, JSON values `info` beside it. Raises CheckpointError for non-finite weights too."""
+    """Write an NVAE and JSON values `info` in our layout. Also raises CheckpointError for non-finite weights."""
     _save(Path(path), vae.config, vae.state_dict(), info)
 
 
@@ -94,7 +92,7 @@ def save_training(state: Any, path: str | Path, info: Mapping[str, Any] | None =
 
 
 def load_training(path: str | Path) -> tuple[Any, dict[str, Any]]:
-    """(state, info) as `save_training` was given them, tensors on the CPU."""
+    """(state, info) as passed to `save_training`, with tensors on the CPU."""
     tensors, meta = store.load(path)
     with store.naming(Path(path)):
         _require_kind(meta["kind"], "training")
@@ -109,26 +107,26 @@ def convert(
     image_size: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the network of `source`, in either layout, to `destination` in ours; the rest is as in `load_energy`.
+    """Write the network of `source`, in either layout, to `destination` in ours; options as in `load_energy`.
 
-    Raises CheckpointError when `destination` exists and `overwrite` is not set, and always when the two are one file.
+    Raises CheckpointError if `destination` exists without `overwrite`, and always if both are the same file.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():
         if source.exists() and destination.samefile(source):
             raise CheckpointError(f"{destination}: source and destination are the same file; name another destination.")
         if not overwrite:
-            raise CheckpointError(f"{destination}: exists already; name another destination, or ask for overwriting.")
+            raise CheckpointError(f"{destination}: exists already; name another destination, or allow overwriting.")
     file = _read(source, None, arch, image_size)
     info = {**file.info, "source_sha256": file_sha256(source)}
     _save(destination, file.config, file.state, info)
 
 
 def describe(path: str | Path, *, arch: str | None = None, image_size: int | None = None) -> dict[str, Any]:
-    """What a checkpoint holds, as JSON values in the order to print them; the whole file is read and checked.
+    """Content of a checkpoint as JSON values, in print order; reads and checks the whole file.
 
-    `noise_dimensions` counts the latents, and the pixels where those are Gaussian. `content_sha256` depends on the
-    configuration and the weights alone, so it survives conversion; `file_sha256` is that of the bytes.
+    `noise_dimensions` counts latents, plus pixels if they are Gaussian. `content_sha256` depends only on configuration
+    and weights, so conversion preserves it; `file_sha256` hashes the bytes of the file.
     """
     path = Path(path)
     if store.layout(path) == "published":
@@ -151,7 +149,7 @@ def describe(path: str | Path, *, arch: str | None = None, image_size: int | Non
 
 
 def content_sha256(network: NVAE | EnergyNetwork) -> str:
-    """SHA-256 of a network's configuration and weights; `describe` gives the same for its file."""
+    """SHA-256 of a network's configuration and weights; equals `describe`'s for its file."""
     return _content_sha256(network.config, network.state_dict())
 
 
@@ -187,7 +185,7 @@ def _energy_facts(config: EnergyConfig) -> dict[str, Any]:
 
 
 def _read(path: Path, kind: Kind | None, arch: str | None = None, image_size: int | None = None) -> NetworkFile:
-    """The checked content of a network's file; `kind`, where the caller knows it, must be the file's."""
+    """Validated content of a network file; raises CheckpointError if it is not of `kind`, unless that is None."""
     if store.layout(path) == "published":
         return _from_published(path, kind, arch, image_size)
     return _from_ours(path, *store.load(path), kind, arch, image_size)
@@ -219,7 +217,7 @@ def _from_ours(
         if meta["kind"] == "training":
             raise CheckpointError(
                 f"this file holds {_CALLED['training']}, not {_CALLED[kind] if kind else 'a network'}; networks are in "
-                "nvae.safetensors and energy.safetensors, which a training writes beside it."
+                "nvae.safetensors and energy.safetensors, which training writes to the same folder."
             )
         _require_kind(meta["kind"], kind)
         config: NVAEConfig | EnergyConfig
@@ -228,7 +226,7 @@ def _from_ours(
         else:
             config = energy_from_json(meta["config"])
             if arch is not None and official.energy_blocks(arch) != config.blocks:
-                raise CheckpointError(f"the energy network in this file is not {arch}; leave the choice to the file.")
+                raise CheckpointError(f"the energy network in this file is not {arch}; omit the architecture.")
             if image_size not in (None, config.image_size):
                 raise CheckpointError(f"its energy network takes {config.image_size}-pixel images, not {image_size}.")
         _check(config, state)
@@ -250,32 +248,30 @@ def _require_kind(found: Kind, wanted: Kind | None) -> None:
 
 
 def _skeleton(config: NVAEConfig | EnergyConfig) -> NVAE | EnergyNetwork:
-    """The network without memory for its weights: names, shapes and counts only."""
+    """The network on the meta device: names, shapes and counts without weights."""
     with torch.device("meta"):
         return NVAE(config) if isinstance(config, NVAEConfig) else EnergyNetwork(config)
 
 
 def _check(config: NVAEConfig | EnergyConfig, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless `state` has the keys and shapes of the network, and finite values."""
+    """Raise CheckpointError unless `state` has the network's keys and shapes, and finite values."""
     expected = _forms(config)
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
-        parts = [f"it lacks {_few(missing)}"] * bool(missing) + [f"it has {_few(unexpected)} too many"] * bool(
-            unexpected
-        )
-        raise CheckpointError(f"its weights are not those of the network it describes: {'; '.join(parts)}.")
+        parts = [f"missing {_few(missing)}"] * bool(missing) + [f"unexpected {_few(unexpected)}"] * bool(unexpected)
+        raise CheckpointError(f"its weights do not match the network it describes: {'; '.join(parts)}.")
     misfits = [
         f"{key} (is {_form(state[key])}, must be {form})" for key, form in expected.items() if _form(state[key]) != form
     ]
     if misfits:
-        raise CheckpointError(f"its weights do not fit the network it describes: {_few(misfits)}.")
+        raise CheckpointError(f"its weights do not match the network it describes: {_few(misfits)}.")
     _require_finite(state)
 
 
 @cache
 def _forms(config: NVAEConfig | EnergyConfig) -> dict[str, str]:
-    """What each of the network's tensors must be; kept, because making a skeleton takes longer than reading a file."""
+    """Expected kind and shape of each tensor; cached, because building a skeleton takes longer than reading a file."""
     return {key: _form(value) for key, value in _skeleton(config).state_dict().items()}
 
 
@@ -289,6 +285,6 @@ def _few(names: list[str]) -> str:
 
 def _require_finite(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
-        # aminmax carries NaN and needs no temporary: many times faster than isfinite(tensor).all()
+        # aminmax propagates NaN and needs no temporary: many times faster than isfinite(tensor).all()
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-            raise CheckpointError(f"{name} has values that are infinite or not a number; take an earlier checkpoint.")
+            raise CheckpointError(f"{name} has infinite or NaN values; use an earlier checkpoint.")

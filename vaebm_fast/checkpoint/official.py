@@ -1,7 +1,7 @@
-"""Published NVAE and VAEBM checkpoints: reading them safely, and what their arguments and keys say about the network.
+"""Reads published NVAE and VAEBM checkpoints safely and derives network configurations from their arguments and keys.
 
-Owns the facts of the published layouts. Whether the tensors fit the network is checked in `networks`, for every layout.
-Errors here do not name the file; the caller does.
+Owns the published layouts. `networks` checks tensors against the network, for every layout. Errors raised here do not
+name the file; the caller adds the name.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ _OLD_FILES_LACK: Mapping[str, Any] = {
 _SIDES = {"mnist": 32, "omniglot": 32, "stacked_mnist": 32, "cifar10": 32, "ffhq": 256}
 _BINARY = ("mnist", "omniglot")  # 28x28 images padded by 2 on each side
 _DERIVED = ("image_size", "image_channels", "likelihood", "num_mixture_dec", "uncounted_border")
-DOS_FOLDER = 0x10  # among a zip record's attributes
+DOS_FOLDER = 0x10  # attribute bit of a zip record
 _COPIED = tuple(entry.name for entry in fields(NVAEConfig) if entry.name not in _DERIVED)
 
 
 def unpickle(path: Path) -> dict[str, Any]:
-    """The dictionary in a `torch.save` file, zip or older; of Python objects only `argparse.Namespace` is allowed.
+    """The dictionary in a `torch.save` file, zip or legacy; the only Python class allowed is `argparse.Namespace`.
 
-    Raises CheckpointError for a damaged file, and for one whose pickle asks for anything else, which it names.
+    Raises CheckpointError for a damaged file, and for a pickle that imports anything else, naming the import.
     """
     try:
         _check_archive(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is refused below
+            warnings.simplefilter("ignore")  # about pickle protocols; unreadable ones are refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+    except Exception as error:  # damaged files can make the unpickler raise almost any exception
         asked = _refused(path, error)
         if asked:
             raise CheckpointError(
-                f"refused, because it asks Python for {asked}; a checkpoint needs only tensors and argparse.Namespace."
+                f"refused, because its pickle imports {asked}; a checkpoint needs only tensors and argparse.Namespace."
             ) from error
-        raise CheckpointError("the file is cut off, damaged, or no checkpoint; download it again.") from error
+        raise CheckpointError("the file is truncated, damaged, or not a checkpoint; download it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"the file holds a {type(content).__name__}, not the dictionary of a checkpoint.")
+        raise CheckpointError(f"the file contains a {type(content).__name__}, not a checkpoint dictionary.")
     return content
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the zip's own CRC-32 of every record; torch.load accepts flipped bits silently. Older files have none.
+    """Check the zip's CRC-32 of every record, because torch.load accepts flipped bits. Legacy files have no checksums.
 
-    A record that is marked as a folder is damaged too: torch.load would leave its tensor's memory as it found it.
+    Also rejects records marked as folders: torch.load would leave their tensors uninitialised.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -79,19 +79,19 @@ def _check_archive(path: Path) -> None:
 
 
 def _refused(path: Path, error: Exception) -> str:
-    """What the unpickler would not import: the name in its message or, for protocols it cannot read, a static scan."""
+    """Imports that the unpickler refused: from its message or, for unsupported protocols, from a static scan."""
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named:
         return named[1]
     usual = ("argparse.Namespace", "collections.OrderedDict")
     names: list[str] = []
-    with contextlib.suppress(Exception):  # damaged, or past the last pickle: the names so far are all there is
+    with contextlib.suppress(Exception):  # damaged, or past the last pickle: use the names found so far
         names.extend(_imports(path))
     return ", ".join(dict.fromkeys(name for name in names if name not in usual and not name.startswith("torch.")))
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Names that the pickles of a file import, in order, found without running them. Raises what reading raises."""
+    """Names imported by the pickles of a file, in order, without executing them. Propagates read errors."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             data = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -110,13 +110,13 @@ def _imports(path: Path) -> Iterator[str]:
 
 
 def kind(content: Mapping[str, Any]) -> Kind:
-    """Which of the two published dictionaries this is."""
+    """Which of the two published layouts a dictionary has."""
     if "state_dict" in content:
         return "nvae"
     if "model" in content:
         return "energy"
     raise CheckpointError(
-        "this is neither an NVAE file (state_dict, args) nor an energy file (model); "
+        "this is neither an NVAE file (keys state_dict, args) nor an energy file (key model); "
         f"it has {', '.join(map(str, list(content)[:5])) or 'no entries'}."
     )
 
@@ -125,22 +125,22 @@ def read_nvae(content: Mapping[str, Any]) -> tuple[NVAEConfig, dict[str, Tensor]
     """(configuration, float32 state dictionary, {dataset, epoch, global_step}) of an NVAE file's dictionary."""
     args = content.get("args")
     if not isinstance(args, argparse.Namespace):
-        raise CheckpointError("an NVAE file needs args, an argparse.Namespace, and this one has none.")
+        raise CheckpointError("an NVAE file needs args, an argparse.Namespace, but this one has none.")
     config = nvae_config(vars(args))
     counters = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
     return config, _network_state(content["state_dict"]), {"dataset": args.dataset, **counters}
 
 
 def nvae_config(args: Mapping[str, Any]) -> NVAEConfig:
-    """The network that an NVAE file's arguments describe; old files lack some of them."""
+    """Configuration from an NVAE file's arguments, with defaults for those that old files lack."""
     args = {**_OLD_FILES_LACK, **args}
     missing = [name for name in ("dataset", *_COPIED) if name not in args]
     if missing:
-        raise CheckpointError(f"its args lack {', '.join(missing)}, so the network cannot be rebuilt.")
+        raise CheckpointError(f"its args lack {', '.join(missing)}, so the network cannot be built.")
     dataset = str(args["dataset"])
     side = _SIDES.get(dataset) or dataset.rpartition("_")[2]
     if not str(side).isdecimal():
-        raise CheckpointError(f"its args name the dataset {dataset!r}, whose image size is not known.")
+        raise CheckpointError(f"its args name the dataset {dataset!r}, whose image size is unknown.")
     shape: dict[str, Any] = {"image_size": int(side), **{name: args[name] for name in _COPIED}}
     if dataset in _BINARY:
         return NVAEConfig(**shape, image_channels=1, likelihood="bernoulli", uncounted_border=2)
@@ -154,8 +154,8 @@ def read_energy(
 ) -> tuple[EnergyConfig, dict[str, Tensor], dict[str, Any]]:
     """(configuration, float32 state dictionary, {}) of an energy file's dictionary.
 
-    The network is recognised from the keys. `arch` overrides that with a name of ENERGY_ARCHS or a list of blocks
-    ("1-1d 1-2"), which then needs `image_size`, as the keys do not tell it; the keys must still fit.
+    The architecture is inferred from the keys. `arch` overrides it with a name of ENERGY_ARCHS or a list of blocks
+    ("1-1d 1-2"); a list also needs `image_size`, which the keys do not determine. The keys must still match.
     """
     state = _network_state(content["model"])
     width, image_channels, signature = _energy_signature(state)
@@ -163,28 +163,28 @@ def read_energy(
         names = [name for name, known in ENERGY_ARCHS.items() if _signature(known.blocks, width) == signature]
         if len(names) != 1:
             raise CheckpointError(
-                f"its blocks ({_describe(signature)}) fit {' and '.join(names) or 'no published energy network'}; "
+                f"its blocks ({_describe(signature)}) match {' and '.join(names) or 'no published energy network'}; "
                 f"name one with --energy-arch: {', '.join(ENERGY_ARCHS)}, or a list of blocks such as '1-1d 1-2'."
             )
         arch = names[0]
     blocks = energy_blocks(arch)
     if _signature(blocks, width) != signature:
         raise CheckpointError(
-            f"its blocks ({_describe(signature)}) are not those of {arch} ({_describe(_signature(blocks, width))})."
+            f"its blocks ({_describe(signature)}) do not match {arch} ({_describe(_signature(blocks, width))})."
         )
     if image_size is None:
         named = find_energy_arch(arch)
         if named is None:
-            raise CheckpointError(f"the blocks {arch!r} do not tell the side of the images; give image_size too.")
+            raise CheckpointError(f"the blocks {arch!r} do not determine the image size; give image_size too.")
         image_size = named.image_size
     return EnergyConfig(image_size, image_channels, width, blocks), state, {}
 
 
 def energy_blocks(arch: str) -> tuple[EnergyBlock, ...]:
-    """The blocks of a name as `find_energy_arch` takes it, or of a list such as '1-1d 1-2'."""
+    """The blocks for a name accepted by `find_energy_arch`, or for a list such as '1-1d 1-2'."""
     if (named := find_energy_arch(arch)) is not None:
         return named.blocks
-    sentence = f"{arch!r} is no energy network; there are {', '.join(ENERGY_ARCHS)}, or blocks such as '1-1d 1-2'."
+    sentence = f"{arch!r} is not an energy network; use {', '.join(ENERGY_ARCHS)}, or blocks such as '1-1d 1-2'."
     try:
         blocks = parse_blocks(arch)
     except ValueError as error:
@@ -194,9 +194,7 @@ def energy_blocks(arch: str) -> tuple[EnergyBlock, ...]:
     return blocks
 
 
-_Signature = tuple[
-    tuple[int, int, bool], ...
-]  # per block: channels in, channels out, whether the skip has a convolution
+_Signature = tuple[tuple[int, int, bool], ...]  # per block: channels in, channels out, whether the skip has a conv
 
 
 def _signature(blocks: Iterable[EnergyBlock], width: int) -> _Signature:
@@ -206,12 +204,12 @@ def _signature(blocks: Iterable[EnergyBlock], width: int) -> _Signature:
 
 
 def _energy_signature(state: Mapping[str, Tensor]) -> tuple[int, int, _Signature]:
-    """(width, image channels, block signature) that the keys and shapes of an energy network's state show."""
+    """(width, image channels, block signature) inferred from the keys and shapes of an energy network's state."""
 
     def channels(name: str) -> tuple[int, int]:
         weight = state.get(name)
         if weight is None or weight.ndim != 4:
-            raise CheckpointError(f"it lacks {name}, a convolution that every such energy network has.")
+            raise CheckpointError(f"it lacks {name}, a convolution that every supported energy network has.")
         return weight.shape[1], weight.shape[0]
 
     image_channels, width = channels("conv1.weight")
@@ -226,12 +224,12 @@ def _describe(signature: _Signature) -> str:
 
 
 def _network_state(state: Any) -> dict[str, Tensor]:
-    """Without DataParallel's `module.` and the stray `weight_normalized`; floating-point tensors become float32."""
+    """Strip DataParallel's `module.` and drop `weight_normalized`; convert floating-point tensors to float32."""
     if not isinstance(state, Mapping):
         raise CheckpointError(f"its state dictionary is a {type(state).__name__}.")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"its state dictionary has {key!r}, a {type(value).__name__} and no tensor.")
+            raise CheckpointError(f"its state dictionary entry {key!r} is a {type(value).__name__}, not a tensor.")
     prefix = "module." if state and all(key.startswith("module.") for key in state) else ""
     return {
         key.removeprefix(prefix): value.detach().float() if value.is_floating_point() else value.detach()

@@ -1,10 +1,10 @@
-"""Our file format: safetensors with everything else as JSON in its metadata, written atomically and hashed.
+"""Our file format: safetensors with all other values as JSON in its metadata, written atomically with a hash.
 
-Owns the format: telling layouts apart by content, and the SHA-256 that is checked on load. Writing whole files is left
-to `runtime.files`, what the tensors mean to `networks` and `nested`.
+Owns the format, its detection from content, and the SHA-256 check on load. `runtime.files` writes files atomically;
+`networks` and `nested` define what the tensors mean.
 
-The metadata has one entry, `vaebm_fast`: the SHA-256 of the JSON text and of all tensors, a space, the JSON text. One,
-because safetensors writes several in no fixed order, and the same content shall give the same file.
+The metadata has one entry, `vaebm_fast`: the SHA-256 of JSON text and tensors, a space, the JSON text. A single entry
+keeps files reproducible, because safetensors does not fix the order of several.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FORMAT_VERSION = 1
 
 
 class CheckpointError(UserError):
-    """A file that cannot be read or written as asked; the message is one line for the user."""
+    """A checkpoint cannot be read or written; the message is one line for the user."""
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn ValueErrors and OSErrors of the body into CheckpointErrors that start with the file's name."""
+    """Convert ValueError and OSError raised in the body to CheckpointError prefixed with the file name."""
     try:
         yield
     except OSError as error:
@@ -46,9 +46,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def layout(path: Path) -> Layout:
-    """Whose layout the file's first bytes have; whatever is not recognised is left to the reader of published files.
+    """Layout of a file, from its first bytes; unrecognised content counts as published.
 
-    Raises CheckpointError for a file that is missing, empty, a folder, a web page or a git-lfs pointer.
+    Raises CheckpointError if the file is missing, empty, a folder, a web page or a git-lfs pointer.
     """
     with naming(path):
         if not path.exists():
@@ -69,10 +69,10 @@ def layout(path: Path) -> Layout:
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write tensors and `meta` (JSON values, among them `kind`): `path` then holds the old file or the whole new one.
+    """Write tensors and `meta` (JSON values including `kind`) atomically to `path`.
 
-    Raises CheckpointError, leaving the old file as it was and no temporary, when the disk is full or the folder cannot
-    be written.
+    Raises CheckpointError if the disk is full or the folder is not writable; the old file then stays unchanged and no
+    temporary file remains.
     """
     text = json.dumps({**meta, "format_version": FORMAT_VERSION}, sort_keys=True)
     stored = _storable(tensors)
@@ -81,13 +81,13 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
             save_file(stored, temporary, {"vaebm_fast": f"{digest(stored, text)} {text}"})
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CheckpointError(f"{path}: could not be written ({why}); what was there before is unchanged.") from error
+        raise CheckpointError(f"{path}: could not be written ({why}); any previous file is unchanged.") from error
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and meta, as `save` was given them.
+    """Tensors (on the CPU) and meta, as passed to `save`.
 
-    Raises CheckpointError when the file is cut off, was changed by as little as a bit, or was not written by `save`.
+    Raises CheckpointError if the file is truncated, differs in any bit, or was not written by `save`.
     """
     path = Path(path)
     if layout(path) != "vaebm-fast":
@@ -100,22 +100,22 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         except SafetensorError as error:
-            raise CheckpointError(f"the file is cut off or damaged ({error}); restore or download it again.") from error
+            raise CheckpointError(f"the file is truncated or damaged ({error}); restore or redownload it.") from error
         if set(metadata) != {"vaebm_fast"}:
             raise CheckpointError(
                 "this is a safetensors file, but vaebm-fast did not write it: its metadata is missing."
             )
         sha256, _, text = metadata["vaebm_fast"].partition(" ")
         if digest(tensors, text) != sha256:
-            raise CheckpointError("the file is damaged: it does not match its own SHA-256; restore it from a copy.")
+            raise CheckpointError("the file is damaged: it does not match its SHA-256; restore it from a copy.")
         meta = json.loads(text)
         if meta.pop("format_version") > FORMAT_VERSION:
-            raise CheckpointError("a newer vaebm-fast wrote this file; update this one to read it.")
+            raise CheckpointError("this file was written by a newer vaebm-fast; update vaebm-fast to read it.")
     return tensors, meta
 
 
 def digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    """SHA-256 of `text`, then of every tensor in order of names: name, dtype, shape as a line of JSON, its bytes."""
+    """SHA-256 of `text`, then of each tensor sorted by name: a JSON line of name, dtype and shape, then its bytes."""
     sha = hashlib.sha256(json.dumps(text).encode() + b"\n")
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()
@@ -125,7 +125,7 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, which is what safetensors takes."""
+    """Contiguous CPU tensors that share no memory, as safetensors requires."""
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

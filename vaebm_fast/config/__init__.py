@@ -1,8 +1,8 @@
-"""What a model, a training run and a preset are, as frozen dataclasses; `PRESETS` is the one table of named settings.
+"""Frozen dataclasses that configure models, training runs and presets; `PRESETS` is the table of named settings.
 
-Field names follow the arguments stored in published NVAE checkpoints where such an argument exists, so that what a
-user knows from there (`num_latent_scales`, `num_groups_per_scale`, ...) means the same here. This package owns names,
-defaults and their validation, and of tensors only `NoiseLayout`, which cuts an image's noise into them.
+Fields that exist as arguments in published NVAE checkpoints (`num_latent_scales`, `num_groups_per_scale`, ...) keep
+those names and meanings. This package owns names, defaults and validation. Its only code that handles tensors is
+`NoiseLayout`, which splits an image's noise vector.
 """
 
 from vaebm_fast.config._fields import to_json

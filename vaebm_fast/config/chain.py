@@ -1,4 +1,4 @@
-"""A Langevin chain's settings, wherever they are given: presets, samplers, sampling jobs, training."""
+"""Settings of a Langevin chain, shared by presets, samplers, sampling jobs and training."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ POTENTIALS: tuple[Potential, ...] = ("energy", "paper", "official")
 def require_potential(potential: str) -> None:
     """Raise UserError unless the potential is one of POTENTIALS."""
     if potential not in POTENTIALS:
-        raise UserError(f"Potential {potential!r} is not known; it is one of {', '.join(POTENTIALS)}.")
+        raise UserError(f"Potential {potential!r} is not known; it must be one of {', '.join(POTENTIALS)}.")
 
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """A chain of `steps` Langevin steps, by the names of `LangevinSampler`; no steps give the NVAE's own samples.
+    """A chain of `steps` Langevin steps, named as in `LangevinSampler`; with 0 steps, samples are the NVAE's.
 
-    Raises UserError for values that make no chain.
+    Raises UserError for invalid values.
     """
 
     steps: int
-    step_size: float | tuple[float, ...]  # h of all steps, or of each
+    step_size: float | tuple[float, ...]  # h, shared by all steps or one per step
     potential: Potential = "official"
-    temperature: float = 1.0  # of the prior's standard deviations
-    start_temperature: float = 1.0  # standard deviation of the noise that chains start from
+    temperature: float = 1.0  # scales the prior's standard deviations
+    start_temperature: float = 1.0  # standard deviation of the starting noise
 
     def __post_init__(self) -> None:
         require_potential(self.potential)
@@ -42,7 +42,7 @@ class ChainConfig:
             require(size > 0 and math.isfinite(size), f"step_size is {size}; it must be a positive number.")
         if isinstance(self.step_size, tuple) and len(self.step_size) != self.steps:
             count, steps = len(self.step_size), self.steps
-            raise UserError(f"step_size holds {count} numbers; a chain of {steps} steps takes one, or {steps}.")
+            raise UserError(f"step_size has {count} values; a chain of {steps} steps needs 1 or {steps}.")
 
     @property
     def _sizes(self) -> Sequence[float]:
@@ -50,10 +50,10 @@ class ChainConfig:
 
     @property
     def step_sizes(self) -> tuple[float, ...]:
-        """h_k of every step."""
+        """h_k for every step k."""
         return self.step_size if isinstance(self.step_size, tuple) else (float(self.step_size),) * self.steps
 
 
 def require_temperature(name: str, value: float) -> None:
-    """Raise UserError unless the value is a finite number from 0 up."""
-    require(value >= 0 and math.isfinite(value), f"{name} is {value}; it must be a number from 0 up.")
+    """Raise UserError unless the value is finite and at least 0."""
+    require(value >= 0 and math.isfinite(value), f"{name} is {value}; it must be finite and at least 0.")

@@ -1,4 +1,4 @@
-"""What shapes an energy network, and the published ones."""
+"""Architecture of energy networks, and the table of published ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vaebm_fast.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class EnergyBlock:
-    """One residual block; channel counts in units of the network's width."""
+    """One residual block; channel counts are multiples of the network's width."""
 
     in_channels: int
     out_channels: int
@@ -22,12 +22,12 @@ class EnergyBlock:
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """A residual energy network: `blocks` run in order after a first convolution; `width` is the channel unit."""
+    """A residual energy network: a first convolution, then `blocks` in order; `width` is the channel unit."""
 
     image_size: int
     image_channels: int
     width: int
-    blocks: tuple[EnergyBlock, ...]  # such as 1-1d 1-1 1-2d: channels in and out, d where it downsamples
+    blocks: tuple[EnergyBlock, ...]  # e.g. 1-1d 1-1 1-2d: channels in and out; d: downsamples
 
     def __post_init__(self) -> None:
         require(len(self.blocks) > 0, "An energy network needs at least one block.")
@@ -37,13 +37,13 @@ class EnergyConfig:
         for index, block in enumerate(self.blocks):
             require(
                 block.in_channels == expected,
-                f"Block {index} takes {block.in_channels} x width channels but the layer before it gives {expected}.",
+                f"Block {index} takes {block.in_channels} x width channels but the previous layer outputs {expected}.",
             )
             expected = block.out_channels
         shrink = 2 ** sum(block.downsample for block in self.blocks)
         require(
             self.image_size >= shrink,
-            f"image_size {self.image_size} is smaller than {shrink}, the factor by which the blocks shrink it.",
+            f"image_size {self.image_size} is smaller than {shrink}, the downsampling factor of its blocks.",
         )
 
     @property
@@ -53,7 +53,7 @@ class EnergyConfig:
 
 
 def parse_blocks(text: str) -> tuple[EnergyBlock, ...]:
-    """Blocks from a line like `1-1d 1-1 1-2d`: in and out channels in units of the width, `d` where it downsamples."""
+    """Parse `1-1d 1-1 1-2d`: input and output channels in units of the width; `d` marks downsampling."""
     blocks = []
     for word in text.replace(",", " ").split():
         numbers = word.removesuffix("d").split("-")
@@ -64,20 +64,20 @@ def parse_blocks(text: str) -> tuple[EnergyBlock, ...]:
 
 
 def format_blocks(blocks: tuple[EnergyBlock, ...]) -> str:
-    """The line that `parse_blocks` reads as these blocks."""
+    """The inverse of `parse_blocks`."""
     return " ".join(f"{block.in_channels}-{block.out_channels}{'d' * block.downsample}" for block in blocks)
 
 
 @dataclass(frozen=True)
 class EnergyArch:
-    """A published energy network: its image side, its usual width and its blocks."""
+    """A published energy network: image side in pixels, default width and blocks."""
 
     image_size: int
     default_width: int
     blocks: tuple[EnergyBlock, ...]
 
     def config(self, *, image_channels: int = 3, width: int | None = None) -> EnergyConfig:
-        """The network at its own image size, `default_width` wide unless told otherwise."""
+        """The configuration at this image size; `width` defaults to `default_width`."""
         return EnergyConfig(self.image_size, image_channels, width or self.default_width, self.blocks)
 
 
@@ -93,12 +93,12 @@ ENERGY_ARCHS: Mapping[str, EnergyArch] = MappingProxyType(
 
 
 def find_energy_arch(name: str) -> EnergyArch | None:
-    """The network of that name in ENERGY_ARCHS, spelled with or without its underscore; None where there is none."""
+    """The entry of ENERGY_ARCHS with this name, underscores optional; None if there is none."""
     return {known.replace("_", ""): arch for known, arch in ENERGY_ARCHS.items()}.get(name.replace("_", ""))
 
 
 def energy_from_json(values: Mapping[str, Any]) -> EnergyConfig:
-    """An EnergyConfig from `to_json`'s dictionary. Raises ValueError for unknown fields or values that do not fit."""
+    """An EnergyConfig from `to_json`'s dictionary. Raises ValueError for unknown fields or invalid values."""
     known = known_fields(EnergyConfig, values)
     blocks = tuple(EnergyBlock(**known_fields(EnergyBlock, block)) for block in known.pop("blocks"))
     return EnergyConfig(blocks=blocks, **known)

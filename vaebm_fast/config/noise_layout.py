@@ -1,4 +1,4 @@
-"""Where each tensor lies in the noise vector of an image."""
+"""Position of each latent group and the image noise in an image's noise vector."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseLayout:
-    """The layout of eps [N, D], the noise of each image: latent groups, top first, then the image; NHWC inside each.
+    """Layout of the noise eps [N, D]: latent groups, top first, then image noise; each block is NHWC.
 
     latent_shapes: (L, H, W) per group. image_shape: (C, H, W).
     """
@@ -22,12 +22,12 @@ class NoiseLayout:
 
     @property
     def dim(self) -> int:
-        """D, the number of noise elements of an image."""
+        """D, the noise elements per image."""
         return sum(map(math.prod, self._shapes))
 
     @property
     def latent_dim(self) -> int:
-        """Noise elements of an image before eps_x, which comes last."""
+        """Noise elements per image that belong to the latents; eps_x follows them."""
         return sum(map(math.prod, self.latent_shapes))
 
     @property
@@ -35,9 +35,9 @@ class NoiseLayout:
         return [*self.latent_shapes, self.image_shape]
 
     def split(self, eps: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(eps_z, eps_x) of eps [N, D]: [N, L, H, W] per group and [N, C, H, W], views without a copy.
+        """Split eps [N, D] into (eps_z, eps_x): [N, L, H, W] per group and [N, C, H, W]. Returns views.
 
-        Channels are innermost in memory (channels_last), images D apart. Raises ValueError for another D.
+        The views are channels_last in memory with batch stride D. Raises ValueError for any other shape of eps.
         """
         if eps.dim() != 2 or eps.shape[1] != self.dim:
             raise ValueError(f"eps is {list(eps.shape)}; this layout takes [N, {self.dim}].")
@@ -49,9 +49,9 @@ class NoiseLayout:
         return eps_z, eps_x
 
     def join(self, eps_z: Sequence[Tensor], eps_x: Tensor) -> Tensor:
-        """The eps [N, D] of which `split` gives these values; a copy. Raises ValueError for other shapes."""
+        """Inverse of `split`: a new eps [N, D]. Raises ValueError if shapes differ from the layout."""
         tensors = [*eps_z, eps_x]
         shapes = [tuple(tensor.shape[1:]) for tensor in tensors]
         if shapes != [tuple(shape) for shape in self._shapes]:
-            raise ValueError(f"noise tensors are shaped {shapes}; this layout takes {self._shapes}, each behind [N].")
+            raise ValueError(f"noise tensors have shapes {shapes} after [N]; this layout takes {self._shapes}.")
         return torch.cat([tensor.permute(0, 2, 3, 1).flatten(1) for tensor in tensors], dim=1)

@@ -1,4 +1,4 @@
-"""What shapes an NVAE: its cells and sizes."""
+"""Architecture of an NVAE: cell types and sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ArchInstance = Literal[
 
 @dataclass(frozen=True)
 class CellPlan:
-    """The primitives of each kind of cell: one operation, or two in a row. Up and down cells use the same ones."""
+    """Operations of each cell type, one or two in sequence. Up and down cells use the same operations."""
 
     encoder: tuple[str, ...]
     decoder: tuple[str, ...]
@@ -69,13 +69,13 @@ CELL_PLANS: Mapping[ArchInstance, CellPlan] = MappingProxyType(
 
 @dataclass(frozen=True)
 class NVAEConfig:
-    """Everything that shapes an NVAE. Sides in pixels; `num_groups_per_scale` counts at the highest resolution."""
+    """Architecture of an NVAE. Sizes are in pixels; `num_groups_per_scale` applies to the highest resolution."""
 
     image_size: int
     image_channels: int = 3
     likelihood: Likelihood = "gaussian"
     num_mixture_dec: int = 10  # logistic_mixture only
-    uncounted_border: int = 0  # bernoulli only: padding pixels on each side that the loss leaves out
+    uncounted_border: int = 0  # bernoulli only: padding pixels per side, excluded from the loss
     num_x_bits: int = 8
     arch_instance: ArchInstance = "res_mbconv"  # the cells of all towers
     use_se: bool = True
@@ -98,11 +98,11 @@ class NVAEConfig:
     def __post_init__(self) -> None:
         require(
             self.arch_instance in CELL_PLANS,
-            f"arch_instance {self.arch_instance!r} is not known; it is one of {', '.join(CELL_PLANS)}.",
+            f"arch_instance {self.arch_instance!r} is not known; it must be one of {', '.join(CELL_PLANS)}.",
         )
         require(
             self.likelihood in ("gaussian", "logistic_mixture", "bernoulli"),
-            f"likelihood {self.likelihood!r} is not known; it is gaussian, logistic_mixture or bernoulli.",
+            f"likelihood {self.likelihood!r} is not known; it must be gaussian, logistic_mixture or bernoulli.",
         )
         smallest = {"num_preprocess_blocks": 0, "num_postprocess_blocks": 0, "num_cell_per_cond_enc": 0,
                     "num_cell_per_cond_dec": 0, "num_nf": 0, "uncounted_border": 0}  # fmt: skip
@@ -114,16 +114,16 @@ class NVAEConfig:
                     isinstance(value, int) and value >= least,
                     f"{entry.name} is {value!r}; it must be at least {least}.",
                 )
-        require(1 <= self.num_x_bits <= 8, f"num_x_bits is {self.num_x_bits}; images are read with 1 to 8 bits.")
+        require(1 <= self.num_x_bits <= 8, f"num_x_bits is {self.num_x_bits}; it must be 1 to 8.")
         require(
             self.num_preprocess_blocks == self.num_postprocess_blocks,
             f"num_preprocess_blocks ({self.num_preprocess_blocks}) and num_postprocess_blocks "
-            f"({self.num_postprocess_blocks}) differ, so the decoder would not give back the image size.",
+            f"({self.num_postprocess_blocks}) differ; the decoder output would not have the image size.",
         )
         require(
             self.image_size % self.downsampling == 0 and self.image_size >= self.downsampling,
-            f"image_size {self.image_size} is not a multiple of {self.downsampling}, the factor by which "
-            f"{self.num_preprocess_blocks} preprocess blocks and {self.num_latent_scales} scales shrink it.",
+            f"image_size {self.image_size} is not a multiple of {self.downsampling}, the downsampling "
+            f"factor of {self.num_preprocess_blocks} preprocess blocks and {self.num_latent_scales} scales.",
         )
         require(
             self.likelihood != "logistic_mixture" or self.image_channels == 3,
@@ -141,17 +141,17 @@ class NVAEConfig:
 
     @property
     def is_vanilla(self) -> bool:
-        """One scale with one group: no towers and no learnt prior."""
+        """True for one scale with one group: no towers and no learned prior."""
         return self.num_latent_scales == 1 and self.num_groups_per_scale == 1
 
     @property
     def downsampling(self) -> int:
-        """Image side over the side of the top (lowest-resolution) latent group."""
+        """Image side divided by the side of the top (lowest-resolution) latent group."""
         return int(2 ** (self.num_preprocess_blocks + self.num_latent_scales - 1))
 
     @property
     def groups_per_scale(self) -> tuple[int, ...]:
-        """Groups at each scale, highest resolution first; `ada_groups` halves them scale by scale."""
+        """Groups per scale, highest resolution first; `ada_groups` halves them at each lower resolution."""
         counts, groups = [], self.num_groups_per_scale
         for _ in range(self.num_latent_scales):
             counts.append(groups)
@@ -161,7 +161,7 @@ class NVAEConfig:
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
-        """[(L, H, W), ...] of every latent group, top of the hierarchy (lowest resolution) first."""
+        """(L, H, W) of each latent group, top of the hierarchy (lowest resolution) first."""
         shapes, side = [], self.image_size // self.downsampling
         for groups in reversed(self.groups_per_scale):
             shapes += [(self.num_latent_per_group, side, side)] * groups
@@ -175,17 +175,17 @@ class NVAEConfig:
 
     @property
     def noise_layout(self) -> NoiseLayout:
-        """Where each latent group, and eps_x, lies in an image's noise vector eps."""
+        """Position of each latent group and of eps_x in the noise vector eps."""
         return NoiseLayout(self.latent_shapes, self.image_shape)
 
     @property
     def counted_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the pixels that the likelihood is of: all but a Bernoulli's padding."""
+        """(C, H, W) of the pixels in the likelihood; Bernoulli padding is excluded."""
         border = self.uncounted_border if self.likelihood == "bernoulli" else 0
         side = self.image_size - 2 * border
         return (self.image_channels, side, side)
 
 
 def nvae_from_json(values: Mapping[str, Any]) -> NVAEConfig:
-    """An NVAEConfig from `to_json`'s dictionary. Raises ValueError for unknown fields or values that do not fit."""
+    """An NVAEConfig from `to_json`'s dictionary. Raises ValueError for unknown fields or invalid values."""
     return NVAEConfig(**known_fields(NVAEConfig, values))

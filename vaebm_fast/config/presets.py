@@ -1,4 +1,4 @@
-"""The one table of named settings: the published models, and the built-in digits."""
+"""Table of presets: the published models and the built-in digits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vaebm_fast.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model with the settings that train and sample it; batch sizes are per GPU, for the number given here."""
+    """A named model with its training and sampling settings. Batch sizes are per GPU, for the GPU counts given here."""
 
     name: str
     nvae: NVAEConfig
@@ -30,9 +30,9 @@ class Preset:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises UserError for one that does not exist."""
+    """The preset with this name. Raises UserError if there is none."""
     if name not in PRESETS:
-        raise UserError(f"Preset {name!r} is not known; there are {', '.join(PRESETS)}.")
+        raise UserError(f"Preset {name!r} is not known; it must be one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 

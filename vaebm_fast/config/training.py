@@ -1,4 +1,4 @@
-"""How both networks are trained."""
+"""Training settings of both stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Placement = Literal["device", "host"]
 
 @dataclass(frozen=True)
 class VAETraining:
-    """Stage 1: how an NVAE is trained. Rates per iteration; portions of all iterations."""
+    """Stage 1, NVAE training. Rates are per iteration; portions are fractions of all iterations."""
 
     epochs: int = 400
     batch_size: int = 32
@@ -30,7 +30,7 @@ class VAETraining:
     kl_const_portion: float = 1e-4
     kl_const_coeff: float = 1e-4
     mixed_precision: bool = True  # bfloat16 autocast
-    log_sigma_floor: float | None = None  # NVAE trains its Gaussian pixels without the floor that VAEBM adds
+    log_sigma_floor: float | None = None  # None as in NVAE training; VAEBM adds a floor for Gaussian pixels
 
     def __post_init__(self) -> None:
         require_positive(self, "epochs", "batch_size", "learning_rate", "adamax_eps", "kl_anneal_portion")
@@ -40,26 +40,28 @@ class VAETraining:
 
 @dataclass(frozen=True)
 class ReplayBuffer:
-    """Persistent chains: how many each process keeps, where, and how often a chain starts from one."""
+    """Replay buffer: states per process, where they are stored, and the probability of starting a chain from one."""
 
     size: int = 10_000
     max_probability: float = 0.6
     anneal_steps: int = 5_000
-    dtype: ReplayDtype = "float32"  # of what is kept; bfloat16 halves celeba_256's 14 GB
-    placement: Placement = "device"  # host: its memory, pinned, where that of the GPU is short
+    dtype: ReplayDtype = "float32"  # of stored states; bfloat16 halves celeba_256's 14 GB
+    placement: Placement = "device"  # host: pinned memory, for when GPU memory is short
 
     def __post_init__(self) -> None:
         require_positive(self, "size")
         require_not_negative(self, "anneal_steps")
-        require(0 <= self.max_probability <= 1, f"max_probability is {self.max_probability}; it is between 0 and 1.")
+        require(
+            0 <= self.max_probability <= 1, f"max_probability is {self.max_probability}; it must be between 0 and 1."
+        )
         for name, known in (("dtype", get_args(ReplayDtype)), ("placement", get_args(Placement))):
             value = getattr(self, name)
-            require(value in known, f"{name} {value!r} is not known; it is one of {', '.join(known)}.")
+            require(value in known, f"{name} {value!r} is not known; it must be one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)
 class EnergyTraining:
-    """Stage 2: how the energy network is trained against its frozen NVAE."""
+    """Stage 2, training of the energy network with a frozen NVAE."""
 
     iterations: int = 30_000
     batch_size: int = 32
@@ -71,9 +73,9 @@ class EnergyTraining:
     chain: ChainConfig = ChainConfig(steps=10, step_size=8e-5)  # makes the negatives
     use_mean_negatives: bool = True  # negatives are decoder means, not x(eps)
     buffer: ReplayBuffer | None = None
-    init_batches: int = 5  # data batches, taken as one, of the data-dependent initialisation
-    ema_decay: float = 0.0  # of the weights that are exported and sampled; 0 exports the last weights
-    max_energy_gap: float = 1e4  # |mean E(data) - mean E(negatives)| beyond which training counts as diverged
+    init_batches: int = 5  # batches concatenated for data-dependent initialisation
+    ema_decay: float = 0.0  # of the exported and sampled weights; 0 exports the last weights
+    max_energy_gap: float = 1e4  # |mean E(data) - mean E(negatives)| above this counts as divergence
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
@@ -85,4 +87,4 @@ class EnergyTraining:
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} is {value}; it must be at least 0 and below 1.")
         size = self.buffer.size if self.buffer else self.batch_size
-        require(size >= self.batch_size, f"A replay buffer of {size} cannot take a batch of {self.batch_size}.")
+        require(size >= self.batch_size, f"Replay buffer size {size} is smaller than batch size {self.batch_size}.")

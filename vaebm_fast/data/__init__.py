@@ -1,4 +1,4 @@
-"""Images in: where they come from (`sources`) and how they become training batches (`plan`, `loader`)."""
+"""Image input: sources of images (`sources`) and training batches (`plan`, `loader`)."""
 
 from vaebm_fast.data.loader import batches, quantise, to_tensor
 from vaebm_fast.data.plan import batches_per_epoch

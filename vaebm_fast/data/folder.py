@@ -1,6 +1,6 @@
-"""A folder of image files, flat or nested, as a source of square images, with decoded images kept while they fit.
+"""A flat or nested folder of image files as a source of square images, with a cache of decoded images.
 
-How a file becomes pixels is the business of `images`; which folder is meant by a name, that of `sources`.
+`images` decodes files; `sources` resolves names to folders.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ DEFAULT_CACHE_BYTES = 2 << 30
 
 
 def image_files(root: Path) -> list[Path]:
-    """Every file under `root` with an image's extension in any case, ordered by its path relative to `root`.
+    """All files under `root` with an image extension (case-insensitive), sorted by path relative to `root`.
 
-    Raises ValueError where there is none, and OSError where a folder may not be listed.
+    Raises ValueError if there are none, and OSError if a folder cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
@@ -31,15 +31,15 @@ def image_files(root: Path) -> list[Path]:
     found = [Path(folder, name) for folder, _, names in os.walk(root, onerror=refuse) for name in names]
     files = [path for path in found if path.suffix.lower() in EXTENSIONS]
     if not files:
-        raise UserError(f"{root} holds no images: of {len(found)} files none ends in {', '.join(sorted(EXTENSIONS))}.")
+        raise UserError(f"{root} has no images: none of {len(found)} files ends in {', '.join(sorted(EXTENSIONS))}.")
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 class ImageFolder:
-    """The images under a folder, each resized on its short side and cropped to a square. An `ImageSource`.
+    """An `ImageSource` of the images under a folder, each resized by its short side and cropped to a square.
 
-    Decoded and resized, yet uncropped, images stay in memory until `cache_bytes` are full; the others are decoded anew.
-    A file that cannot be read raises ValueError with its name when it is asked for; none is ever left out.
+    Caches decoded, resized, uncropped images until `cache_bytes` is full; further images are decoded on each read.
+    Reading an unreadable file raises ValueError with its name; no file is ever skipped.
     """
 
     labels: npt.NDArray[np.int64] | None = None
@@ -58,7 +58,7 @@ class ImageFolder:
         return len(self.files)
 
     def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
-        """uint8 [n, H, W, C]; `crop` [n, 2] in [0, 1) places each window (vertical, horizontal), else it is central."""
+        """uint8 [n, H, W, C]; `crop` [n, 2] in [0, 1) places each window (vertical, horizontal); default: centred."""
         channels, size, _ = self.image_shape
         places = np.full((len(indices), 2), 0.5) if crop is None else crop
         out = np.empty((len(indices), size, size, channels), np.uint8)

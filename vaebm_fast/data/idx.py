@@ -1,6 +1,6 @@
-"""The idx files of MNIST and its kin: a big-endian header, then raw uint8; gzip-compressed or not.
+"""Reads idx files (MNIST and similar): a big-endian header, then raw uint8; optionally gzip-compressed.
 
-Format: magic 2051, count, rows, columns before images; magic 2049, count before labels, each number four bytes.
+Headers: magic 2051, count, rows, columns for images; magic 2049, count for labels; each number is four bytes.
 Source: Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits".
 """
 
@@ -21,7 +21,7 @@ LABELS_MAGIC = 2049
 
 
 def find_idx(folder: Path, stem: str) -> Path | None:
-    """`folder/stem` or `folder/stem.gz`, whichever is there, the plain one first; None without either."""
+    """`folder/stem` if it exists, else `folder/stem.gz`, else None."""
     candidates = (folder / stem, folder / f"{stem}.gz")
     return next((path for path in candidates if path.is_file()), None)
 
@@ -48,8 +48,8 @@ def _read(path: Path, magic: int, what: str, header_numbers: int) -> npt.NDArray
     if len(data) - header_bytes != expected:
         fault = "is truncated" if len(data) - header_bytes < expected else "is too long"
         raise UserError(
-            f"{path} {fault}: its header announces {' x '.join(map(str, shape))} = {expected} bytes of {what}, "
-            f"and {len(data) - header_bytes} follow."
+            f"{path} {fault}: its header specifies {' x '.join(map(str, shape))} = {expected} bytes of {what}, "
+            f"but {len(data) - header_bytes} follow."
         )
     return np.frombuffer(data, np.uint8, offset=header_bytes).reshape(shape)
 
@@ -61,4 +61,4 @@ def _bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is a truncated or damaged gzip file ({error}). Fetch it again.") from error
+        raise UserError(f"{path} is a truncated or damaged gzip file ({error}). Download it again.") from error

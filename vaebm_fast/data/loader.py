@@ -1,7 +1,7 @@
-"""Batches for training: from uint8 images to tensors on a device, read ahead by threads.
+"""Training batches: uint8 images to tensors on a device, prefetched by threads.
 
-Iteration i of a run is a function of (source, batch size, seed, i) alone, so resuming is starting at i; `plan` decides
-what chance decides. Where images come from is left to `sources`.
+The batch of iteration i depends only on (source, batch size, seed, i), so a run resumes by starting at i. `plan` makes
+the random choices; `sources` provides the images.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from vaebm_fast.data.plan import batches_per_epoch, plan_epoch
 from vaebm_fast.data.sources import ImageSource
 from vaebm_fast.runtime.errors import UserError
 
-MOST_WORKERS = 8  # each keeps a batch in memory
+MOST_WORKERS = 8  # each holds a batch in memory
 
 
 class UnreadableDataError(UserError):
-    """A step's images could not be read. They are read first, so nothing of that step has been done."""
+    """The images of a step could not be read. Raised before the step changes any state."""
 
 
 class StepData:
-    """`data(step)` is the step's batch, float32 [N, C, H, W] in [0, 1], reduced to `bits`, on `device`.
+    """`data(step)` is the step's batch, float32 [N, C, H, W] in [0, 1], quantised to `bits`, on `device`.
 
-    `workers` threads (by default one per core, MOST_WORKERS at most) read ahead, a batch each, while steps are asked
-    for in turn, and change nothing in what comes out; any other step may be asked for too. Raises UnreadableDataError.
+    `workers` threads (default: one per core, at most MOST_WORKERS) prefetch one batch each for consecutive steps; steps
+    may be requested in any order. Results do not depend on `workers`. Raises UnreadableDataError.
     """
 
     def __init__(
@@ -86,18 +86,18 @@ def batches(
     random_crop: bool = False,
     workers: int = 1,
 ) -> Iterator[Tensor]:
-    """Training batches without end: float32 [batch_size, C, H, W] in [0, 1] on the CPU, from `start_iteration` on.
+    """Infinite training batches from `start_iteration`: float32 [batch_size, C, H, W] in [0, 1] on the CPU.
 
-    Every epoch is a new permutation of the source, cut into `batches_per_epoch`. `horizontal_flip` mirrors each image
-    with probability 1/2; `random_crop` places the window of images that are not square uniformly. `workers` threads
-    read ahead, one batch each, and change nothing in what comes out. Raises ValueError at once for arguments that do
-    not fit, and in place of a batch when one of its files cannot be read.
+    Every epoch is a new permutation of the source, split into `batches_per_epoch`. `horizontal_flip` mirrors each image
+    with probability 1/2; `random_crop` places the crop window of non-square images uniformly. `workers` threads
+    prefetch one batch each; results do not depend on `workers`. Raises ValueError immediately for invalid arguments,
+    and on reaching a batch with an unreadable file.
     """
     per_epoch = batches_per_epoch(source, batch_size)
     if not 0 <= seed < 2**64:
         raise UserError(f"seed is {seed}; it must be in 0 .. 2^64 - 1.")
     if workers < 1:
-        raise UserError(f"workers is {workers}; at least one thread must read.")
+        raise UserError(f"workers is {workers}; it must be at least 1.")
     plan = lru_cache(maxsize=2)(partial(plan_epoch, seed, total_images=len(source)))
 
     def read(iteration: int) -> Tensor:
@@ -119,17 +119,17 @@ def to_tensor(images: Pixels) -> Tensor:
 
 
 def quantise(x: Tensor, bits: int) -> Tensor:
-    """floor(255 x / 2^(8 - b)) / (2^b - 1): the top b bits of each pixel, spread over [0, 1] again.
+    """floor(255 x / 2^(8 - b)) / (2^b - 1): the top b bits of each pixel, rescaled to [0, 1].
 
-    x is float32 in [0, 1], of any shape; eight bits leave it as it is. Raises ValueError for other than 1 to 8 bits.
+    x is float32 in [0, 1], of any shape; 8 bits return x unchanged. Raises ValueError unless bits is 1 to 8.
     """
     if not 1 <= bits <= 8:
-        raise UserError(f"bits is {bits}; images are quantised to 1 to 8 bits.")
+        raise UserError(f"bits is {bits}; it must be 1 to 8.")
     return x if bits == 8 else torch.floor(x * 255 / 2 ** (8 - bits)) / (2**bits - 1)
 
 
 def _in_order(read: Callable[[int], Tensor], start: int, workers: int) -> Iterator[Tensor]:
-    """read(start), read(start + 1), ..., each computed by one of `workers` threads ahead of its turn."""
+    """read(start), read(start + 1), ..., in order, each computed in advance by one of `workers` threads."""
     with ThreadPoolExecutor(workers, "vaebm-fast-data") as pool:
         pending = deque(pool.submit(read, start + ahead) for ahead in range(workers))
         for iteration in count(start + workers):

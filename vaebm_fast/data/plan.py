@@ -1,7 +1,7 @@
-"""The plan of an epoch: the order, flips and crops of its images, a function of (seed, epoch, number of images) alone.
+"""Order, flips and crops of the images in an epoch, determined by (seed, epoch, number of images).
 
-All randomness is raw Philox words keyed by (seed, purpose) with the epoch in the counter: numpy promises that those
-never change.
+All randomness comes from raw Philox words keyed by (seed, purpose) with the epoch in the counter: numpy guarantees that
+these never change.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy.typing as npt
 from vaebm_fast.data.sources import ImageSource
 from vaebm_fast.runtime.errors import UserError
 
-ORDER, FLIP, CROP = range(3)  # the purposes of random words
+ORDER, FLIP, CROP = range(3)  # purposes of random words
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What chance decides in one epoch over n images, by position in the epoch."""
+    """Random choices for one epoch over n images, by position in the epoch."""
 
     order: npt.NDArray[np.int64]  # [n], a permutation of the images
-    flip: npt.NDArray[np.bool_]  # [n], true half of the time
-    crop: npt.NDArray[np.float64]  # [n, 2], uniform in [0, 1): vertical and horizontal place of the window
+    flip: npt.NDArray[np.bool_]  # [n], true with probability 1/2
+    crop: npt.NDArray[np.float64]  # [n, 2], uniform in [0, 1): vertical and horizontal position of the window
 
 
 def plan_epoch(seed: int, epoch: int, total_images: int) -> EpochPlan:
-    """The plan of an epoch, a function of the three arguments alone."""
+    """The plan of an epoch, determined by the three arguments."""
 
     def words(purpose: int, total: int) -> npt.NDArray[np.uint64]:
         key = np.array([seed, purpose], np.uint64)
@@ -42,9 +42,9 @@ def plan_epoch(seed: int, epoch: int, total_images: int) -> EpochPlan:
 
 
 def batches_per_epoch(source: ImageSource, batch_size: int) -> int:
-    """len(source) // batch_size: the last, smaller batch is left out. Raises ValueError where that leaves none."""
+    """len(source) // batch_size; the incomplete last batch is dropped. Raises ValueError if no batch remains."""
     if not 1 <= batch_size <= len(source):
         raise UserError(
-            f"batch_size is {batch_size}; it must be at least 1 and at most {len(source)}, the images of {source.name}."
+            f"batch_size is {batch_size}; it must be at least 1 and at most {len(source)}, the size of {source.name}."
         )
     return len(source) // batch_size

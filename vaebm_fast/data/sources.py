@@ -1,6 +1,6 @@
-"""Sources of images: what a source is, the built-in digits, MNIST-like idx files, and which source a name means.
+"""Image sources: their interface, the built-in digits, MNIST-like idx files, and lookup by name or path.
 
-A source hands out uint8 images by index and knows nothing of order, batches or devices: that is `loader`'s.
+A source returns uint8 images by index; `loader` owns order, batches and devices.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ DIGITS_SPLIT_KEY = 1797
 
 
 class MissingDataError(UserError, FileNotFoundError):
-    """Data that was named and is not there."""
+    """The requested data does not exist."""
 
 
 class ImageSource(Protocol):
-    """A finite, ordered set of square images of one shape; reading the same index twice gives the same image."""
+    """A finite, ordered set of square images of one shape; an index always returns the same image."""
 
     @property
     def name(self) -> str:
-        """What a person would call it."""
+        """Human-readable name."""
         ...
 
     @property
@@ -43,23 +43,23 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
-        """A class per image, [len(self)], where there are classes."""
+        """One class per image, [len(self)]; None without classes."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
-        """The images at `indices` [n] as uint8 [n, H, W, C], an array of the caller's own.
+        """The images at `indices` [n] as a new array, uint8 [n, H, W, C].
 
-        `crop` [n, 2] in [0, 1) places the window (vertical, horizontal) in images that are larger than the square;
-        without it the window is in the centre. Several threads may read at once.
+        `crop` [n, 2] in [0, 1) places the window (vertical, horizontal) in images larger than the square; the default
+        is the centre. Thread-safe.
         """
         ...
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images held in memory: uint8 [n, H, W, C], all of them already square. An `ImageSource`."""
+    """An `ImageSource` of square images in memory: uint8 [n, H, W, C]."""
 
     name: str
     images: Pixels
@@ -75,30 +75,30 @@ class ArraySource:
         return len(self.images)
 
     def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
-        """uint8 [n, H, W, C]; there is nothing to crop."""
+        """uint8 [n, H, W, C]; `crop` has no effect on square images."""
         return self.images[indices]
 
 
 def open_source(
     name_or_path: str | Path, *, image_size: int, image_channels: int, split: Split = "train"
 ) -> ImageSource:
-    """The images that a name or a path means, as squares of `image_size` pixels with 1 or 3 channels.
+    """Open a source by name or path: square images of side `image_size` with 1 or 3 channels.
 
-    "digits": scikit-learn's handwritten digits, see `digits` ("./digits" is a folder of that name);
+    "digits": scikit-learn's handwritten digits, see `digits` ("./digits" is a folder with that name);
     a folder with idx files: see `mnist`;
-    any other folder: its image files. Where it has `train/` beside one of `held_out/`, `validation/`, `val/`, `test/`,
-    each split reads its own; else all of it is the train split, and there is no held-out one.
+    any other folder: its image files. If it contains `train/` and one of `held_out/`, `validation/`, `val/`, `test/`,
+    each split reads its own subfolder; otherwise all files are the train split and there is no held-out split.
 
-    Raises ValueError or FileNotFoundError, naming what was asked for, where it is missing, empty or does not fit.
+    Raises ValueError or FileNotFoundError naming the source if it is missing, empty or has the wrong shape.
     """
     _check_shape(image_size, image_channels, split)
     if name_or_path == "digits":
         return digits(image_size=image_size, image_channels=image_channels, split=split)
     root = Path(name_or_path)
     if not root.exists():
-        raise MissingDataError(f'There is no {root}. Name a folder of images or of idx files, or "digits".')
+        raise MissingDataError(f'{root} does not exist. Give a folder of images or idx files, or "digits".')
     if not root.is_dir():
-        raise UserError(f"{root} is a file. Name the folder that holds the images or idx files.")
+        raise UserError(f"{root} is a file. Give the folder that contains the images or idx files.")
     if any(idx.find_idx(root, f"{prefix}-images-idx3-ubyte") for prefix in IDX_PREFIXES.values()):
         return mnist(root, image_size=image_size, image_channels=image_channels, split=split)
     return ImageFolder(_split_folder(root, split), image_size=image_size, image_channels=image_channels)
@@ -107,14 +107,15 @@ def open_source(
 def digits(*, image_size: int = 8, image_channels: int = 1, split: Split = "train") -> ArraySource:
     """scikit-learn's 1797 handwritten digits, 8x8 grey: v = round(255 v16 / 16) for v16 in 0..16; labels 0..9.
 
-    Other sizes by the antialiased triangle filter. A fixed shuffle parts them into 898 for training and 899 held out.
+    Other sizes are resized with the antialiased triangle filter. A fixed shuffle splits them into 898 for training and
+    899 held out.
     """
     _check_shape(image_size, image_channels, split)
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    # Raw Philox words, because numpy promises that they never change; its shuffles may.
+    # Raw Philox words: numpy guarantees that these never change; its shuffles may.
     shuffle = np.argsort(np.random.Philox(key=DIGITS_SPLIT_KEY).random_raw(len(grey)), kind="stable")
     half = len(grey) // 2
     chosen = shuffle[:half] if split == "train" else shuffle[half:]
@@ -125,24 +126,24 @@ def digits(*, image_size: int = 8, image_channels: int = 1, split: Split = "trai
 
 
 def mnist(folder: Path, *, image_size: int = 32, image_channels: int = 1, split: Split = "train") -> ArraySource:
-    """The images of `train-*` (train) or `t10k-*` (held out) idx files, padded with zeros on all sides to `image_size`.
+    """Images of `train-*` (train) or `t10k-*` (held out) idx files, zero-padded on all sides to `image_size`.
 
-    28x28 becomes 32x32 by two pixels a side. Labels come with it where `*-labels-idx1-ubyte` is there.
-    Raises FileNotFoundError or ValueError, naming the file, where it is missing, damaged or does not fit.
+    28x28 becomes 32x32 with two pixels per side. Labels are read from `*-labels-idx1-ubyte` if it exists.
+    Raises FileNotFoundError or ValueError naming the file if it is missing, damaged or has the wrong shape.
     """
     _check_shape(image_size, image_channels, split)
     stem = f"{IDX_PREFIXES[split]}-images-idx3-ubyte"
     path = idx.find_idx(folder, stem)
     if path is None:
-        raise MissingDataError(f"{folder} has neither {stem} nor {stem}.gz, which hold the {split} split.")
+        raise MissingDataError(f"{folder} has neither {stem} nor {stem}.gz; the {split} split needs one of them.")
     images = idx.read_images(path)
     count, rows, columns = images.shape
     if count == 0:
-        raise UserError(f"{path} holds no images.")
+        raise UserError(f"{path} contains no images.")
     if rows != columns or image_size < rows or (image_size - rows) % 2:
         raise UserError(
-            f"{path} holds {rows}x{columns} images, which padding equally on all sides cannot make "
-            f"{image_size}x{image_size}. They are padded, not resized: try {rows} or {rows + 4}."
+            f"{path} contains {rows}x{columns} images, which equal padding on all sides cannot extend to "
+            f"{image_size}x{image_size}. Images are padded, not resized: try size {rows} or {rows + 4}."
         )
     border = (image_size - rows) // 2
     padded = np.pad(images, ((0, 0), (border, border), (border, border)))[..., None]
@@ -157,7 +158,7 @@ def _mnist_labels(folder: Path, split: Split, count: int) -> npt.NDArray[np.int6
         return None
     labels = idx.read_labels(path)
     if len(labels) != count:
-        raise UserError(f"{path} holds {len(labels)} labels for {count} images; the two files do not belong together.")
+        raise UserError(f"{path} contains {len(labels)} labels for {count} images; the files do not match.")
     return labels.astype(np.int64)
 
 
@@ -168,7 +169,7 @@ def _split_folder(root: Path, split: Split) -> Path:
         return root / "train" if has_both else root
     if held_out is None or not has_both:
         raise UserError(
-            f"{root} has no held-out images. Part it into the folders train and {' or '.join(HELD_OUT_FOLDERS)}."
+            f"{root} has no held-out images. Split it into the folders train and {' or '.join(HELD_OUT_FOLDERS)}."
         )
     return held_out
 
@@ -177,6 +178,6 @@ def _check_shape(image_size: int, image_channels: int, split: str) -> None:
     if image_size < 1:
         raise UserError(f"image_size is {image_size}; it must be at least 1.")
     if image_channels not in (1, 3):
-        raise UserError(f"image_channels is {image_channels}; images are read with 1 (grey) or 3 (RGB).")
+        raise UserError(f"image_channels is {image_channels}; it must be 1 (grey) or 3 (RGB).")
     if split not in IDX_PREFIXES:
-        raise UserError(f"split is {split!r}; it is train or held_out.")
+        raise UserError(f"split is {split!r}; it must be train or held_out.")

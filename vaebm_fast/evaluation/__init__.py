@@ -1,1 +1,1 @@
-"""Judging samples and models."""
+"""Evaluation of samples and models."""

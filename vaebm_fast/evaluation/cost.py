@@ -1,7 +1,7 @@
-"""What one chain step costs per image: FLOPs, memory traffic, and the least time these take on a GPU.
+"""Cost of one chain step per image: FLOPs, memory traffic, and lower bounds on GPU time.
 
-A step is `potential_and_grad` of the official potential: forward, and backward to the noise. Everything is counted on
-the meta device, where shapes flow and nothing is computed, or follows from the shapes of the decoder's cells.
+A step is `potential_and_grad` of the official potential: forward, and backward to the noise. Counts come from running
+the step on the meta device, which propagates shapes only, or from the shapes of the decoder's cells.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from vaebm_fast.ops._backend import Backend, why_absent
 META = torch.device("meta")
 BF16_BYTES = 2
 
-# What allocates or renames, besides the operators that call themselves views.
+# Operators that move no data but are not marked as views.
 UNMOVED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like}
-# Arguments that a kernel takes for their shape, for a gradient that nobody asks for here, or for its own backward: they
-# are not read.
+# Indices of arguments that an operator does not read: used only for their shape, an unrequested gradient, or backward.
 UNREAD = {
     "aten::convolution_backward": (1,),
     "aten::avg_pool2d_backward": (1,),
@@ -41,13 +40,13 @@ UNREAD = {
     "vaebm_triton::pointwise": (2,),
     "vaebm_fast::inverted_residual": (2,),
 }
-# Whose sizes an op of several kernels moves once more inside, by (arguments, results): what one of its kernels writes
-# and another reads. Not counted: swish(h2), which few cells store beside h2.
+# Tensors whose bytes a multi-kernel op moves once more internally, from (arguments, results): data that one kernel
+# writes and another reads. Not counted: swish(h2), which few cells store in addition to h2.
 INSIDE: dict[str, Callable[[Any, Any], tuple[Tensor, ...]]] = {
     "vaebm_triton::residual_tail": lambda args, results: results[1:3],  # h2 and s, read again
     "vaebm_triton::residual_tail_backward": lambda args, results: (args[0], args[2], args[2]),  # dy; dh2 both ways
 }
-# Pairs of compiled kernels; on the meta device their ops' fakes answer, so that counting them needs no GPU.
+# Pairs with compiled kernels; the ops' fake implementations run on the meta device, so counting needs no GPU.
 COMPILED: dict[str, tuple[Backend, torch.dtype]] = {
     "frozen, cpp, float32": ("cpp", torch.float32),
     "frozen, triton, bfloat16": ("triton", torch.bfloat16),
@@ -69,7 +68,7 @@ GPUS = {"A100": Peaks(312, 19.5, 2.039), "H200": Peaks(989, 67, 4.8)}  # NVIDIA'
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a step moves: for each image, and once for the batch (the weights)."""
+    """Bytes moved by a step: per image, and once per batch (the weights)."""
 
     per_image: float
     per_step: float
@@ -79,7 +78,7 @@ class Traffic:
 class CellShape:
     """An inverted residual of the decoder: x [in_channels] -> hidden -> y [out_channels] at `side` x `side` pixels.
 
-    An upsampled cell has x, and its expanded tensor h1, at half the side; h2 is what comes out of the depthwise.
+    In an upsampled cell, x and the expanded tensor h1 have half the side; h2 is the depthwise convolution's output.
     """
 
     in_channels: int
@@ -107,12 +106,12 @@ class CellShape:
 
     @property
     def h2(self) -> int:
-        """Elements of the depthwise's output: what "hidden elements" means below."""
+        """Elements of the depthwise output, called "hidden elements" below."""
         return self.hidden * self.side**2
 
     @property
     def depthwise_flops(self) -> int:
-        """Forward and backward; the taps that read one source pixel of an upsampled cell are summed beforehand."""
+        """Forward plus backward FLOPs; in upsampled cells, taps that read the same source pixel are presummed."""
         taps = (self.window + 1) // 2 if self.is_upsampled else self.window
         return 2 * 2 * taps**2 * self.h2
 
@@ -121,10 +120,10 @@ class CellShape:
         return (self.side // 2 if self.is_upsampled else self.side) ** 2
 
 
-# Elements that a fused inverted residual moves, forward and backward, weights apart. Common to all: the block reads x
-# and writes s, the gate reads s and x and writes y; backward the gate's sum reads s, the block reads x and the
-# gradient of y and writes that of x: 4 x and 5 y. Two kernels each way read x once less, because h1 is kept, which is
-# written, read by the depthwise, and read twice more backward; the gradient between the two is written and read.
+# Elements moved by a fused inverted residual, forward and backward, without weights. All plans move 4 x and 5 y: the
+# block reads x and writes s; the gate reads s and x and writes y; in backward, the gate's sum reads s, and the block
+# reads x and dy and writes dx. Two kernels each way save one read of x by storing h1, which is written once, read by
+# the depthwise, and read twice in backward; the gradient between the two kernels is written and read.
 PLANS: dict[str, Callable[[CellShape], int]] = {
     "two kernels each way": lambda c: 3 * c.x + 5 * c.y + 4 * c.h1 + 2 * c.h2,
     "one kernel, depthwise output saved": lambda c: 4 * c.x + 5 * c.y + 2 * c.h2,
@@ -134,7 +133,7 @@ PLANS: dict[str, Callable[[CellShape], int]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What `cost` counts. FLOPs are per image; `traffic` is that of kernels dispatched today, `plans` in bfloat16."""
+    """Result of `cost`. FLOPs are per image; `traffic` is of the current kernels, `plans` of PLANS in bfloat16."""
 
     preset: str
     noise_dim: int
@@ -142,20 +141,20 @@ class Cost:
     frozen_flops: int
     traffic: dict[str, Traffic]
     plans: dict[str, Traffic]
-    rest_bytes: float  # per image, of each plan: what no plan fuses, as dispatched today in bfloat16
+    rest_bytes: float  # per image, same in all plans: unfused operators, as dispatched in bfloat16
     cells: tuple[CellShape, ...]
-    weights: int  # numbers that a frozen step reads
+    weights: int  # elements read by a frozen step
 
     @property
     def depthwise_flops(self) -> int:
-        """Part of `frozen_flops` that tensor cores cannot do."""
+        """Part of `frozen_flops` that cannot run on tensor cores."""
         return sum(cell.depthwise_flops for cell in self.cells)
 
     def floors_ms(self, gpu: str) -> dict[str, float]:
-        """Milliseconds per image that each part of the GPU is busy for at its stated peak; weights apart."""
+        """Lower bound on milliseconds per image for each GPU resource at its stated peak; excludes weights."""
         peaks = GPUS[gpu]
         floors = {
-            "tensor cores, all but the depthwise": (self.frozen_flops - self.depthwise_flops) / peaks.tensor_tflops,
+            "tensor cores, all except depthwise": (self.frozen_flops - self.depthwise_flops) / peaks.tensor_tflops,
             "CUDA cores in float32, depthwise": self.depthwise_flops / peaks.fp32_tflops,
         }
         floors |= {f"memory, {name}": plan.per_image / peaks.memory_tbps for name, plan in self.plans.items()}
@@ -163,7 +162,7 @@ class Cost:
 
 
 def cost(preset: str) -> Cost:
-    """Count a preset's step in every form that can be counted here. Raises ValueError for other names."""
+    """Count a preset's step for all available backends. Raises ValueError for an unknown preset."""
     model = _without_values(preset)
     reference, halved = (freeze(model, dtype, "reference") for dtype in (torch.float32, torch.bfloat16))
     traffic = {
@@ -182,21 +181,21 @@ def cost(preset: str) -> Cost:
 
 
 def text(counted: Cost) -> str:
-    """The cost as a person reads it."""
+    """Human-readable report of the cost."""
     cells, wide = counted.cells, [cell for cell in counted.cells if cell.side >= FUSED_SIDE]
     hidden, hidden_wide = sum(cell.h2 for cell in cells), sum(cell.h2 for cell in wide)
     lines = [
         f"{counted.preset}: one chain step, counted (official potential, forward and backward to the noise)",
         "",
         f"noise                {counted.noise_dim:,} elements per image",
-        f"frozen weights       {counted.weights / 1e6:.1f} M, of them {sum(c.weights for c in cells) / 1e6:.1f} M in "
+        f"frozen weights       {counted.weights / 1e6:.1f} M, including {sum(c.weights for c in cells) / 1e6:.1f} M in "
         f"{len(cells)} inverted residuals of the decoder",
-        f"hidden elements      {hidden / 1e6:.1f} M per image in these; {hidden_wide / 1e6:.1f} M of them in the "
-        f"{len(wide)} with H >= {FUSED_SIDE}, whose weights are {sum(c.weights for c in wide) / 1e6:.1f} M",
+        f"hidden elements      {hidden / 1e6:.1f} M per image in these, {hidden_wide / 1e6:.1f} M in the "
+        f"{len(wide)} with H >= {FUSED_SIDE}, which have {sum(c.weights for c in wide) / 1e6:.1f} M weights",
         f"GFLOP per image      {counted.plain_flops / 1e9:.1f} plain, {counted.frozen_flops / 1e9:.1f} frozen, "
-        f"of it {counted.depthwise_flops / 1e9:.1f} depthwise",
+        f"including {counted.depthwise_flops / 1e9:.1f} depthwise",
         "",
-        f"{'memory traffic, no cache':52}  GB per image  of it in cells  GB of weights per step",
+        f"{'memory traffic, no cache':52}  GB per image        in cells  GB of weights per step",
     ]
     rest = counted.rest_bytes / 1e9
     for name, moved in counted.traffic.items():
@@ -207,7 +206,7 @@ def text(counted: Cost) -> str:
     missing = why_absent("cpp")
     if missing is not None:
         lines.append(f"{'; '.join(COMPILED)}: not counted, because {missing}")
-    lines += ["", f"{'least ms per image at stated peak rates':52}" + "".join(f"{gpu:>10}" for gpu in GPUS)]
+    lines += ["", f"{'lower bound, ms per image at stated peak rates':52}" + "".join(f"{gpu:>10}" for gpu in GPUS)]
     floors = {gpu: counted.floors_ms(gpu) for gpu in GPUS}
     lines += [f"{name:52}" + "".join(f"{floors[gpu][name]:10.3f}" for gpu in GPUS) for name in floors["A100"]]
     return "\n".join(lines)
@@ -220,7 +219,7 @@ def pair_flops(preset: str) -> tuple[int, int]:
 
 
 def least_traffic(preset: str) -> Traffic:
-    """Bytes of a preset's step in the leanest of PLANS, in bfloat16. Raises ValueError for an unknown preset."""
+    """Bytes of a preset's step in bfloat16 with the cheapest of PLANS. Raises ValueError for an unknown preset."""
     model = _without_values(preset)
     halved = freeze(model, torch.bfloat16, "reference")
     shapes, dispatched = _decoder_cells(model)
@@ -229,9 +228,9 @@ def least_traffic(preset: str) -> Traffic:
 
 
 def _plans(shapes: list[CellShape], rest: float, weights: int) -> dict[str, Traffic]:
-    """Traffic of every plan in bfloat16; `rest`: bytes per image outside of the cells."""
+    """Traffic of each plan in bfloat16; `rest`: bytes per image outside the cells."""
     return {
-        name: Traffic(rest + BF16_BYTES * sum(map(moved, shapes)), 2 * BF16_BYTES * weights)  # each pass reads weights
+        name: Traffic(rest + BF16_BYTES * sum(map(moved, shapes)), 2 * BF16_BYTES * weights)  # both passes read them
         for name, moved in PLANS.items()
     }
 
@@ -241,9 +240,9 @@ def _weights_of(pair: FrozenVAEBM) -> int:
 
 
 def step_flops(pair: ChainModel) -> int:
-    """FLOPs per image of a step, a multiply-add being two, by torch's counter: convolutions and matrix products.
+    """FLOPs per image of a step from torch's counter: convolutions and matrix products, 2 per multiply-add.
 
-    A pair on the meta device. Compiled ops are unknown to the counter; the reference pair does the same arithmetic.
+    `pair` is on the meta device. The counter ignores compiled ops; count the reference pair, which is equivalent.
     """
     with FlopCounterMode(display=False) as counter:
         _step(pair, 1)
@@ -251,7 +250,7 @@ def step_flops(pair: ChainModel) -> int:
 
 
 def step_traffic(pair: ChainModel) -> Traffic:
-    """Bytes that the kernels of a step read and write, were no cache between them; a pair on the meta device."""
+    """Bytes read and written by the kernels of a step, assuming no cache; `pair` is on the meta device."""
     one, two = (_bytes_moved(partial(_step, pair, batch)) for batch in (1, 2))
     return Traffic(per_image=two - one, per_step=2 * one - two)
 
@@ -276,7 +275,7 @@ def _bytes_moved(run: Callable[[], object]) -> int:
 
 
 class _KernelBytes(TorchDispatchMode):
-    """Sums the bytes of every kernel's tensor arguments and results; views move nothing."""
+    """Sums bytes of all kernels' tensor arguments and results; views count as zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +291,7 @@ class _KernelBytes(TorchDispatchMode):
 
 
 def _distinct_bytes(value: object) -> int:
-    """Bytes behind a tensor, each once where it is expanded; 0 for anything else."""
+    """Bytes of a tensor's storage, expanded dimensions counted once; 0 for other values."""
     if not isinstance(value, Tensor):
         return 0
     sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride != 0)
@@ -300,7 +299,7 @@ def _distinct_bytes(value: object) -> int:
 
 
 def _decoder_cells(model: VAEBM) -> tuple[list[CellShape], int]:
-    """The decoder's inverted residuals, and the bytes per image that they move today in bfloat16."""
+    """The decoder's inverted residuals, and the bytes per image that they currently move in bfloat16."""
     shapes: list[CellShape] = []
     moved = 0
 
@@ -338,7 +337,7 @@ def _cell_shape(cell: Cell, x: Tensor, y: Tensor) -> CellShape:
 
 
 def _cell_bytes(cell: Cell, shape: torch.Size, batch: int) -> int:
-    """Bytes of a frozen cell's forward and backward pass, weights included."""
+    """Bytes moved by a frozen cell's forward and backward pass, including weights."""
     frozen = freeze_cell("cell", cell, torch.bfloat16, "reference")
     x = torch.empty(batch, *shape[1:], dtype=torch.bfloat16, device=META).to(memory_format=torch.channels_last)
 

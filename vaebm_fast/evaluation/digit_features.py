@@ -1,7 +1,7 @@
-"""Features for judging small grey digits: the penultimate layer of a classifier trained on the training half.
+"""Features for evaluating small grey digits: the penultimate layer of a classifier trained on the training half.
 
-FID's Inception features mean little at 8x8 pixels; a classifier of the very classes is the usual stand-in. Its numbers
-compare models judged with the same seed and data, and nothing else.
+FID's Inception features are not meaningful at 8x8 pixels; a classifier of the same classes is the usual substitute.
+Distances are comparable only between models evaluated with the same seed and data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vaebm_fast.data import ImageSource, to_tensor
 from vaebm_fast.evaluation.fidelity import Features, frechet_distance
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 30, 64, 1e-3
-SAMPLES, SAMPLING_SEEDS = 1000, 3  # of one judgement: images per sampling seed, and how many such seeds
+SAMPLES, SAMPLING_SEEDS = 1000, 3  # per evaluation: images per sampling seed, number of sampling seeds
 
 
 class DigitClassifier(nn.Module):
@@ -47,20 +47,20 @@ class DigitClassifier(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, source: ImageSource) -> float:
-        """Fraction of a labelled source that is classified right."""
+        """Fraction of a labelled source that is classified correctly."""
         images, labels = everything(source)
         return float((self(images).argmax(dim=1) == labels).float().mean())
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Frechet distance to the held-out digits in the classifier's features."""
+    """Frechet distance to the held-out digits in classifier feature space."""
 
     classifier: DigitClassifier
     held_out: Features
 
     def distance(self, images: Tensor) -> float:
-        """Of images [N, 1, 8, 8] in [0, 1]."""
+        """Distance of images [N, 1, 8, 8] in [0, 1]."""
         return frechet_distance(self.classifier.features(images), self.held_out)
 
 
@@ -72,7 +72,7 @@ def everything(source: ImageSource) -> tuple[Tensor, Tensor]:
 
 
 def train_digit_classifier(source: ImageSource, *, seed: int = 0) -> DigitClassifier:
-    """A classifier trained on all of a labelled source; the same weights for the same seed and machine."""
+    """Train a classifier on a labelled source; weights are reproducible for the same seed and machine."""
     images, labels = everything(source)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

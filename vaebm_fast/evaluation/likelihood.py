@@ -20,7 +20,7 @@ from vaebm_fast.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Means over a source, in `unit`: the negative ELBO, and the importance-weighted bound, which is never above it."""
+    """Means over a source, in `unit`: negative ELBO and importance-weighted bound, which never exceeds it."""
 
     elbo_bits_per_dim: float
     importance_weighted_bits_per_dim: float
@@ -30,7 +30,7 @@ class Likelihood:
 
 
 def unit(config: NVAEConfig) -> str:
-    """What a bit per dimension of this NVAE is of, and what it may be compared with."""
+    """Description of this NVAE's bits per dimension and of what they are comparable with."""
     channels, height, width = config.counted_shape
     if config.likelihood == "gaussian":
         return (
@@ -52,10 +52,10 @@ def evaluate_likelihood(
     seed: int = 0,
     progress: bool = False,
 ) -> Likelihood:
-    """Both bounds over all images; noise of image i, sample k is draw k of seed `seed` + i, whatever the batch size.
+    """Both bounds over all images. Sample k of image i uses draw k of seed `seed` + i, for any batch size.
 
-    Both are of the same samples: -mean_k log w_k and log K - logsumexp_k log w_k with w_k = p(x, z_k) / q(z_k|x), which
-    are one where K is 1. Gaussian pixels count without VAEBM's floor. progress: a bar, where stderr is a terminal.
+    Both use the same samples: -mean_k log w_k and log K - logsumexp_k log w_k with w_k = p(x, z_k) / q(z_k|x); they are
+    equal for K = 1. Gaussian pixels are evaluated without VAEBM's floor. progress: show a bar if stderr is a terminal.
     """
     for name, value in (("importance_samples", importance_samples), ("batch_size", batch_size)):
         if value < 1:

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of images (`pictures`) and, with Matplotlib, figures (`figures`)."""
+"""Reports of a run: image grids (`pictures`) and Matplotlib figures (`figures`)."""
 
 from vaebm_fast.report.pictures import save_grid, tile
 

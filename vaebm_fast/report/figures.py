@@ -18,7 +18,7 @@ from vaebm_fast.runtime.files import replacing
 
 
 def chain_picture(rows: Mapping[str, Tensor], path: Path) -> None:
-    """One labelled row of images, uint8 [N, H, W, C], per entry, top to bottom."""
+    """Draw one labelled row of images, uint8 [N, H, W, C], per entry, top to bottom."""
     columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(len(rows), 1, figsize=(0.75 * columns + 1, 0.72 * len(rows)), squeeze=False)
     for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
@@ -31,7 +31,7 @@ def chain_picture(rows: Mapping[str, Tensor], path: Path) -> None:
 
 
 def energy_figure(energies: Tensor, data_energy: Tensor, path: Path) -> None:
-    """Energies of chains, [T + 1, N] from start to end, beside those of held-out data, [N]."""
+    """Plot energies along chains, [T + 1, N] from start to end, with those of held-out data, [N]."""
     figure, axis = plt.subplots(figsize=(6, 4))
     low, middle, high = (energies.quantile(q, dim=1) for q in (0.1, 0.5, 0.9))
     steps = range(len(energies))
@@ -44,7 +44,7 @@ def energy_figure(energies: Tensor, data_energy: Tensor, path: Path) -> None:
 
 
 def training_figure(folder: Path, path: Path) -> None:
-    """Curves of both stages from the metrics.jsonl files in `folder`/vae and `folder`/energy."""
+    """Plot training curves of both stages from the metrics.jsonl files in `folder`/vae and `folder`/energy."""
     panels = [
         ("vae", ["bits_per_dim"], "bits per dimension"),
         ("vae", ["kl"], "KL (nats)"),
@@ -55,7 +55,7 @@ def training_figure(folder: Path, path: Path) -> None:
     for axis, (stage, names, label) in zip(axes, panels, strict=True):
         records = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
         for name in names:
-            there = [record for record in records if name in record]  # a step that was rolled back has no energies
+            there = [record for record in records if name in record]  # rolled-back steps have no energies
             axis.plot([r["step"] for r in there], [r[name] for r in there], label=name.replace("_", " "))
         axis.set(xlabel=f"{'NVAE' if stage == 'vae' else 'energy network'} step", ylabel=label)
         if len(names) > 1:

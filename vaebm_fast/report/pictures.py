@@ -1,4 +1,4 @@
-"""Images as PNG files, without any rescaling of grey levels."""
+"""Writes images as PNG files, without rescaling grey levels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vaebm_fast.runtime.files import replacing
 
 
 def tile(images: Tensor, columns: int, *, pad: int = 1) -> Tensor:
-    """uint8 [N, H, W, C] laid out row by row on a white sheet with `columns` columns, uint8 [h, w, C]."""
+    """uint8 [N, H, W, C] tiled row by row on a white sheet with `columns` columns; returns uint8 [h, w, C]."""
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)
     sheet = torch.full((rows * (height + pad) + pad, columns * (width + pad) + pad, channels), 255, dtype=torch.uint8)
@@ -25,7 +25,7 @@ def tile(images: Tensor, columns: int, *, pad: int = 1) -> Tensor:
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None, zoom: int | None = None) -> None:
-    """Write uint8 [N, H, W, C] as one PNG; small images are magnified by whole factors so that they can be seen."""
+    """Write uint8 [N, H, W, C] as one PNG grid; small images are enlarged by an integer factor (`zoom`)."""
     sheet = tile(images, columns or math.ceil(math.sqrt(len(images))))
     array = (sheet[:, :, 0] if sheet.shape[2] == 1 else sheet).numpy()
     picture = Image.fromarray(array)

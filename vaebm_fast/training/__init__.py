@@ -1,4 +1,4 @@
-"""Training of both stages, one process: `VAETrainer` and `EnergyTrainer` under one loop, `train`."""
+"""Single-process training of both stages: `VAETrainer` and `EnergyTrainer`, run by `train`."""
 
 from vaebm_fast.training.energy import EnergyTrainer
 from vaebm_fast.training.loop import RunOptions, train

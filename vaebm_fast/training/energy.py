@@ -1,4 +1,4 @@
-"""Stage 2: the energy network against its frozen NVAE, by contrastive divergence with short Langevin chains.
+"""Stage 2: trains the energy network by contrastive divergence with short Langevin chains on a frozen NVAE.
 
 `EnergyUpdate` is one optimiser step on given positives and negatives; `EnergyTrainer` adds the chains, the replay
 buffer and the data. Source: VAEBM (arXiv:2010.00654), section 3.2 and appendix; persistent chains: arXiv:1903.08689.
@@ -37,7 +37,7 @@ from vaebm_fast.training.spectral import SpectralRegulariser
 def clip_by_second_moment(optimizer: torch.optim.Adam) -> None:
     """Clip every gradient entry to +-(3 sqrt(v / (1 - beta2^t)) + 0.1), v and t Adam's state before this step.
 
-    Parameters that Adam has not stepped yet are left alone. Du and Mordatch, arXiv:1903.08689, use the same bound.
+    Skips parameters without Adam state. Same bound as Du and Mordatch, arXiv:1903.08689.
     """
     for group in optimizer.param_groups:
         beta2 = group["betas"][1]
@@ -50,7 +50,7 @@ def clip_by_second_moment(optimizer: torch.optim.Adam) -> None:
 
 
 class EnergyUpdate:
-    """One step of Adam on mean E(data) - mean E(negatives) + alpha_s * spectral, with the entry-wise clip.
+    """One Adam step on mean E(data) - mean E(negatives) + alpha_s * spectral, with entry-wise clipping.
 
     `averaged` follows the weights: averaged <- ema_decay * averaged + (1 - ema_decay) * weights after each step.
     """
@@ -71,9 +71,9 @@ class EnergyUpdate:
         )
 
     def __call__(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """Update on images [N, C, H, W] in [0, 1]; returns `loss` (no alpha_s term), `spectral`, mean energies, ...
+        """Update on images [N, C, H, W] in [0, 1]; returns `loss` (without alpha_s term), `spectral`, mean energies.
 
-        `weight_norm` is that of the weights after the update, not finite where one of them is not.
+        Also returns `weight_norm`, the norm of the updated weights: non-finite if any weight is.
         """
         energy_data = self.energy(positive).mean()
         energy_negative = self.energy(negative).mean()
@@ -99,7 +99,7 @@ class EnergyUpdate:
             average.lerp_(weight, 1 - self._ema_decay)
 
     def initialize_from_data(self, images: Tensor) -> None:
-        """Data-dependent initialisation of the network, from which the average starts too."""
+        """Data-dependent initialisation of the network and of its average."""
         self.energy.initialize_from_data(images)
         self.averaged.load_state_dict(self.energy.state_dict())
 
@@ -109,7 +109,7 @@ class EnergyUpdate:
             group["lr"] = factor * self._learning_rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on."""
+        """All state that the next step depends on."""
         return {
             "energy": self.energy.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -126,9 +126,9 @@ class EnergyUpdate:
 
 
 class EnergyTrainer:
-    """Trains an energy network against a frozen NVAE: chains at the present energy give the negatives of each step.
+    """Trains an energy network with a frozen NVAE; each step draws negatives by chains at the current energy.
 
-    The chains run on the compiled pair, whose energy half is folded anew after each update.
+    The chains run on the compiled pair; its energy network is refolded after each update.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class EnergyTrainer:
         return LangevinSampler(frozen, **asdict(self.training.chain))
 
     def settings(self) -> dict[str, Any]:
-        """What a continuation must share with its checkpoint: not the device, nor where the replay buffer lies."""
+        """Settings that must match to resume. The device and the replay buffer's placement may change."""
         training = asdict(self.training)
         chain = training.pop("chain")
         if self.training.buffer is not None:
@@ -194,17 +194,17 @@ class EnergyTrainer:
         }
 
     def initialize(self) -> None:
-        """Data-dependent initialisation on the first `init_batches` batches taken as one."""
+        """Data-dependent initialisation on the first `init_batches` batches, concatenated."""
         images = torch.cat([self._data(step) for step in range(self.training.init_batches)])
         self.update.initialize_from_data(images)
 
     def start(self, step: int) -> Tensor:
-        """Starting states of a step's chains, [N, D]: N(0, I), some with latents from the replay buffer."""
+        """Starting states of a step's chains, [N, D]: N(0, I), with some latents from the replay buffer."""
         seeds, buffer = self._seeds(step), self.training.buffer
         eps = self.sampler.start(seeds, Stream.TRAIN_CHAIN)
         if buffer is None or self.buffer is None or len(self.buffer) == 0:
             return eps
-        # Chosen on the host, which copies the rows. From the chains' own seeds, so that ranks choose differently.
+        # Chosen on the host, which copies the rows. Uses the chains' seeds, so that ranks choose differently.
         chance, place = uniform(seeds.cpu(), 0, Stream.REPLAY, 2).unbind(1)
         annealed = min(1.0, step / max(buffer.anneal_steps, 1))
         chosen = (chance < buffer.max_probability * annealed).nonzero().flatten()
@@ -216,9 +216,9 @@ class EnergyTrainer:
         return step_seeds(self.seed, step, self.training.batch_size, self.device)
 
     def negatives(self, step: int) -> Tensor:
-        """Images [N, C, H, W] at the end of a step's chains; their latents go into the replay buffer.
+        """Images [N, C, H, W] at the end of a step's chains; pushes their latents to the replay buffer.
 
-        Raises NonFiniteError where the energy network does not allow for chains any more.
+        Raises NonFiniteError if the folded energy network or a chain is not finite.
         """
         layout = self.sampler.noise_layout
         self._frozen.refresh()
@@ -231,14 +231,14 @@ class EnergyTrainer:
             return self._frozen.image(*layout.split(chains.eps))
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
-        """Chains, one update, one look at what came of it; returns the scalars of this step.
+        """Run the chains, update and check for divergence; returns the scalars of this step.
 
-        What diverged is rolled back at half the learning rate, and the replay buffer emptied, because its states are
-        those of a network that went wrong; that step's scalars are left out.
+        On divergence, rolls back, halves the learning rate and clears the replay buffer, because its states come from
+        the diverged network; the returned scalars then contain only `learning_rate` and `rollbacks`.
         """
         if step == 0:
             self.initialize()
-        images = self._data(step)  # before anything changes
+        images = self._data(step)  # may raise, so read before any state changes
         self._guard.before_step(step)
         scalars: Mapping[str, Tensor | float] = {}
         try:
@@ -253,18 +253,18 @@ class EnergyTrainer:
         return {**scalars, "learning_rate": rate, "rollbacks": self._guard.rollbacks}
 
     def _recover(self, step: int, cause: str) -> None:
-        """What else a rollback asks for."""
+        """Reduce the learning rate, clear the replay buffer and warn after a rollback."""
         self.update.scale_learning_rate(0.5**self._guard.rollbacks)
         if self.buffer is not None:
             self.buffer.clear()
         warnings.warn(
-            f"Energy training diverged at step {step} ({cause.rstrip('.')}): rolled back to its last good state, "
-            "learning rate halved.",
+            f"Energy training diverged at step {step} ({cause.rstrip('.')}): rolled back to the last good "
+            "state and halved the learning rate.",
             stacklevel=3,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on."""
+        """All state that the next step depends on."""
         return {
             "update": self.update.state_dict(),
             "guard": self._guard.state_dict(),
@@ -279,11 +279,11 @@ class EnergyTrainer:
             self.buffer.load_state_dict(state["buffer"])
 
     def sample_images(self) -> Tensor:
-        """16 chains under the averaged network, their mean images, uint8 [16, H, W, C]."""
+        """Mean images of 16 chains with the averaged network, uint8 [16, H, W, C]."""
         return self._sampler_of(freeze(VAEBM(self.model.vae, self.update.averaged))).sample(range(16))
 
     def export(self, out: Path) -> Path:
-        """Write energy.safetensors: the averaged network, which is the last one where `ema_decay` is 0."""
+        """Write the averaged network to energy.safetensors; with `ema_decay` 0 these are the last weights."""
         path = out / "energy.safetensors"
         save_energy(self.update.averaged, path, {"steps": self.total_steps, "seed": self.seed})
         return path

@@ -1,7 +1,7 @@
-"""Detects that energy training diverges, rolls back to the last good state, and gives up after a few times.
+"""Detects divergence of energy training, rolls back to the last good state, and raises after too many rollbacks.
 
-Contrastive training of an unbounded energy fails in one way: the gap between data and negatives explodes, faster every
-iteration. People watch it by eye and keep the last good file; this does the same.
+Contrastive training of an unbounded energy diverges in one way: the energy gap between data and negatives grows ever
+faster. This automates watching that gap and restarting from the last good checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vaebm_fast.runtime.errors import UserError
 
 
 class Trainable(Protocol):
-    """What can be rolled back."""
+    """An object that can be rolled back."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -23,14 +23,14 @@ class Trainable(Protocol):
 
 
 class DivergedError(UserError, RuntimeError):
-    """Training diverged more often than `max_rollbacks`; the trainee has been put back to its last good state."""
+    """Training diverged more than `max_rollbacks` times; the trainee is restored to its last good state."""
 
 
 class DivergenceGuard:
-    """Watches the energy gap; keeps two snapshots, `interval` healthy steps apart, and restores the older one.
+    """Monitors the energy gap; keeps two snapshots, `interval` steps apart, and restores the older one.
 
-    The older one, because the newer may have been taken on the way up. One step may spike: what counts is the gap's
-    exponential mean over about ten steps, or a gap that is not finite.
+    It restores the older one because the newer may date from after divergence began. The criterion is an exponential
+    mean of |gap| over about ten steps, which tolerates single spikes; a non-finite gap always counts as divergence.
     """
 
     def __init__(self, trainee: Trainable, *, max_gap: float, max_rollbacks: int, interval: int = 50) -> None:
@@ -40,14 +40,14 @@ class DivergenceGuard:
         self.rollbacks = 0
 
     def before_step(self, step: int) -> None:
-        """Take a snapshot where one is due."""
+        """Take a snapshot at the first step and at every multiple of `interval`."""
         if not self._snapshots or step % self._interval == 0:
             self._snapshots.append(copy.deepcopy(self._trainee.state_dict()))
 
     def after_step(self, step: int, gap: float, cause: str = "") -> bool:
-        """Judge the step's gap; True when it was rolled back. Raises DivergedError after the last permitted one.
+        """Check the step's gap; returns True if it rolled back. Raises DivergedError beyond `max_rollbacks` rollbacks.
 
-        cause: why a gap is not finite, for the error.
+        cause: why the gap is not finite, for the error message.
         """
         self._mean_gap += 0.1 * (abs(gap) - self._mean_gap) if math.isfinite(gap) else math.inf
         if self._mean_gap <= self._max_gap:
@@ -60,13 +60,13 @@ class DivergenceGuard:
         if self.rollbacks > self._max_rollbacks:
             cause = cause.rstrip(".") or f"|energy gap| above {self._max_gap:g}"
             raise DivergedError(
-                f"Energy training diverged again at step {step} ({cause}) after {self._max_rollbacks} rollbacks; the "
-                "last good network is exported. Lower the learning rate or the step size."
+                f"Energy training diverged again at step {step} ({cause}) after {self._max_rollbacks} rollbacks; "
+                "exported the last good network. Lower the learning rate or the step size."
             )
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next verdict depends on."""
+        """All state that the next check depends on."""
         return {"snapshots": list(self._snapshots), "mean_gap": self._mean_gap, "rollbacks": self.rollbacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The loop around both training stages: progress, logs, sample grids, checkpoints, resuming.
+"""Training loop for both stages: progress, logs, sample grids, checkpoints, resuming.
 
-A `Trainee` knows how to do one step; a step depends on the trainee's state and the step's number alone (all randomness
-is counter-based), so running the same command again continues bit for bit where the last checkpoint stands.
+A `Trainee` implements one step, which depends only on the trainee's state and the step number (all randomness is
+counter-based). Running the same command again therefore resumes bit for bit from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from vaebm_fast.training.progress import Progress
 Scalars = Mapping[str, Tensor | float]
 DrawSamples = Callable[[Tensor, Path], None]  # uint8 [N, H, W, C], and the PNG file to write
 STATE_FILE = "training.safetensors"
-SHOWN = 3  # settings that differ, in an error
+SHOWN = 3  # differing settings listed in an error
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes and how often."""
+    """Output folder of a run and intervals of its outputs."""
 
-    out: Path  # the folder of the run; one that holds a part of the same run is continued
-    log_every: int = 20  # steps from one line of metrics.jsonl to the next
-    save_every: int = 500  # steps from one checkpoint to the next; a run that is stopped saves too
-    grid_every: int = 500  # steps from one picture of samples to the next
-    progress: bool = True  # a bar, or where stderr is no terminal a line per log_every
+    out: Path  # output folder; an unfinished run with the same settings there is resumed
+    log_every: int = 20  # steps between lines of metrics.jsonl
+    save_every: int = 500  # steps between checkpoints; an interrupted run also saves
+    grid_every: int = 500  # steps between sample grids
+    progress: bool = True  # progress bar; if stderr is not a terminal, one line per log_every
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "grid_every"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it counts steps and must be at least 1.")
+                raise UserError(f"{name} is {getattr(self, name)}; it is a number of steps and must be at least 1.")
 
 
 class Trainee(Protocol):
@@ -54,30 +54,30 @@ class Trainee(Protocol):
     total_steps: int
 
     def settings(self) -> dict[str, Any]:
-        """JSON values that must not change between a checkpoint and its continuation."""
+        """JSON values that must match the checkpoint to resume."""
 
     def step(self, step: int) -> Scalars:
-        """Do step number `step` (from 0) and return its scalars."""
+        """Run step number `step` (from 0) and return its scalars."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def sample_images(self) -> Tensor:
-        """A few samples, uint8 [N, H, W, C], the same noise every time."""
+        """A few samples from fixed noise, uint8 [N, H, W, C]."""
 
     def export(self, out: Path) -> Path:
         """Write the trained network into `out` and return its path."""
 
 
 def train(trainee: Trainee, options: RunOptions, draw: DrawSamples | None = None) -> Path | None:
-    """Run the trainee to its last step, or continue it; returns the exported network's path.
+    """Train to the last step, resuming from a checkpoint if there is one; returns the exported network's path.
 
-    draw: writes the pictures of samples, such as `vaebm_fast.report.save_grid`; without it there are none.
+    draw: writes sample grids, for example `vaebm_fast.report.save_grid`; None disables them.
 
-    SIGINT and SIGTERM finish the step, save, and return None. Raises CheckpointError when `out` holds a run with other
-    settings, FloatingPointError when a scalar is not finite, DivergedError after exporting the last good network,
-    UnreadableDataError after saving what was done before.
+    On SIGINT or SIGTERM, finishes the step, saves and returns None. Raises CheckpointError if `out` contains a run with
+    other settings, FloatingPointError if a scalar is not finite, DivergedError after exporting the last good network,
+    and UnreadableDataError after saving the completed steps.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     state_file, total = options.out / STATE_FILE, trainee.total_steps
@@ -112,13 +112,13 @@ def train(trainee: Trainee, options: RunOptions, draw: DrawSamples | None = None
 
 
 def _save(trainee: Trainee, path: Path, done: int, scalars: Scalars) -> None:
-    """Write the checkpoint after `done` steps; raises FloatingPointError where the last scalars are not finite."""
+    """Write the checkpoint after `done` steps; raises FloatingPointError if the last scalars are not finite."""
     finite(scalars, done)
     save_training({"step": done, "settings": trainee.settings(), "state": trainee.state_dict()}, path)
 
 
 def _draw(draw: DrawSamples, trainee: Trainee, path: Path) -> None:
-    """A grid of samples; a network that is about to be rolled back may have none, of which a warning tells."""
+    """Draw a grid of samples; warns if sampling fails, as it may shortly before a rollback."""
     try:
         images = trainee.sample_images()
     except UserError as error:
@@ -128,7 +128,7 @@ def _draw(draw: DrawSamples, trainee: Trainee, path: Path) -> None:
 
 
 def _resume(trainee: Trainee, path: Path) -> int:
-    """Load the checkpoint, if there is one, and return the number of steps done."""
+    """Load the checkpoint, if any, and return the number of completed steps."""
     if not path.exists():
         return 0
     state, _ = load_training(path)
@@ -138,10 +138,10 @@ def _resume(trainee: Trainee, path: Path) -> int:
 
 
 def _require_same(settings: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError, in one sentence, where the run at `path` was another one."""
+    """Raise CheckpointError if the run at `path` has another stage or other settings."""
     if settings["stage"] != saved["stage"]:
         raise CheckpointError(
-            f"{path} belongs to a run of stage {saved['stage']}, and this is one of stage {settings['stage']}; use "
+            f"{path} belongs to a run of stage {saved['stage']}, but this run is of stage {settings['stage']}; use "
             "another output folder."
         )
     differing = list(differences(in_present_terms(saved, settings), settings).items())
@@ -149,13 +149,13 @@ def _require_same(settings: Mapping[str, Any], saved: Mapping[str, Any], path: P
         changes = "; ".join(f"{name}: {before} -> {now}" for name, (before, now) in differing[:SHOWN])
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise CheckpointError(
-            f"{path} belongs to a run with other settings ({changes}{more}). Use the same settings to continue it, or "
-            "another output folder to start anew."
+            f"{path} belongs to a run with other settings ({changes}{more}). Use the same settings to resume it, or "
+            "another output folder to start a new run."
         )
 
 
 class _Log:
-    """Scalars as JSON lines in metrics.jsonl and as TensorBoard events."""
+    """Writes scalars as JSON lines to metrics.jsonl and as TensorBoard events."""
 
     def __init__(self, out: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -179,7 +179,7 @@ class _Log:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a log; lines that a crash cut short or garbled are dropped."""
+    """Records of a log; skips lines that a crash truncated or corrupted."""
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with suppress(json.JSONDecodeError):
             record = json.loads(line)

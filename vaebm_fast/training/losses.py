@@ -1,4 +1,4 @@
-"""The scalars of both training stages: KL annealing and balancing, regulariser weights, learning rate, their check.
+"""Training scalars: KL annealing and balancing, regulariser weights, learning rate, finiteness check.
 
 Pure functions of steps and tensors. Source: NVAE (arXiv:2007.03898), section 3.3 and appendix A.
 """
@@ -23,7 +23,7 @@ def kl_coeff(step: int, total_steps: int, anneal_portion: float, const_portion: 
 
 
 def kl_alpha(groups_per_scale: Sequence[int]) -> Tensor:
-    """Balancing weights, top first, [G]: (2^i)^2 / (groups of its scale), i = 0 at the top, over their minimum.
+    """Balancing weights [G], top first: (2^i)^2 / (groups of scale i), i = 0 at the top, divided by their minimum.
 
     `groups_per_scale` has the highest resolution first, as in `NVAEConfig.groups_per_scale`.
     """
@@ -35,20 +35,20 @@ def kl_alpha(groups_per_scale: Sequence[int]) -> Tensor:
 
 
 def kl_balance(kl: Tensor, alpha: Tensor) -> Tensor:
-    """Per-group factors c [G] of mean 1, without gradient: c_g ~ (mean_n |KL_g| + 0.01) / alpha_g; `kl` is [N, G]."""
+    """Detached per-group factors c [G] with mean 1: c_g ~ (mean_n |KL_g| + 0.01) / alpha_g; `kl` is [N, G]."""
     c = (kl.detach().abs().mean(dim=0) + 0.01) / alpha
     return c / c.mean()
 
 
 def balanced_kl(kl: Tensor, coeff: float, alpha: Tensor) -> Tensor:
-    """coeff * sum_g c_g KL_g per image, [N]: balanced while the KL is annealed (coeff < 1), plain afterwards."""
+    """coeff * sum_g c_g KL_g per image, [N]: balanced while coeff < 1; plain sum afterwards."""
     if coeff < 1.0:
         return coeff * (kl_balance(kl, alpha) * kl).sum(1)
     return coeff * kl.sum(1)
 
 
 def regulariser_coeff(kl_coefficient: float, training: VAETraining) -> float:
-    """Weight of the spectral and BN regularisers: constant, or geometrically annealed along the KL coefficient."""
+    """Weight of the spectral and BN regularisers: constant, or annealed geometrically with the KL coefficient."""
     final = training.weight_decay_norm
     if not training.weight_decay_norm_anneal:
         return final
@@ -56,13 +56,13 @@ def regulariser_coeff(kl_coefficient: float, training: VAETraining) -> float:
 
 
 def batchnorm_loss(module: nn.Module) -> Tensor:
-    """Sum over batch normalisations of max |gamma|."""
+    """Sum of max |gamma| over batch normalisation layers."""
     gammas = [m.weight for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     return torch.stack([gamma.abs().max() for gamma in gammas]).sum() if gammas else torch.zeros(())
 
 
 def learning_rate(step: int, total_steps: int, steps_per_epoch: int, training: VAETraining) -> float:
-    """Linear warm-up over `warmup_epochs`, then a cosine from `learning_rate` to `learning_rate_min`."""
+    """Linear warm-up over `warmup_epochs`, then cosine decay from `learning_rate` to `learning_rate_min`."""
     warmup = min(training.warmup_epochs * steps_per_epoch, total_steps)
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup
@@ -78,12 +78,12 @@ def reconstruction_and_kl(elbo: Elbo, coeff: float, alpha: Tensor) -> Tensor:
 
 @torch.no_grad()
 def weight_norm(module: nn.Module) -> Tensor:
-    """The Euclidean norm of all parameters together: not finite where one of them is not."""
+    """Euclidean norm of all parameters; non-finite if any parameter is."""
     return torch.nn.utils.get_total_norm([parameter.detach() for parameter in module.parameters()])
 
 
 def finite(scalars: Mapping[str, Tensor | float], done: int) -> dict[str, float]:
-    """The scalars after `done` steps as numbers; raises FloatingPointError naming the first that is not finite."""
+    """The scalars after `done` steps as floats; raises FloatingPointError naming the first non-finite one."""
     values = {name: float(value) for name, value in scalars.items()}
     for name, value in values.items():
         if not math.isfinite(value):

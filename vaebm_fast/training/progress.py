@@ -1,4 +1,4 @@
-"""How far a run is: a bar where stderr is a terminal, a line now and then where it is not."""
+"""Training progress: a bar if stderr is a terminal, otherwise periodic lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Steps `start` to `total` on stderr; `shown` False keeps it silent."""
+    """Shows progress from step `start` to `total` on stderr; silent if `shown` is False."""
 
     def __init__(self, start: int, total: int, *, shown: bool) -> None:
         self._bar = tqdm(initial=start, total=total, disable=None if shown else True, mininterval=0.5, unit="step")
@@ -18,13 +18,13 @@ class Progress:
         self._total, self._done, self._at = total, start, time.monotonic()
 
     def advance(self) -> None:
-        """One step more is done."""
+        """Count one completed step."""
         self._bar.update()
 
     def report(self, done: int, values: Mapping[str, float]) -> None:
-        """Show the first scalars after `done` steps; a line also has the speed since the line before, and what is left.
+        """Show the first scalars after `done` steps; a line adds the speed since the last line and the time left.
 
-        Such as `step 40/1680: loss 33.41, 3.12 steps/s, 08:46 left`.
+        Example: `step 40/1680: loss 33.41, 3.12 steps/s, 08:46 left`.
         """
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in list(values.items())[:3]})
         if self._has_lines and done > self._done:
@@ -37,5 +37,5 @@ class Progress:
             self._done, self._at = done, now
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar; it stays on screen."""
         self._bar.close()

@@ -1,7 +1,7 @@
-"""Batch normalisation readjusted to a sampling temperature, and its cache beside the checkpoint.
+"""Readjusts batch normalisation to a sampling temperature; caches the result next to the checkpoint.
 
-Below temperature 1 the decoder sees other statistics than in training; NVAE (arXiv:2007.03898, section 4) therefore
-runs the generator in training mode at that temperature before it samples.
+Below temperature 1 the decoder's activation statistics differ from training. NVAE (arXiv:2007.03898, section 4)
+therefore runs the generator in training mode at that temperature before sampling.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def readjust_batch_norm(
     seed: int = 0,
     progress: bool = False,
 ) -> NVAE:
-    """Update the decoder's running statistics on `batches` batches drawn at `temperature`; the NVAE, in eval mode.
+    """Update the decoder's running statistics on `batches` batches drawn at `temperature`; returns the NVAE.
 
-    In place, with the layers' own momentum. Raises FloatingPointError naming the statistic and the batch when one
-    is not finite; the NVAE then has its former statistics back. Raises ValueError for a temperature that is not between
-    0 and 1: at 1 the statistics are those of training. progress: a bar, where stderr is a terminal.
+    Works in place with the layers' momentum and sets eval mode. Raises FloatingPointError naming statistic and batch
+    if one is not finite, after restoring the former statistics. Raises ValueError unless 0 < temperature < 1; at 1 the
+    training statistics are correct. progress: show a bar if stderr is a terminal.
     """
     if not 0 < temperature < 1:
-        raise UserError(f"temperature is {temperature}; batch normalisation is readjusted to one above 0 and below 1.")
+        raise UserError(f"temperature is {temperature}; readjustment needs one above 0 and below 1.")
     for name, value in (("batches", batches), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
@@ -63,12 +63,12 @@ def _require_finite_statistics(vae: NVAE, batch: int, temperature: float) -> Non
         name = list(statistics)[int((~finite).nonzero()[0])]
         raise NonFiniteError(
             f"Batch {batch} of the readjustment at temperature {temperature:g} made {name} non-finite; "
-            "sample at temperature 1, or at a higher one than this."
+            "sample at a higher temperature or at 1."
         )
 
 
 def readjusted_path(path: str | Path, temperature: float) -> Path:
-    """Where the readjusted NVAE of a file is kept."""
+    """Path of the cached readjusted NVAE of a file."""
     path = Path(path)
     return path.with_name(f"{path.stem}.bn-t{temperature:g}.safetensors")
 
@@ -81,10 +81,10 @@ def load_readjusted_nvae(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> NVAE:
-    """The NVAE of a file, readjusted to `temperature`, in eval mode; the work is done once per file and temperature.
+    """Load the NVAE of a file, readjusted to `temperature`, in eval mode; cached per file and temperature.
 
-    The result is kept beside the file as `<name>.bn-t<temperature>.safetensors` and used again as long as it was made
-    from the same weights with the same number of batches. `progress` and what is raised are `readjust_batch_norm`'s.
+    The cache is `<name>.bn-t<temperature>.safetensors` next to the file. It is reused if it was made from the same
+    weights with the same number of batches. `progress` and exceptions: see `readjust_batch_norm`.
     """
     path, cache = Path(path), readjusted_path(path, temperature)
     made_from = {"source": describe(path)["content_sha256"], "temperature": temperature, "batches": batches}
@@ -93,7 +93,7 @@ def load_readjusted_nvae(
             if describe(cache)["info"] == made_from:
                 return load_nvae(cache, device=device)
         except CheckpointError:
-            pass  # a damaged cache is made again
+            pass  # recompute a damaged cache
     vae = readjust_batch_norm(load_nvae(path, device=device), temperature, batches=batches, progress=progress)
     save_nvae(vae, cache, made_from)
     return vae

@@ -1,6 +1,6 @@
-"""The spectral regulariser: the sum over all convolutions of the largest singular value, by batched power iteration.
+"""Spectral regulariser: sum of the largest singular values of all convolutions, by batched power iteration.
 
-Convolutions of one weight shape are stacked and iterated together; their singular vectors are kept between steps.
+Convolutions with equal weight shapes are stacked and iterated together; singular vectors persist between steps.
 Source: NVAE (arXiv:2007.03898), section 3.2, equation 5; power iteration as in arXiv:1802.05957.
 """
 
@@ -20,10 +20,10 @@ NORMALIZE_EPS = 1e-3
 
 
 class SpectralRegulariser:
-    """Sum of u'Wv over every convolution of a module, W its effective weight as [Cout, rest]; gradient through W only.
+    """Sum of u'Wv over all convolutions of a module, W the effective weight as [Cout, rest]; gradient through W only.
 
-    The first call makes `first_iterations` power steps, later ones `iterations`. Singular vectors start from a
-    generator seeded with `seed`.
+    The first call runs `first_iterations` power iterations, later calls `iterations`. Initial singular vectors come
+    from a generator seeded with `seed`.
     """
 
     def __init__(self, module: nn.Module, *, seed: int = 0, iterations: int = 4, first_iterations: int = 40) -> None:
@@ -38,7 +38,7 @@ class SpectralRegulariser:
         self._restart()
 
     def _restart(self) -> None:
-        """Singular vectors as they were before the first call."""
+        """Reset the singular vectors to their initial values."""
         self.started = False
         generator = torch.Generator().manual_seed(self._seed)
         for shape, names in self._names_by_shape.items():
@@ -62,7 +62,7 @@ class SpectralRegulariser:
         return torch.stack(total).sum()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{"u": {convolution: [Cout]}, "v": {convolution: [rest]}} once started, else empty."""
+        """{"u": {convolution: [Cout]}, "v": {convolution: [rest]}}; empty before the first call."""
         vectors = {"u": self._u, "v": self._v}
         if not self.started:
             return {}
@@ -74,7 +74,7 @@ class SpectralRegulariser:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Continue from `state_dict()`'s vectors; an empty state restarts."""
+        """Continue from `state_dict()`'s vectors; an empty state resets them."""
         if not state:
             return self._restart()
         self.started = True

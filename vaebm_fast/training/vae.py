@@ -1,6 +1,6 @@
-"""Stage 1: the NVAE, by its evidence lower bound with annealed, balanced KL and smoothness regularisers.
+"""Stage 1: trains the NVAE on the evidence lower bound with annealed, balanced KL and smoothness regularisers.
 
-`VAEUpdate` is one optimiser step on a given batch and its noise; `VAETrainer` adds data and noise. Source: NVAE
+`VAEUpdate` is one optimiser step on a given batch and noise; `VAETrainer` adds data and noise. Source: NVAE
 (arXiv:2007.03898), sections 3.2, 3.3 and appendix A.
 """
 
@@ -35,7 +35,7 @@ from vaebm_fast.training.spectral import SpectralRegulariser
 
 
 class VAEUpdate:
-    """One step of AdaMax on reconstruction + kl_coeff * balanced KL + wdn * (spectral + BN)."""
+    """One AdaMax step on reconstruction + kl_coeff * balanced KL + wdn * (spectral + BN)."""
 
     def __init__(
         self, vae: NVAE, training: VAETraining, *, steps_per_epoch: int, total_steps: int, seed: int = 0
@@ -81,7 +81,7 @@ class VAEUpdate:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on."""
+        """All state that the next step depends on."""
         return {
             "vae": self.vae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -96,7 +96,7 @@ class VAEUpdate:
 
 
 class VAETrainer:
-    """Trains a fresh NVAE on a source; every step is a function of the seed, the step's number and the state."""
+    """Trains a new NVAE on a source; each step depends only on seed, step number and state."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class VAETrainer:
         self._layout = config.noise_layout
 
     def settings(self) -> dict[str, Any]:
-        """What a continuation must share with its checkpoint."""
+        """Settings that must match to resume."""
         return {
             "stage": "vae",
             "seed": self.seed,
@@ -155,7 +155,7 @@ class VAETrainer:
         return self.update(x, self.noise(step), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on."""
+        """All state that the next step depends on."""
         return self.update.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ class VAETrainer:
 
     @torch.no_grad()
     def sample_images(self) -> Tensor:
-        """16 samples of the decoder's mean, uint8 [16, H, W, C]."""
+        """Decoder mean images of 16 prior samples, uint8 [16, H, W, C]."""
         self.vae.eval()
         noise = normal(torch.arange(16, device=self.device), 0, Stream.CHAIN, self._layout.dim)
         decoded = self.vae.decode(self._layout.split(noise)[0])
