@@ -78,9 +78,18 @@ def until(holds: Callable[[], object], seconds: float = 60) -> None:
 
 
 def finished_blocks(out: Path) -> list[int]:
-    """The blocks in the journals, each as often as it stands there."""
-    lines = [line for path in sorted(out.glob(".job/journal*")) for line in path.read_bytes().splitlines(keepends=True)]
-    return [json.loads(line)["block"] for line in lines if line.endswith(b"\n")]
+    """The blocks in the journals, each as often as it is recorded; safe while the job runs.
+
+    A starting job collects the journals of the run before it into one and removes them: a journal that is gone
+    before it was read means that the list of names is old, so read again.
+    """
+    while True:
+        try:
+            journals = [path.read_bytes() for path in sorted(out.glob(".job/journal*"))]
+        except FileNotFoundError:
+            continue
+        lines = [line for journal in journals for line in journal.splitlines(keepends=True)]
+        return [json.loads(line)["block"] for line in lines if line.endswith(b"\n")]
 
 
 # Killed.
