@@ -165,7 +165,7 @@ def test_a_full_disk_stops_the_job_with_one_sentence_and_it_goes_on_later(
     assert exit_code(run_apart(options, before=full_disk)) == 1
     error = capfd.readouterr().err
     assert error.startswith(f"error: {options.out}/000000/") and error.count("\n") == 1
-    assert "No space left on device; when that is mended, run the same command again" in error
+    assert "No space left on device; fix that, then run the same command again" in error
     assert len(images_in(options.out)) == 1 + which, "what was written is whole, and nothing else is there"
     assert exit_code(run_apart(options)) == 0
     assert images_in(options.out) == undisturbed()
@@ -187,7 +187,7 @@ def test_a_limit_of_the_system_that_the_product_alone_exceeds_is_told_and_surviv
 
     assert exit_code(run_apart(options, before=limited)) == 1
     error = capfd.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "File too large; when that is mended" in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "File too large; fix that, then" in error
     assert exit_code(run_apart(options)) == 0
     assert images_in(options.out) == undisturbed(**settings)
 
