@@ -258,5 +258,5 @@ def test_sample_writes_images_and_tells_errors_in_one_line(tmp_path: Path, capsy
     assert cli.main([*arguments, *chain, "--seeds", "3-5"]) == 0
     assert "Made 3 images" in capsys.readouterr().out and len(list(tmp_path.rglob("*.png"))) == 3
     assert "'5-3' are not an ascending range" in error_of(capsys, *arguments, *chain, "--seeds", "5-3")
-    assert "name a preset" in error_of(capsys, *arguments, "--seeds", "3-5")
+    assert "give --preset, or both" in error_of(capsys, *arguments, "--seeds", "3-5")
     assert "seeds was 3-5 and is 3-6" in error_of(capsys, *arguments, *chain, "--seeds", "3-6")
