@@ -1,6 +1,6 @@
 """How pytest-benchmark runs what `pair` and `ops` measure: options, the gate, result files, and the table at the end.
 
-pytest-benchmark times one function after another; here candidates are interleaved, so that other load affects all of them
+pytest-benchmark times one function after another; here candidates are interleaved, so that other load affects all
 equally. `measure` therefore times them, and a timer replays each candidate's times to pytest-benchmark.
 """
 
