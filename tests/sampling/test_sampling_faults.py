@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded() -> 
         readonly.chmod(0o555)
         with without_root(), pytest.raises(SamplingError, match=f"^{readonly}/out: Permission denied; fix that, then"):
             run_job(options_for(missing, readonly / "out"))
-        with pytest.raises(SamplingError, match=f"^{readonly}/file/out: Not a directory; when that is"):
+        with pytest.raises(SamplingError, match=f"^{readonly}/file/out: Not a directory; fix that, then"):
             run_job(options_for(missing, readonly / "file" / "out"))
     finally:
         readonly.chmod(0o755)
