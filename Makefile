@@ -1,5 +1,5 @@
-# `make demo` and `make test` do their own set-up. Stamp files in the virtual environment remember each step,
-# so that a step is redone only when something it reads has changed.
+# `make demo` and `make test` do their own set-up. Stamp files in the virtual environment record each step,
+# so that a step is redone only when its inputs change.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,25 +11,25 @@ BUILT := $(VENV)/.built
 
 .PHONY: help demo test bench gpu lint build clean
 
-help: ## Say what can be made
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(BUILT) ## Train, sample and judge a small model on handwritten digits; results in runs/demo
+demo: $(BUILT) ## Train, sample and evaluate a small model on handwritten digits; results in runs/demo
 	@$(BIN)/vaebm-fast demo
 
 test: $(BUILT) ## Run the tests
 	@$(BIN)/python -m pytest
 
-# CASES: PRESET:N of the whole pair, instead of the default ones. COMPILE: those in which torch.compile takes part.
+# CASES: PRESET:N of the whole pair, instead of the default ones. COMPILE: cases that include torch.compile.
 bench: $(BUILT) ## Measure the ops and the whole pair on this machine; results in benchmarks/results
 	@$(BIN)/python -m pytest --benchmark-columns=median,rounds benchmarks/bench_ops.py benchmarks/bench_pair.py \
 		$(addprefix --compile ,$(COMPILE)) $(addprefix --case ,$(CASES))
 	@$(BIN)/python -m benchmarks.report
 
 # Installs nothing: GPU_PYTHON brings torch for CUDA, Triton, pytest and pytest-benchmark. GPU_OPTIONS: such as
-# --stage tune, for what there was no time for.
+# --stage tune, for stages that ran out of time.
 GPU_PYTHON ?= python3
-gpu: ## Where a GPU is: build in place, tests, sanitisers and benchmarks within nine minutes
+gpu: ## On a GPU machine: build in place, tests, sanitisers and benchmarks within nine minutes
 	@$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
 lint: $(INSTALLED) ## Check style, formatting and types
@@ -39,7 +39,7 @@ lint: $(INSTALLED) ## Check style, formatting and types
 
 build: $(BUILT) ## Set up the virtual environment and compile the extension
 
-clean: ## Remove what was built, but neither the virtual environment nor runs/
+clean: ## Remove build products; keep the virtual environment and runs/
 	rm -rf build *.egg-info vaebm_fast/*.so $(BUILT)
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
@@ -56,7 +56,7 @@ $(INSTALLED): requirements.txt $(CREATED)
 	@$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
-# Directories are listed too: theirs is the time stamp that a removed source changes.
+# Includes directories: removing a source changes its directory's time stamp.
 $(BUILT): pyproject.toml setup.py $(shell find csrc) $(INSTALLED)
 	@echo "Compiling the extension"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .

@@ -1,4 +1,4 @@
-"""Every op beside its reference, in turns; `ops` has the table of cases.
+"""Every op interleaved with its reference; `ops` has the table of cases.
 
 make bench, or: python -m pytest benchmarks/bench_ops.py [--op depthwise_swish ...]
 """

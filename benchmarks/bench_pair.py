@@ -1,4 +1,4 @@
-"""A chain step of the whole pair, all candidates in turns; `pair` says what they are.
+"""A chain step of the whole pair, all candidates interleaved; `pair` defines them.
 
 make bench, or: python -m pytest benchmarks/bench_pair.py [--case celeba_64:4 ...] [--compile celeba_64:4 ...]
 """

@@ -30,7 +30,7 @@ def captured(step: Call, device: torch.device) -> Call:
 
 
 def launched_by(capturing: Call, device: torch.device) -> str:
-    """How what `capturing` captures is launched from now on: GRAPH, or on a GPU that does not take it, eagerly and why.
+    """How the work of `capturing` is launched: GRAPH, or EAGER with the reason if a GPU cannot capture it.
 
     `capturing` is called once: the second call of a function that `Graphs` is given.
     """

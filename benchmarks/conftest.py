@@ -1,7 +1,7 @@
 """How pytest-benchmark runs what `pair` and `ops` measure: options, the gate, result files, and the table at the end.
 
-pytest-benchmark times one function after another; here candidates take turns, so that whatever else the machine does
-falls on all of them. They are therefore timed by `measure`, and a timer replays each one's times to pytest-benchmark.
+pytest-benchmark times one function after another; here candidates are interleaved, so that other load affects all
+equally. `measure` therefore times them, and a timer replays each candidate's times to pytest-benchmark.
 """
 
 from __future__ import annotations

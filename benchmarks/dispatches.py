@@ -1,4 +1,4 @@
-"""How many operators does a chain step dispatch? Where each takes less time than its dispatch, the host is the limit.
+"""How many operators does a chain step dispatch? Small operators are host-bound.
 
 Counted on the meta device: what reads or writes memory; views and allocations do not. A step is U, its gradient
 (official potential) and the update of all noise. One image; a batch dispatches the same. The baseline is the plain
@@ -88,7 +88,7 @@ def table() -> str:
 
 
 def written() -> str:
-    """The table as docs/performance.md has it."""
+    """The table in the form of docs/performance.md."""
     return DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
 
 

@@ -1,4 +1,4 @@
-"""What ran: the device, the versions and the commit that every result carries."""
+"""Device, versions and commit, recorded with every result."""
 
 from __future__ import annotations
 

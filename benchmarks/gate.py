@@ -1,4 +1,4 @@
-"""No figure on red tests: what is about to be measured must pass its own tests first."""
+"""Test gate: code must pass its own tests before it is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GPU_TESTS = "tests/test_gpu.py"
 
 @functools.cache
 def why_red(*files: str) -> str | None:
-    """Why no figure may be reported: the last lines of pytest on these files where a test failed, else None.
+    """The last lines of pytest on these files if a test failed, else None.
 
     In a process of its own: tests set threads and memory as they need. No test collected counts as failed. Where there
     is a GPU the tests that use it decide.

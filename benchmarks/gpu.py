@@ -2,8 +2,8 @@
 
     make gpu, or: python3 -m benchmarks.gpu [--budget SECONDS] [--results FOLDER] [--logs FOLDER] [--stage NAME ...]
 
-Builds in place with the Python that runs this. Each stage is a process with a limit of its own; one that fails or runs
-out of time keeps no other from running, but for the build. Smoke tests run every op of a backend once: figures of a
+Builds in place with the Python that runs this. Each stage is a process with its own time limit; a stage that fails or
+times out does not stop the others, except the build. Smoke tests run every op of a backend once: figures of a
 backend whose smoke tests are red are left out, and a pair or chain is only timed after its gradient has agreed with the
 plain modules'. All other tests mark what they find and withhold nothing. Every stage writes its results as it goes;
 gpu_run.json in the results folder says after each what became of it, and the logs folder keeps all that it printed. At
@@ -54,7 +54,7 @@ CANDIDATES = (*HALF, PLAIN, "frozen, cuda, bf16, eager", NHWC_BF16)
 OTHERS = (NHWC, *(name for name in FROZEN if name not in CANDIDATES))
 SMOKE_OF = {backend: f"smoke, {backend}" for backend in ("triton", "cuda")}
 NEEDED_BY = {"triton": ("triton",), "cuda": ("triton", "cuda")}  # a frozen pair on "cuda" has kernels of both
-COMPILED = ("celeba_64:16", "celeba_256:16")  # the one that compiles faster first
+COMPILED = ("celeba_64:16", "celeba_256:16")  # the faster to compile first
 
 Command = Sequence[str]
 
@@ -144,7 +144,7 @@ def fastest_backend(results: Path, preset: str, sound: Collection[str]) -> str:
 
 
 def chosen(planned: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
-    """The stages of these names, all without any, after the build and the smoke tests.
+    """The build, the smoke tests, then the named stages (all if no name is given).
 
     Raises ValueError for a name that no stage has.
     """
@@ -156,7 +156,7 @@ def chosen(planned: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
 
 
 def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path = LOGS) -> list[dict[str, Any]]:
-    """Run the stages until `budget_s` is over; what became of each is in `path` after every one."""
+    """Run the stages until `budget_s` has passed; writes outcomes to `path` after every stage."""
     ends = time.monotonic() + budget_s
     done: list[dict[str, Any]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def _run(command: Command, limit_s: float, log: Path) -> dict[str, Any]:
             code = process.wait(limit_s)
             outcome = "passed" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # compilers and what a sanitiser started go with it
+            os.killpg(process.pid, signal.SIGKILL)  # also kills compilers and a sanitiser's children
             process.wait()
             outcome = f"stopped after {limit_s:.0f} s"
     last_lines = log.read_text(errors="replace").splitlines()[-25:]

@@ -1,4 +1,4 @@
-"""What do the GPU kernels need, and how fast can they be at best? Answered without a GPU.
+"""GPU kernels' resources and minimum times, computed without a GPU.
 
 Compiles every csrc/cuda/*.cu for sm_80 and sm_90a, and every launch of a Triton kernel (`triton_aot`) for sm_80 and
 sm_90, reads registers, shared memory and spills; computes how many blocks fit on an SM; divides the counted work

@@ -1,4 +1,4 @@
-"""The measuring core: candidates that take turns in one process, and what the machine can do at most.
+"""Measurement core: interleaved candidates in one process, and the machine's ceilings.
 
 Plain functions of callables, for whoever runs them: pytest-benchmark's tests call them, and so can a script on a
 machine without it.
@@ -116,7 +116,7 @@ def ceilings(device: torch.device, *, sides: tuple[int, ...] | None = None) -> d
 
 
 def _matrix_gflops(device: torch.device, sides: tuple[int, ...], dtype: torch.dtype = torch.float32) -> float:
-    """Of random matrices: a GPU multiplies zeros faster, for they take less power."""
+    """Of random matrices: a GPU multiplies zeros faster because they draw less power."""
     best = 0.0
     for side in sides:
         a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
@@ -129,7 +129,7 @@ def _fastest_s(call: Callable[[], object], device: torch.device, repeats: int = 
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Synchronise with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

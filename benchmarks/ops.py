@@ -1,4 +1,4 @@
-"""How fast is each op, beside its reference in plain PyTorch and beside what the machine can do at most?
+"""How fast is each op, compared with its plain PyTorch reference and the machine's ceilings?
 
 An op gets its rows by an entry in CASES: the shapes that the presets' models give it, what it moves and computes, and
 how its tensors are made. Bytes are those that its docstring promises: every tensor read or written once.
@@ -435,7 +435,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def buffers_of(case: Case, cache: int) -> int:
-    """How many sets of tensors take turns on a GPU, so that none is in the cache when it is used again."""
+    """Number of tensor sets rotated on a GPU, so that none is still cached when it is reused."""
     return min(math.ceil(CACHES * cache / case.bytes_moved), MOST_BUFFERS)
 
 

@@ -79,7 +79,7 @@ class Candidate:
 
 
 def why_not(candidate: str, device: torch.device) -> str | None:
-    """Why this machine cannot run a candidate; None where it can."""
+    """Why this machine cannot run a candidate, or None if it can."""
     if candidate not in CANDIDATES:
         raise ValueError(f"Candidate {candidate!r} is not known; there are {', '.join(CANDIDATES)}.")
     backend, dtype = FROZEN.get(candidate, ("reference", torch.float32))
@@ -261,7 +261,7 @@ def _measure_group(
 
 
 def refusal(error: Exception) -> Row:
-    """Why there is no figure. What memory does not hold is left out, anything else is a failure."""
+    """The reason for a missing figure; out of memory is a skip, anything else a failure."""
     if isinstance(error, torch.OutOfMemoryError):
         return {"refused": f"it does not fit into memory: {str(error).splitlines()[0]}"}
     return {"refused": f"{type(error).__name__}: {error}", "failed": True}
@@ -294,7 +294,7 @@ def _bytes_of(model: VAEBM) -> int:
 
 
 def release(device: torch.device, *, compiled: bool) -> None:
-    """Give the memory of what is gone back, for others to take; after torch.compile that of its graphs too."""
+    """Free cached memory of deleted candidates, including torch.compile's graphs."""
     if device.type == "cuda":
         if compiled:
             torch.compiler.reset()

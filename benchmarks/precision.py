@@ -2,7 +2,7 @@
 
 Subjects are the golden cases that have an energy network, with random weights, and the demo's trained model. The truth
 is the frozen pair in float64; the baseline of a chain is the same chain, noise and all, in float32. "fp32, C++" is that
-chain on the cpp backend: how far another order of summation alone leads. In every precision noise, latents, pixels,
+chain on the cpp backend: the effect of summation order alone. In every precision noise, latents, pixels,
 energies and the update are float32. bf16 is the frozen pair in bfloat16 on the reference backend: weights and features
 are rounded where they are stored, and sums are float32. TF32 is `benchmarks.rounding`.
 

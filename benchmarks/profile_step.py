@@ -1,4 +1,4 @@
-"""What dominates a chain step of the frozen pair on a GPU?
+"""Which kernels dominate a chain step of the frozen pair on a GPU?
 
 One eager step under torch.profiler gives the kernels by their total time; the time of the captured step beside their
 sum gives the gaps between launches.

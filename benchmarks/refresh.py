@@ -1,4 +1,4 @@
-"""What does refreshing the frozen pair cost, relative to the chain that it is refreshed for?
+"""What does refreshing the frozen pair cost, relative to the chain that follows?
 
 Energy training folds the changed energy network anew before each iteration's chain: refresh after all weights of the
 energy network changed, or, as after loading, all weights of the model. The baseline is the whole chain of the preset's

@@ -1,4 +1,4 @@
-"""How fast do states get into the replay buffer and out of it, compared with a buffer that is a Python list?
+"""How fast are replay buffer push and gather, compared with a Python list of tensors?
 
 The list keeps what a sampler of separate latents has in hand: for each state a tuple of tensors [L, H, W], one per
 group, each a copy in host memory; random picks are stacked group by group. The ring is `ReplayRing`, in float32 and
@@ -158,7 +158,7 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure; the results are written as they come. Ends with a sentence where the ring's tests are red."""
+    """Measure; the results are written as they come. Exits with a message if the ring's tests fail."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="celeba_256")
     parser.add_argument("--batch", nargs="+", type=int, default=[4, 32])

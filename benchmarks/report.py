@@ -69,7 +69,7 @@ def _per_image(row: Row, key: str) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three behind the point, or of the number where it is so small that these would be none."""
+    """Three decimals, or three significant digits for small numbers."""
     return f"{value:.3f}" if value >= 0.05 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""A file of results, rewritten after every row, so that a run that ends early leaves what it measured."""
+"""A results file, rewritten after every row, so an interrupted run keeps its measurements."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ResultsFile:
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a measured row."""
+        """Record a measured row."""
         self.content["results"].append(row)
         self._write()
 
     def refuse(self, what: str, reason: str) -> None:
-        """Keep that nothing was measured, and why."""
+        """Record that nothing was measured, and the reason."""
         self.content["refused"].append({"what": what, "reason": reason})
         self._write()
 

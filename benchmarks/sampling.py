@@ -1,7 +1,7 @@
-"""How many images per second do whole chains give, and what of the bare chain's rate does the sampling job keep?
+"""Images per second of whole chains, and the sampling job's rate relative to the bare chain.
 
-The job: seeds to a folder of PNG files on a temporary disk, from its first block to its last file; its loading, which
-a job of thousands of images does not feel, is told beside. The bare chain: the same sampler over the same blocks,
+The job: seeds to a folder of PNG files on a temporary disk, from its first block to its last file; its loading,
+negligible for thousands of images, is reported separately. The bare chain: the same sampler over the same blocks,
 images as uint8. Plain modules, as they are and (on a CPU) in NHWC, and torch.compile, where asked for: the same chain
 with their energy and gradient; torch.compile in bfloat16 where the chain is, its final images by the frozen pair, which
 favours it. Random weights, the preset's steps unless told otherwise.

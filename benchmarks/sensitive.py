@@ -1,4 +1,4 @@
-"""Weights under which an error in any part of the frozen pair shows in the gradient of the whole pair.
+"""Weights that make an error in any part of the frozen pair visible in the pair's gradient.
 
 With default random weights the branch of a residual cell adds about 1% to its skip, and the energy network's gradient
 vanishes beside that of log p: a wrong cell, or no energy network at all, stays below every bfloat16 tolerance.

@@ -1,4 +1,4 @@
-"""Do the design's targets for a GPU hold? Computed from what `make gpu` measured, and from nothing else.
+"""Are the design's GPU targets met? Computed only from results of `make gpu`.
 
     python -m benchmarks.targets [--results FOLDER]
 

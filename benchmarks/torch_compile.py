@@ -1,6 +1,6 @@
-"""The plain modules compiled by torch.compile as well as it can be: the baseline that needs none of this project.
+"""Baseline: the plain modules under torch.compile with its best settings, without this project's kernels.
 
-Every setting that the result needs is here, and that it took effect is checked.
+All required settings are here, and each is checked to have taken effect.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every candidate runs at the shapes of celeba_256 that its entry of a table stand
 smallest sum of median times wins. The baseline is the configuration in the source, which only goes for one that is
 faster by more than MARGIN. `python -m benchmarks.tune_triton [pointwise ...]` tunes these tables, by default all, one
 after another, as later ones use what earlier ones found. It writes each between its marks, with what it was measured
-on, after every entry, so that a run that ends early leaves what it found; no other line changes, and the same winners
+on, after every entry, so an interrupted run keeps its results; no other line changes, and the same winners
 give the same file. Half precision, in which chains run, comes first.
 """
 

@@ -228,7 +228,7 @@ def test_what_cannot_be_is_one_sentence(
 ) -> None:
     vae = ("vae", "--preset", "digits", "--out", str(tmp_path))
     energy = ("energy", "--preset", "digits", "--out", str(tmp_path), "--nvae", str(nvae_file))
-    assert "begin with one of vae, energy" in error_of(capsys, "nvae")
+    assert "use one of vae, energy" in error_of(capsys, "nvae")
     assert all(name in error_of(capsys, "vae", "--preset", "cifar100") for name in ("cifar100", *PRESETS))
     assert "/nowhere does not exist" in error_of(capsys, *vae, "--data", "/nowhere")
     at_most = "batch_size is 10000; it must be at least 1 and at most 898, the size of digits, train half."
@@ -341,7 +341,7 @@ def test_vaebm_fast_train_is_the_same_command(
     (one, _), (other, _) = trainers
     assert one.settings() == other.settings()
     assert cli.main(["train", "flow"]) == 1
-    assert "'flow' is not a stage" in capsys.readouterr().err
+    assert "'flow' is not a training stage" in capsys.readouterr().err
 
 
 def test_ctrl_c_in_a_terminal_saves_and_ends_with_130(tmp_path: Path) -> None:

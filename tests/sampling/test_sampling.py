@@ -161,7 +161,7 @@ def test_another_configuration_is_refused_by_name(
 def test_other_weights_are_refused(options: SampleOptions, tmp_path: Path) -> None:
     assert run_job(options) == 0
     save_energy(tiny_model(seed=4).energy, tmp_path / "other")
-    with pytest.raises(SamplingError, match=r"\(energy was [0-9a-f]{64} and is [0-9a-f]{64}\); use the same"):
+    with pytest.raises(SamplingError, match=r"\(energy was [0-9a-f]{64} and is [0-9a-f]{64}\); use the same settings"):
         run_job(replace(options, energy=tmp_path / "other"))
 
 

@@ -104,7 +104,7 @@ def test_out_of_memory_a_block_is_computed_in_halves_and_those_after_it_too() ->
     assert first.on_host()[:, 0, 0, 0].tolist() == list(range(10)) and first.seeds == list(range(10))
     assert second.seeds == list(range(10, 14)) and (first.computed_at_once, second.computed_at_once) == (3, 3)
     none: Any = ShortOfMemory(most=0)
-    with pytest.raises(SamplingError, match="does not take even one image"):
+    with pytest.raises(SamplingError, match="One image does not fit in memory"):
         BlockSampler(none, 4).run(0, range(4))
 
 
@@ -146,7 +146,7 @@ def test_failed_chains_have_no_image_and_are_named_while_all_others_are_written(
     format: Any, options: SampleOptions, computed: list[int]
 ) -> None:
     options, kept = replace(options, format=format), [seed for seed in range(10) if seed not in (2, 9)]
-    sentence = r"^2 of 10 chains were not finite, nor when done again, and have no image .*\(seeds 2, 9\)"
+    sentence = r"^2 of 10 chains were not finite, even when rerun, and have no image .*\(seeds 2, 9\)"
     for _ in range(2):  # the second run computes nothing, and says it again
         with pytest.raises(SamplingError, match=sentence):
             run_job(options)
@@ -187,12 +187,12 @@ def test_an_array_that_does_not_fit_on_the_disk_is_refused_and_pictures_are_warn
 ) -> None:
     free = 2 * 10 * 48  # bytes of ten images twice: once in parts, once put together
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
-    with pytest.raises(SamplingError, match=r"These images need .* GiB, and .* has .* GiB free; free some"):
+    with pytest.raises(SamplingError, match=r"These images need .* GiB, but .* has .* GiB free; free space"):
         run_job(replace(options, format="npy"))
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     assert run_job(replace(options, format="npy", out=options.out / "fits")) == 0
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * 48 // 2 - 1))
-    with pytest.warns(UserWarning, match="These images need about .* once the disk is full, free some"):
+    with pytest.warns(UserWarning, match="These images need about .* if the disk fills up, free space"):
         assert run_job(replace(options, out=options.out / "png")) == 0
 
 

@@ -174,7 +174,7 @@ def test_a_full_disk_stops_the_job_with_one_sentence_and_it_goes_on_later(
     assert exit_code(run_apart(options, before=full_disk)) == 1
     error = capfd.readouterr().err
     assert error.startswith(f"error: {options.out}/000000/") and error.count("\n") == 1
-    assert "No space left on device; when that is mended, run the same command again" in error
+    assert "No space left on device; fix that, then run the same command again" in error
     assert len(images_in(options.out)) == 1 + which, "what was written is whole, and nothing else is there"
     assert exit_code(run_apart(options)) == 0
     assert images_in(options.out) == undisturbed()
@@ -196,7 +196,7 @@ def test_a_limit_of_the_system_that_the_product_alone_exceeds_is_told_and_surviv
 
     assert exit_code(run_apart(options, before=limited)) == 1
     error = capfd.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "File too large; when that is mended" in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "File too large; fix that, then" in error
     assert exit_code(run_apart(options)) == 0
     assert images_in(options.out) == undisturbed(**settings)
 
@@ -220,9 +220,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded() -> 
     try:
         (readonly / "file").touch()
         readonly.chmod(0o555)
-        with without_root(), pytest.raises(SamplingError, match=f"^{readonly}/out: Permission denied; when that is"):
+        with without_root(), pytest.raises(SamplingError, match=f"^{readonly}/out: Permission denied; fix that, then"):
             run_job(options_for(missing, readonly / "out"))
-        with pytest.raises(SamplingError, match=f"^{readonly}/file/out: Not a directory; when that is"):
+        with pytest.raises(SamplingError, match=f"^{readonly}/file/out: Not a directory; fix that, then"):
             run_job(options_for(missing, readonly / "file" / "out"))
     finally:
         readonly.chmod(0o755)

@@ -55,8 +55,8 @@ def test_seeds_without_some_are_the_others() -> None:
         ("0-", "Seeds '0-' are not of the form"),
         ("0-9,a", "Seeds 'a' are not of the form"),
         ("-3", "Seeds '-3' are not of the form"),
-        ("9-0", "'9-0' do not run upwards"),
-        (f"0-{2**64}", "do not run upwards within"),
+        ("9-0", "'9-0' are not an ascending range"),
+        (f"0-{2**64}", "are not an ascending range within"),
         ("0-5,5", "Seed 5 is given twice"),
         ("3-9,0-4", "Seed 3 is given twice"),
         (f"0-{2**62}", "more images than any disk holds"),
@@ -71,7 +71,7 @@ def test_the_chain_is_the_presets_where_it_is_not_given(options: SampleOptions) 
     bare = replace(options, steps=None, step_size=None)
     chain = replace(bare, preset="digits", steps=0, temperature=0.7).chain()
     assert (chain.steps, chain.step_size, chain.potential, chain.temperature) == (0, 0.15, "paper", 0.7)
-    with pytest.raises(ValueError, match="name a preset, or give both the steps and the step size"):
+    with pytest.raises(ValueError, match="give --preset, or both --steps and --step-size"):
         replace(bare, steps=3).chain()
     with pytest.raises(ValueError, match="Preset 'mnist' is not known; it must be one of cifar10"):
         replace(bare, preset="mnist").chain()

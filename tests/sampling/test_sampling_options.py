@@ -225,7 +225,9 @@ def test_going_on_with_another_torch_or_gpu_is_warned_of_where_something_is_miss
         warnings.simplefilter("error")
         assert run_job(options) == 0
     (options.out / "samples.npy").unlink()
-    with pytest.warns(UserWarning, match=r"was begun with torch .* and goes on with torch 99; new images may differ"):
+    with pytest.warns(
+        UserWarning, match=r"was started with torch .* and continues with torch 99; new images may differ"
+    ):
         assert run_job(options) == 0
 
 
@@ -234,7 +236,7 @@ def test_a_disk_that_is_full_for_the_journal_is_told_with_its_name(tmp_path: Pat
     where = folder.Folder(tmp_path)
     where.prepare()
     (where.state / "journal.0.jsonl").symlink_to("/dev/full")
-    sentence = r"journal\.0\.jsonl: No space left on device; when that is mended, run the same command again"
+    sentence = r"journal\.0\.jsonl: No space left on device; fix that, then run the same command again"
     with pytest.raises(SamplingError, match=sentence):
         Journal(where, 0).add(Record(0, images=1, computed_at_once=1, files={}))
     where.release()
@@ -255,7 +257,9 @@ def test_a_job_whose_journals_do_not_all_show_is_not_called_complete(
     """As on a network file system, which shows a folder's new entries late."""
     read = journal.read
     monkeypatch.setattr(journal, "read", lambda where: read(where)[:2])
-    with pytest.raises(SamplingError, match=r"shows the records of 2 of 3 blocks .* then run the same command again"):
+    with pytest.raises(
+        SamplingError, match=r"shows records of only 2 of 3 finished blocks; .* then run the same command again"
+    ):
         run_job(options)
     assert not (options.out / "samples.npy").exists()
     monkeypatch.undo()
@@ -314,7 +318,7 @@ def test_a_device_that_does_not_take_the_networks_is_told_in_one_line(
     monkeypatch.setattr(job, "load_nvae", out_of_memory)
     assert command.run(lambda _: run_job(options), ()) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: The memory does not take even one image: free") and error.count("\n") == 1
+    assert error.startswith("error: One image does not fit in memory: free") and error.count("\n") == 1
 
 
 def test_an_interruption_is_passed_on_once_to_processes_that_hear_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,5 +360,5 @@ def test_below_temperature_one_an_nvae_that_is_not_readjusted_is_told_of(
         warnings.simplefilter("always")
         assert run_job(colder) == 0
     told = [str(warning.message) for warning in caught if "readjust" in str(warning.message)]
-    command = f"`vaebm-fast readjust {colder.nvae} --temperature 0.7` writes an NVAE that is."
+    command = f"`vaebm-fast readjust {colder.nvae} --temperature 0.7` writes a readjusted NVAE."
     assert len(told) == (made_at != 0.7) and all(message.endswith(command) for message in told)

@@ -1,4 +1,4 @@
-"""`vaebm-fast`: one module a command. Thin: options in, a call of the library, lines out."""
+"""`vaebm-fast`: one module per command; each parses options, calls the library and prints the result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _run(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--version"]:
         print(f"vaebm-fast {__version__}")
         return 0
-    if arguments and arguments[0] == "train":  # a preset decides its defaults, so it reads its options itself
+    if arguments and arguments[0] == "train":  # parses its own options: their defaults depend on the preset
         return train.run(arguments[1:], "vaebm-fast train")
     code: int | None = tyro.extras.subcommand_cli_from_dict(
         dict(COMMANDS),

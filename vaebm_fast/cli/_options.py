@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they print facts."""
+"""Options shared by several commands, and their aligned output."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ EnergyArch = Annotated[
     tyro.conf.arg(
         metavar="NAME|BLOCKS",
         help="The energy network of a published file: a name such as celeba_64, or blocks such as '1-1d 1-2'. "
-        "Without it the network is recognised from the weights.",
+        "By default detected from the weights.",
     ),
 ]
 ImageSize = Annotated[
-    int | None, tyro.conf.arg(metavar="N", help="Side in pixels of the images that a published energy network takes.")
+    int | None, tyro.conf.arg(metavar="N", help="Image size in pixels (side) of a published energy network.")
 ]
 NVAEFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NVAE", help="An NVAE, published or ours.")]
 

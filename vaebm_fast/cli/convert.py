@@ -1,4 +1,4 @@
-"""`vaebm-fast convert`: a checkpoint in this project's own format."""
+"""`vaebm-fast convert`: convert a checkpoint to this project's format."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def convert(
     image_size: ImageSize = None,
     overwrite: Switch = False,
 ) -> None:
-    """Write the network in SOURCE to DESTINATION in this project's own format.
+    """Write the network in SOURCE to DESTINATION in this project's format.
 
     Args:
         source: The file to read, published or ours.
         destination: The file to write, usually named .safetensors.
-        overwrite: Replace DESTINATION where it exists.
+        overwrite: Replace DESTINATION if it exists.
     """
     checkpoint.convert(source, destination, arch=energy_arch, image_size=image_size, overwrite=overwrite)
     print(f"Wrote {destination}.")

@@ -1,4 +1,4 @@
-"""`vaebm-fast cost`: what a chain step of a preset takes."""
+"""`vaebm-fast cost`: FLOPs, memory traffic and minimum time of a chain step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vaebm_fast.evaluation import cost as counting
 
 
 def cost(*, preset: str) -> None:
-    """Count what a chain step of a preset takes: FLOPs, memory traffic, and the least time of these on two GPUs.
+    """Count the FLOPs and memory traffic of a preset's chain step, and its minimum time on two GPUs.
 
     Args:
         preset: Name of the preset, such as celeba_256.

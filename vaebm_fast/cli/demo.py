@@ -1,7 +1,7 @@
-"""`vaebm-fast demo`: train a small VAEBM on handwritten digits on a CPU, sample it, and show what the energy changed.
+"""`vaebm-fast demo`: train and sample a small VAEBM on handwritten digits on a CPU; show what the energy changes.
 
-Everything is judged on x(eps), the model's samples, and on the decoder's means beside it; held-out digits are seen by
-neither network nor by the classifier that makes the features.
+It evaluates x(eps), the model's samples, and the decoder's means. The held-out digits train neither network, nor the
+classifier that computes the features.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ KINDS = ("nvae", "vaebm", "floor")
 
 
 def demo(*, out: Path = Path("runs/demo"), train_seeds: int = 1, progress: bool = True) -> None:
-    """Train a small VAEBM on handwritten digits on the CPU, sample it, and judge what the energy network improved.
+    """Train a small VAEBM on handwritten digits on the CPU, sample it, and measure what the energy network improves.
 
     Args:
-        out: Folder for everything; an earlier demo in it is replaced.
-        train_seeds: How often training is repeated, each time with another seed.
+        out: Output folder; an earlier demo in it is replaced.
+        train_seeds: Number of training runs, each with its own seed.
         progress: Show progress bars.
     """
     run_demo(out, train_seeds=train_seeds, progress=progress)
@@ -49,7 +49,7 @@ def demo(*, out: Path = Path("runs/demo"), train_seeds: int = 1, progress: bool 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One torch thread: images of 8x8 gain nothing from a second, which waits for ages where the cores are busy."""
+    """One torch thread: 8x8 images gain nothing from a second, and it stalls on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -60,15 +60,15 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[str, Any]:
-    """Train, sample, judge, draw; writes everything to `out` and returns the metrics.
+    """Train, sample, evaluate and plot; writes everything to `out` and returns the metrics.
 
-    An earlier demo's results in `out` go; a folder that holds anything else is refused with a ValueError.
+    Removes an earlier demo's results from `out`; raises ValueError if the folder holds anything else.
     """
-    from vaebm_fast.report import figures  # here, because the other commands work without Matplotlib
+    from vaebm_fast.report import figures  # lazy: other commands work without Matplotlib
 
     began = time.perf_counter()
     if train_seeds < 1:
-        raise UserError(f"train_seeds is {train_seeds}; at least one training is needed.")
+        raise UserError(f"train_seeds is {train_seeds}; it must be at least 1.")
     _clear(out)
     preset, source, held_out = PRESETS["digits"], digits(split="train"), digits(split="held_out")
     classifier = train_digit_classifier(source)
@@ -95,7 +95,7 @@ def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier demo's results; anything else in the folder is refused, not removed."""
+    """Remove an earlier demo's results; raise UserError if the folder holds anything else."""
     own = ("vae", "energy", "samples.png", "energies.png", "training.png", "metrics.json", "results.md")
     found = sorted(out.iterdir()) if out.exists() else []
     foreign = [path.name for path in found if path.name not in own and not path.name.startswith("train_seed_")]
@@ -107,7 +107,7 @@ def _clear(out: Path) -> None:
 
 
 def _train(preset: Preset, source: ArraySource, folder: Path, *, seed: int, progress: bool) -> VAEBM:
-    """Both stages, each in a folder of its own."""
+    """Train both stages, each in its own folder."""
 
     def options(name: str) -> RunOptions:
         return RunOptions(folder / name, log_every=10, save_every=10**6, grid_every=10**6, progress=progress)

@@ -1,4 +1,4 @@
-"""`vaebm-fast info`: what is installed, or what a checkpoint holds."""
+"""`vaebm-fast info`: describe the installation or a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vaebm_fast.cli._options import EnergyArch, ImageSize, Switch, aligned
 from vaebm_fast.frozen import choose_backend
 from vaebm_fast.ops import _backend
 
-# name: (module, package, who needs it) of what a part of the project uses
+# optional packages; name: (module, package, purpose)
 PACKAGES = {
     "TensorBoard": ("tensorboard", "tensorboard", "the logs of training"),
     "scikit-learn": ("sklearn", "scikit-learn", "the built-in digits"),
     "Matplotlib": ("matplotlib", "matplotlib", "the figures of the demo"),
-    "NVML": ("pynvml", "nvidia-ml-py", "the use of GPUs and joules per image while sampling"),
+    "NVML": ("pynvml", "nvidia-ml-py", "GPU utilisation and joules per image while sampling"),
 }
 
 
@@ -34,7 +34,7 @@ def info(
     image_size: ImageSize = None,
     as_json: Annotated[Switch, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Say what is installed and what each missing piece would need or, given a FILE, what that checkpoint holds.
+    """Describe the installation and what each missing part needs or, given a FILE, that checkpoint.
 
     Args:
         file: A checkpoint to describe, published or ours.
@@ -80,14 +80,14 @@ def _why_no_cuda_device() -> str | None:
         return None
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA; a GPU needs a CUDA build of torch"
-    return f"torch {torch.__version__} finds no GPU; it needs one by NVIDIA with a driver for CUDA {torch.version.cuda}"
+    return f"torch {torch.__version__} finds no GPU; it needs an NVIDIA GPU and a driver for CUDA {torch.version.cuda}"
 
 
 def _why_not_installed(name: str) -> str | None:
     module, package, purpose = PACKAGES[name]
     try:
         present = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package above it is there
+    except ModuleNotFoundError:  # its parent package is missing
         present = False
     return None if present else f"{name}, for {purpose}, is not installed; `pip install {package}` installs it"
 
@@ -112,7 +112,7 @@ def _file_text(facts: Mapping[str, Any]) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
-    """A value of `describe` as a person would write it."""
+    """Format a value of `describe` for people."""
     if name == "latent_shapes":
         return ", ".join(f"{len(list(same))} of {_shape(shape)}" for shape, same in groupby(value))
     if name == "image_shape":

@@ -1,4 +1,4 @@
-"""`vaebm-fast likelihood`: bounds of an NVAE on a data set."""
+"""`vaebm-fast likelihood`: likelihood bounds of an NVAE on a data set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from vaebm_fast.runtime.devices import DeviceName, choose_device
 def likelihood(
     nvae: NVAEFile,
     *,
-    data: Annotated[str, tyro.conf.arg(metavar="FOLDER", help="Images, idx files, or `digits`, which are built in.")],
+    data: Annotated[
+        str, tyro.conf.arg(metavar="FOLDER", help="A folder of images or idx files, or the built-in `digits`.")
+    ],
     split: Literal["train", "held_out"] = "held_out",
     importance_samples: int = 1,
     batch_size: int = 64,
@@ -26,10 +28,10 @@ def likelihood(
     """Print an NVAE's negative ELBO and its importance-weighted bound on a data set, in bits per dimension.
 
     Args:
-        split: Which part of the data.
-        importance_samples: Samples of the posterior per image; more make the bound tighter.
-        batch_size: Images at a time; it changes nothing but speed.
-        device: Where to compute; auto is the GPU where there is one.
+        split: Split of the data set.
+        importance_samples: Posterior samples per image; more give a tighter bound.
+        batch_size: Images per batch; affects only speed.
+        device: Device; auto uses the GPU if there is one.
     """
     vae = checkpoint.load_nvae(nvae, device=choose_device(device))
     channels, size, _ = vae.image_shape

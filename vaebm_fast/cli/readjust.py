@@ -1,4 +1,4 @@
-"""`vaebm-fast readjust`: an NVAE's batch normalisation for a sampling temperature below 1."""
+"""`vaebm-fast readjust`: recompute an NVAE's batch normalisation for a temperature below 1."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def readjust(
     batches: int = 500,
     device: DeviceName = "auto",
 ) -> None:
-    """Readjust an NVAE's batch normalisation to a sampling temperature below 1; the result is kept beside the file.
+    """Readjust an NVAE's batch normalisation to a temperature below 1; writes a new file beside NVAE.
 
     Args:
-        temperature: Of the prior's standard deviations.
-        batches: Batches that the running statistics are made from.
-        device: Where to compute; auto is the GPU where there is one.
+        temperature: Sampling temperature: scales the prior's standard deviations.
+        batches: Number of batches for the running statistics.
+        device: Device; auto uses the GPU if there is one.
     """
     load_readjusted_nvae(nvae, temperature, batches=batches, device=choose_device(device), progress=True)
     print(f"Readjusted to temperature {temperature:g}: {readjusted_path(nvae, temperature)}.")

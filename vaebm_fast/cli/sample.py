@@ -1,4 +1,4 @@
-"""`vaebm-fast sample`: images, one per seed, in a folder."""
+"""`vaebm-fast sample`: sample images, one per seed, into a folder."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from vaebm_fast.sampling import SampleOptions, run_job
 
 
 def sample(options: Annotated[SampleOptions, tyro.conf.arg(name="")]) -> int:
-    """Sample images, one per seed, into a folder; the same command, run again, completes what is missing there."""
+    """Sample images, one per seed, into a folder; rerun the same command to complete an interrupted job."""
     return run_job(options)

@@ -1,4 +1,4 @@
-"""`python train.py` and `vaebm-fast train`: train a VAEBM in two stages, its NVAE and then its energy network."""
+"""`python train.py` and `vaebm-fast train`: train a VAEBM in two stages: NVAE, then energy network."""
 
 from __future__ import annotations
 
@@ -40,32 +40,32 @@ USAGE = """Train a VAEBM in two stages: first its NVAE, then its energy network 
     {prog} energy --preset NAME --nvae FILE [--data FOLDER] [options]
 
 Every value of a preset is an option: `{prog} vae --preset NAME --help` lists them with that preset's values.
-The same command, run again, continues a run that was stopped.
+Rerun the same command to continue a stopped run.
 
 Presets: {presets}"""
-SHOWN_PRESET = "digits"  # whose values --help shows where no preset is named
+SHOWN_PRESET = "digits"  # --help shows its values if no preset is named
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What both stages ask for."""
+    """Options of both stages."""
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))]
-    """The settings that are the defaults of all other options; help without it shows those of digits."""
+    """Preset that supplies all other defaults; help without it shows those of digits."""
     data: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
-    """A folder of images or of idx files to train on, or `digits`, which are built in."""
+    """A folder of training images or idx files, or the built-in `digits`."""
     horizontal_flip: bool
     """Mirror half of the training images."""
     random_crop: bool
-    """Cut training images that are not square at random places, not in the middle."""
+    """Crop non-square training images at random positions instead of the centre."""
     seed: int = 0
-    """Decides the first weights, the order of the images and all noise."""
+    """Seed of initial weights, image order and all noise."""
     device: DeviceName = "auto"
-    """Where to train; auto is the GPU where there is one."""
+    """Device; auto uses the GPU if there is one."""
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
     def trainer_options(self) -> dict[str, Any]:
-        """What both trainers take by these names."""
+        """Keyword arguments of both trainers."""
         return {
             "seed": self.seed,
             "horizontal_flip": self.horizontal_flip,
@@ -84,12 +84,12 @@ class VAEOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyOptions(Options):
-    """Stage 2: train an energy network against an NVAE, which stays as it is."""
+    """Stage 2: train an energy network against a fixed NVAE."""
 
     nvae: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """The NVAE: stage 1's nvae.safetensors, or a published file."""
     buffer: Annotated[bool, tyro.conf.arg(name="training.buffer")]
-    """Start some chains where earlier ones ended; how, is set by --training.buffer.size and so on."""
+    """Start some chains from a replay buffer of earlier ends; see --training.buffer.size and so on."""
     energy: EnergyConfig
     training: EnergyTraining
 
@@ -121,7 +121,7 @@ def train_energy(arguments: Sequence[str], prog: str) -> int:
     training = options.training
     if not options.buffer:
         if training.buffer != shown.buffer:
-            raise UserError("The replay buffer is off, so its values mean nothing; add --training.buffer to use it.")
+            raise UserError("The replay buffer is off, so its values have no effect; add --training.buffer to use it.")
         training = replace(training, buffer=None)
     vae, energy = load_nvae(options.nvae), options.energy
     source = open_source(options.data, image_size=energy.image_size, image_channels=energy.image_channels)
@@ -134,9 +134,9 @@ STAGES: Mapping[str, Callable[[Sequence[str], str], int]] = {"vae": train_vae, "
 
 
 def start_options(stage: str, arguments: Sequence[str]) -> tuple[Preset, dict[str, Any]]:
-    """The preset that `arguments` name, and what it and the stage make the defaults of `Options`.
+    """(preset named in `arguments`, default values of `Options` for that preset and stage).
 
-    Found before all other options, because it decides their defaults. Raises ValueError for one that does not exist.
+    Parsed before all other options because it sets their defaults. Raises ValueError for an unknown preset.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset")
@@ -156,7 +156,7 @@ _registry = ConstructorRegistry()
 
 @_registry.primitive_rule
 def _blocks_as_one_option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[tuple[EnergyBlock, ...]] | None:
-    """--energy.blocks '1-1d 1-2': one word of the command line, read by `parse_blocks`."""
+    """--energy.blocks '1-1d 1-2': one argument, parsed by `parse_blocks`."""
     if info.type != tuple[EnergyBlock, ...]:
         return None
     return PrimitiveConstructorSpec(
@@ -169,19 +169,19 @@ def _blocks_as_one_option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[t
 
 
 def parse(prog: str, defaults: OptionsT, arguments: Sequence[str]) -> OptionsT:
-    """The options that `arguments` ask for; tyro explains arguments that do not fit, and exits with 2."""
+    """Parse `arguments`; for invalid ones tyro prints the reason and exits with 2."""
     return tyro.cli(
         type(defaults),
         prog=prog,
         args=arguments,
         default=defaults,
-        config=(tyro.conf.AvoidSubcommands,),  # the replay buffer's values are options, not a command
+        config=(tyro.conf.AvoidSubcommands,),  # the replay buffer's values stay options
         registry=_registry,
     )
 
 
 def compare_batches(processes: int, published: int, batch_size: int) -> None:
-    """Say on stderr where the preset's other settings were published for a larger batch, on several processes."""
+    """Print to stderr if the preset was published for another total batch on several processes."""
     if processes > 1 and processes * published != batch_size:
         print(
             f"Published: {processes} processes of {published} images; this run: 1 process of {batch_size}.",
@@ -200,18 +200,18 @@ def finish(trainer: VAETrainer | EnergyTrainer, run: RunOptions) -> int:
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Run the stage that `arguments` begin with, for a command line that begins with `prog`; returns the exit code."""
+    """Run the stage named by the first argument; `prog` is the command shown in help. Returns the exit code."""
     stage = arguments[0] if arguments else "--help"
     if stage in ("-h", "--help"):
         print(USAGE.format(prog=prog, presets=", ".join(PRESETS)))
         return 0
     if stage not in STAGES:
-        raise UserError(f"{stage!r} is not a stage of training; begin with one of {', '.join(STAGES)}.")
+        raise UserError(f"{stage!r} is not a training stage; use one of {', '.join(STAGES)}.")
     return STAGES[stage](arguments[1:], prog)
 
 
 def describe() -> None:
-    """Train a VAEBM: `train vae` trains its NVAE, `train energy` its energy network; each has a --help of its own."""
+    """Train a VAEBM: `train vae` trains its NVAE, `train energy` its energy network; each has its own --help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

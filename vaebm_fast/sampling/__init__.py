@@ -1,7 +1,7 @@
-"""Seeds to images on disk: many processes, resumable, the same files however it is run. `vaebm-fast sample`.
+"""`vaebm-fast sample`: resumable multi-process sampling; the files do not depend on the number of processes.
 
-`job` runs it: `options` say what is asked, `folder` is where it goes, `manifest` what it must stay equal to, `journal`
-what is finished, `outputs` the formats, `blocks` the computing, `writer` the writing beside it, `ranks` the processes.
+`job` runs it. `options`: command options. `folder`: output folder and lock. `manifest`: saved settings. `journal`:
+finished blocks. `outputs`: file formats. `blocks`: computation. `writer`: background writing.
 """
 
 from vaebm_fast.sampling.folder import SamplingError

@@ -1,4 +1,4 @@
-"""Parts of blocks put together to the job's files, and which of these are there and whole."""
+"""Assembles the parts of blocks into the job's output files, and verifies those files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vaebm_fast.sampling.manifest import read_json
 from vaebm_fast.sampling.options import Seeds
 from vaebm_fast.sampling.outputs import Output, Part, Product
 
-PRODUCTS = f"{STATE}/products.json"  # SHA-256 by name of what has been put together
+PRODUCTS = f"{STATE}/products.json"  # file name -> SHA-256 of each assembled product
 
 
 def intact_products(folder: Folder, output: Output, total: int) -> set[str]:
-    """Names of the products that are there with the content that was written."""
+    """Names of the products that exist and match their recorded SHA-256."""
     written = read_json(folder, PRODUCTS) or {}
     return {
         product.name
@@ -26,7 +26,7 @@ def intact_products(folder: Folder, output: Output, total: int) -> set[str]:
 
 
 def needs_part(block: int, batch_size: int, products: Sequence[Product], intact: set[str]) -> bool:
-    """Whether a block's part is still to go into a product; where there are none, its own files are needed."""
+    """Whether an unfinished product needs this block's part; always true for formats without products."""
     into = [product for product in products if _overlaps(product, block, batch_size)]
     return not into or any(product.name not in intact for product in into)
 
@@ -34,9 +34,9 @@ def needs_part(block: int, batch_size: int, products: Sequence[Product], intact:
 def assemble(
     folder: Folder, output: Output, seeds: Seeds, batch_size: int, intact: set[str], records: Mapping[int, Record]
 ) -> None:
-    """Make the products that are not `intact`, one after the other; then the parts go.
+    """Assemble each product that is not `intact`, then delete the parts.
 
-    A kill at any point loses nothing: a product is noted once it is whole on the disk, and parts stay until all are.
+    Safe to kill at any point: a product is recorded after it is durable, and parts are kept until all are recorded.
     """
     products = output.products(len(seeds))
     for product in products:

@@ -1,4 +1,4 @@
-"""Blocks of seeds computed into images: out of memory they are computed in halves, and copied to the host beside."""
+"""Computes blocks of seeds: halves the batch when out of memory, copies images to the host asynchronously."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from vaebm_fast.chain.langevin import Chains, LangevinSampler, to_uint8
 from vaebm_fast.runtime.errors import AGAIN
 from vaebm_fast.sampling.folder import SamplingError
 
-MOST_IMAGES, MOST_PIXELS = 512, {"cuda": 64 * 256 * 256, "cpu": 4 * 64 * 64}  # of an automatic batch
-LEAST_BLOCKS = 64  # of a job, where that leaves blocks of 16: so that no process is left without
+MOST_IMAGES, MOST_PIXELS = 512, {"cuda": 64 * 256 * 256, "cpu": 4 * 64 * 64}  # per automatic batch
+LEAST_BLOCKS = 64  # per job, if blocks keep at least 16 images: gives every process work
 TOO_SMALL = (
-    "The memory does not take even one image: free what else uses it, or use --dtype bfloat16; then " + AGAIN + "."
+    "One image does not fit in memory: free memory that other programs use, or use --dtype bfloat16; then "
+    + AGAIN
+    + "."
 )
-USED_SHARE = (
-    0.45  # of the free memory: captured chains keep what the largest took, and one that runs eagerly takes its own
-)
+USED_SHARE = 0.45  # of free memory: captured chains keep the largest graph's memory, and an eager chain needs its own
 
 
 @dataclass(frozen=True)
 class Block:
-    """Computed seeds: `images` uint8 [n, H, W, C] of `seeds`; the rest is as in `Record`."""
+    """One computed block: `images` is uint8 [n, H, W, C] for `seeds`; other fields as in `Record`."""
 
     index: int
     seeds: list[int]
@@ -37,21 +37,21 @@ class Block:
     computed_at_once: int
 
     def on_host(self) -> np.ndarray:
-        """The images, once they have arrived."""
+        """The images as NumPy; waits for the copy to the host."""
         if self.copied is not None:
             self.copied.synchronize()
         return self.images.numpy()
 
 
 class BlockSampler:
-    """Runs a sampler on blocks, `at_once` images at a time: all of a block until the memory does not take them."""
+    """Runs a sampler on blocks, `at_once` images at a time: a whole block until memory runs out, then halves."""
 
     def __init__(self, sampler: LangevinSampler, batch_size: int) -> None:
         self._sampler = sampler
         self.at_once = batch_size
 
     def run(self, index: int, seeds: Sequence[int]) -> Block:
-        """Block `index`. Raises SamplingError where the memory does not take one image."""
+        """Compute block `index`. Raises SamplingError if one image does not fit in memory."""
         done: list[int] = []
         images: list[Tensor] = []
         redone: list[int] = []
@@ -73,7 +73,7 @@ class BlockSampler:
         return Block(index, done, host, copied, redone, failed, min(self.at_once, len(seeds)))
 
     def _chains(self, seeds: list[int]) -> Chains | None:
-        """The chains of these seeds; None where memory ran out, and then nothing holds what they had taken."""
+        """The chains of these seeds, or None if out of memory; then no reference to their tensors remains."""
         try:
             return self._sampler.run(seeds, nonfinite="redo")
         except RuntimeError as error:
@@ -90,12 +90,12 @@ class BlockSampler:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch had no memory for a tensor: a GPU's has an error of its own, the host's a plain RuntimeError."""
+    """Whether torch ran out of memory: OutOfMemoryError on a GPU, a plain RuntimeError on the host."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _to_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The images in host memory, and from a GPU the event after which they are there; the device is not waited for."""
+    """(images in host memory, event that marks the end of the copy from a GPU or None), without a host sync."""
     if images.device.type != "cuda":
         return images, None
     host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
@@ -106,9 +106,9 @@ def _to_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def automatic_batch_size(sampler: LangevinSampler, total: int) -> int:
-    """A power of two: as many images as keep the device busy, as its free memory takes, and as leave enough blocks.
+    """A power of two, limited by what saturates the device, by its free memory and by LEAST_BLOCKS.
 
-    The number of processes is not asked, so that it changes no image.
+    Independent of the number of processes, so that this number changes no image.
     """
     _, height, width = sampler.noise_layout.image_shape
     most = min(MOST_PIXELS[sampler.device.type] // (height * width), MOST_IMAGES, max(16, total // LEAST_BLOCKS))
@@ -118,7 +118,7 @@ def automatic_batch_size(sampler: LangevinSampler, total: int) -> int:
 
 
 def _that_fit(sampler: LangevinSampler) -> int:
-    """How many images the free memory takes, from what one step needs for one and for four; 0 where it does not."""
+    """How many images fit in free memory, from one step's peak memory at batch 1 and 4; 0 if these do not fit."""
     first, potential = sampler.step_sizes[:1], sampler.potential
     probe = LangevinSampler(sampler.model, steps=len(first), step_size=first, potential=potential, capture=False)
     peaks = []

@@ -1,8 +1,8 @@
-"""A job's folder: where everything lies, one job at a time, and files that are there whole or not at all.
+"""A job's folder: its layout, a lock that admits one job at a time, and atomic file writes.
 
-manifest.json  summary.json   what was asked, what it took
+manifest.json  summary.json   settings; results and timing
 000000/000123.png, or samples.zip, samples-00000.tar, samples.npz, samples.npy
-.job/                         lock, journals, parts of a file to come, temporaries
+.job/                         lock, journals, parts of unfinished files, temporaries
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARTS = f"{STATE}/parts"
 
 
 class SamplingError(UserError):
-    """A job that cannot start, go on, or end well; the message is one line for the user."""
+    """A job cannot start, continue or complete; the message is one line for the user."""
 
 
 class Folder:
@@ -37,9 +37,9 @@ class Folder:
         self._lock: int | None = None
 
     def prepare(self) -> None:
-        """Make the folder and take its lock; clear what a killed job left half written.
+        """Make the folder, take its exclusive lock and delete temporaries of a killed job.
 
-        Raises SamplingError where another job is at work, and where the folder holds what no job wrote.
+        Raises SamplingError if another job holds the lock or the folder holds files that no job wrote.
         """
         with self.naming(self.out):
             foreign = [entry.name for entry in self.out.iterdir() if entry.name != STATE] if self.out.exists() else []
@@ -51,14 +51,14 @@ class Folder:
         self._take_lock(fcntl.LOCK_EX)
         with self.naming(self._temporaries):
             shutil.rmtree(self._temporaries, ignore_errors=True)
-            self._temporaries.mkdir(exist_ok=True)  # NFS keeps a removed file while someone has it open
+            self._temporaries.mkdir(exist_ok=True)  # exist_ok: NFS keeps a removed file that is still open
 
     def share(self) -> None:
-        """Hold the lock together with the other processes of this job: as long as one lives, no other job begins."""
+        """Hold a shared lock with the other processes of this job: no other job starts while one of them runs."""
         self._take_lock(fcntl.LOCK_SH)
 
     def release(self) -> None:
-        """Give the lock up."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -80,9 +80,9 @@ class Folder:
 
     @contextlib.contextmanager
     def replacing(self, name: str, *, durable: bool = False) -> Iterator[Path]:
-        """A temporary to write; then `name` is the whole of it. After an error it is what it was before.
+        """Yield a temporary file that atomically replaces `name`; on an error `name` is unchanged.
 
-        durable: after a power cut too. Pictures and parts are not: one that is gone is missed by its hash.
+        durable: fsync, to survive a power cut. Images and parts skip it: their SHA-256 reveals a loss.
         """
         path = self.out / name
         with self.naming(path):
@@ -91,31 +91,31 @@ class Folder:
                 yield temporary
 
     def write(self, name: str, data: bytes, *, durable: bool = False) -> str:
-        """Write a file whole; its SHA-256. durable: as in `replacing`."""
+        """Write a file atomically; returns its SHA-256. durable: as in `replacing`."""
         path = self.out / name
         with self.naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             return files.write(path, data, durable=durable, temporaries=self._temporaries)
 
     def write_json(self, name: str, value: object) -> None:
-        """Write JSON whole and durable."""
+        """Write JSON atomically and durably."""
         self.write(name, (json.dumps(value, indent=2) + "\n").encode(), durable=True)
 
     def is_intact(self, name: str, sha256: str) -> bool:
-        """Whether the file is there with this content."""
+        """Whether the file exists and has this SHA-256."""
         try:
             return files.file_sha256(self.out / name) == sha256
         except OSError:
             return False
 
     def free_bytes(self) -> int:
-        """What the disk still takes."""
+        """Free bytes on the disk."""
         return shutil.disk_usage(self.state).free
 
     @contextlib.contextmanager
     def naming(self, path: Path) -> Iterator[None]:
-        """Inside, an OSError becomes a SamplingError that names `path`."""
+        """Turn an OSError raised inside into a SamplingError that names `path`."""
         try:
             yield
         except OSError as error:
-            raise SamplingError(f"{path}: {error.strerror or error}; when that is mended, {AGAIN}.") from error
+            raise SamplingError(f"{path}: {error.strerror or error}; fix that, then {AGAIN}.") from error

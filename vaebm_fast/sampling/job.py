@@ -1,7 +1,7 @@
-"""A sampling job: every process readies itself, computes its share of the blocks, and the first puts all together.
+"""Runs a sampling job: each process loads, then computes its share of the blocks; rank 0 assembles the files.
 
-Blocks are aligned pieces of the seeds, dealt whole, so a block is the same batch in every run, whatever the number of
-processes. Chains that are not finite twice have no image; running the job again would give the same, so it does not.
+Blocks are aligned ranges of the seeds and are never split between processes, so a block is the same batch for any
+number of processes. A chain that is not finite twice has no image, and a rerun does not retry it: it would fail again.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ MOST_WRITERS = 4
 
 
 def run_job(options: SampleOptions) -> int:
-    """Run, or complete, the job; the exit code: 0, or 130 after an interruption.
+    """Run or complete the job; returns the exit code: 0, or 130 after an interruption.
 
-    Raises ValueErrors, SamplingErrors among them, whose message is one sentence for the user: also at the end of a job
-    in which chains failed, when everything else has been written.
+    Raises ValueErrors (including SamplingErrors) whose message is one sentence for the user. If chains failed, raises
+    at the end, after everything else has been written.
     """
     options.chain()
     Seeds.parse(options.seeds)
     ranks = of_torchrun()
     if ranks is not None:
         if options.processes is not None:
-            raise UserError("torchrun has started the processes already; leave out --processes.")
+            raise UserError("torchrun has already started the processes; omit --processes.")
         return run_rank(options, ranks)
     on_gpus = choose_device(options.device).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpus else 1
     processes = options.processes or gpus
     if on_gpus and processes > gpus:
-        raise UserError(f"{processes} processes need as many GPUs, and torch finds {gpus}; ask for no more than that.")
+        raise UserError(f"--processes {processes} needs {processes} GPUs, but torch finds {gpus}; reduce --processes.")
     if processes == 1:
         return run_rank(options, Ranks())
     with interruptible():
@@ -69,7 +69,7 @@ def run_job(options: SampleOptions) -> int:
 
 
 def run_rank(options: SampleOptions, ranks: Ranks, store: Path | None = None) -> int:
-    """The part of one process, which meets the others by way of the file `store`, or as torchrun says."""
+    """One process's part; rendezvous through the file `store`, or through torchrun's environment."""
     with interruptible():
         try:
             with joined(ranks, store), _reproducible():
@@ -109,9 +109,9 @@ def _work(options: SampleOptions, ranks: Ranks) -> int:
 def _ready_together(
     options: SampleOptions, ranks: Ranks, folder: Folder, seeds: Seeds
 ) -> tuple[LangevinSampler, Plan] | None:
-    """This process's sampler, and the plan; the first process takes the lock before anything else, and decides.
+    """(this process's sampler, the plan); rank 0 takes the lock first and makes the plan.
 
-    Where one process fails, none goes on: those that speak raise what it raised, the others get None.
+    If one process fails, all stop: processes with `ranks.speaks` raise the error, the others return None.
     """
     plan: Plan | None = None
     failure: Exception | None = None
@@ -144,12 +144,12 @@ def _ready_together(
 
 
 def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | None]:
-    """The networks on this process's device, no energy for a chain of no steps. Raises ValueErrors for unfit files."""
+    """The networks on this process's device; no energy network if steps is 0. Raises ValueErrors for unusable files."""
     device = torch.device("cpu")
     if choose_device(options.device).type == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"Process {ranks.local_rank} of this machine has no GPU, torch finds {torch.cuda.device_count()}; "
+                f"Local rank {ranks.local_rank} has no GPU: torch finds {torch.cuda.device_count()}; "
                 "start one process per GPU."
             )
         device = torch.device("cuda", ranks.local_rank)
@@ -157,29 +157,29 @@ def _load(options: SampleOptions, ranks: Ranks) -> tuple[NVAE, EnergyNetwork | N
     vae = load_nvae(options.nvae, device=device)
     if options.preset and vae.image_shape != PRESETS[options.preset].nvae.image_shape:
         raise UserError(
-            f"{options.nvae} makes images of shape {vae.image_shape} (C, H, W), and preset {options.preset} is for "
-            f"{PRESETS[options.preset].nvae.image_shape}; name another preset, or give the chain by its own options."
+            f"{options.nvae} makes images of shape {vae.image_shape} (C, H, W), but preset {options.preset} is for "
+            f"{PRESETS[options.preset].nvae.image_shape}; name another preset, or give --steps and --step-size."
         )
     if options.energy is None or options.chain().steps == 0:
         return vae.requires_grad_(False), None
     has_blocks = options.energy_arch is not None and find_energy_arch(options.energy_arch) is None
-    side = vae.image_shape[1] if has_blocks else None  # blocks do not tell it
+    side = vae.image_shape[1] if has_blocks else None  # blocks do not determine the image size
     energy = load_energy(options.energy, arch=options.energy_arch, image_size=side, device=device)
     return vae.requires_grad_(False), energy.requires_grad_(False)
 
 
 def _warn_unless_readjusted(nvae: Path, temperature: float) -> None:
-    """Below temperature 1 the decoder sees other statistics than those that batch normalisation has from training."""
+    """Below temperature 1 the decoder's feature statistics differ from batch normalisation's running statistics."""
     if 0 < temperature < 1 and describe(nvae)["info"].get("temperature") != temperature:
         warnings.warn(
             f"The batch normalisation of {nvae} is not readjusted to temperature {temperature:g}; "
-            f"`vaebm-fast readjust {nvae} --temperature {temperature:g}` writes an NVAE that is.",
+            f"`vaebm-fast readjust {nvae} --temperature {temperature:g}` writes a readjusted NVAE.",
             stacklevel=2,
         )
 
 
 def _sampler(options: SampleOptions, vae: NVAE, energy: EnergyNetwork | None) -> LangevinSampler:
-    """The chains of the frozen networks."""
+    """The sampler of the frozen networks."""
     form: tuple[torch.dtype, Backend] = getattr(torch, options.dtype), options.backend
     model = freeze(VAEBM(vae, energy), *form) if energy else FrozenNVAE(vae, *form)
     return LangevinSampler(model, **asdict(options.chain()))
@@ -222,7 +222,7 @@ def _share(
 def _progress(
     options: SampleOptions, ranks: Ranks, folder: Folder, total: int, done: int
 ) -> Iterator[Callable[[], None]]:
-    """A bar of all processes' images, moved by the function that it yields; the first process has it."""
+    """Yield a function that updates rank 0's progress bar with all processes' images; a no-op on other ranks."""
     if ranks.rank != 0:
         yield lambda: None
         return
@@ -238,7 +238,7 @@ def _progress(
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """cuDNN's algorithms not chosen by a clock, and none that sums in no fixed order; afterwards all is as it was."""
+    """Deterministic cuDNN algorithms, no benchmarking; restores these settings and the thread count on exit."""
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False

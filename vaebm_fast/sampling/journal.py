@@ -1,6 +1,6 @@
-"""What is finished: a line of JSON per block, one journal per process, and what of it is really there.
+"""Journals of finished blocks: one JSON line per block, one journal per process; verified against the files.
 
-A line is written, and waited for, after the block's files. A last line that a kill cut short is no line.
+A line is written and fsynced after the block's files. A truncated last line is ignored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ MERGED = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Record:
-    """A finished block: SHA-256 by file, how many images these hold, and the seeds whose chains gave trouble.
+    """A finished block: SHA-256 per file, number of images, and the seeds whose chains were not finite.
 
-    redone: chains that were not finite and came out well the second time; failed: those that did not, and have no
-    image. computed_at_once: images at a time, fewer than the block's where memory ran out.
+    redone: seeds whose chain was not finite at first and finite when rerun. failed: not finite twice, so no image.
+    computed_at_once: images per batch; fewer than the block holds if memory ran out.
     """
 
     block: int
@@ -44,7 +44,7 @@ class Journal:
         self._lock = threading.Lock()
 
     def add(self, record: Record) -> None:
-        """Append a record, and wait until it is on the disk."""
+        """Append a record durably."""
         with self._lock, self._folder.naming(self._path):
             append(self._path, json.dumps(asdict(record)).encode() + b"\n")
 
@@ -55,20 +55,20 @@ def read(folder: Folder) -> list[Record]:
 
 
 def read_all(folder: Folder, total_blocks: int) -> dict[int, Record]:
-    """The records of a job that all processes have done their share of, by block. Raises SamplingError where not all
-    are to be seen: a network file system may show another machine's new file a minute later.
+    """Records by block, after all processes have finished. Raises SamplingError if some are not visible yet: a network
+    file system may show another machine's new file a minute late.
     """
     records = {record.block: record for record in read(folder)}
     if len(records) < total_blocks:
         raise SamplingError(
-            f"{folder.state} shows the records of {len(records)} of {total_blocks} blocks that have been made; wait a "
+            f"{folder.state} shows records of only {len(records)} of {total_blocks} finished blocks; wait a "
             f"minute if other machines wrote them, then {AGAIN}."
         )
     return records
 
 
 def merge(folder: Folder, records: Iterable[Record]) -> None:
-    """Keep these records alone: one journal holds them, and those of the processes begin anew."""
+    """Keep only these records, in one merged journal; delete the per-process journals."""
     lines = [json.dumps(asdict(record)) + "\n" for record in sorted(records, key=lambda record: record.block)]
     folder.write(f"{folder.state.name}/{MERGED}", "".join(lines).encode(), durable=True)
     for path in _journals(folder):
@@ -77,7 +77,7 @@ def merge(folder: Folder, records: Iterable[Record]) -> None:
 
 
 def intact(folder: Folder, records: Iterable[Record]) -> dict[int, Record]:
-    """Per block a record whose files all have their SHA-256; hashing is cheap beside sampling."""
+    """Records by block whose files all match their SHA-256; hashing is cheap compared with sampling."""
 
     def is_intact(record: Record) -> bool:
         return all(folder.is_intact(name, sha256) for name, sha256 in record.files.items())
@@ -89,14 +89,14 @@ def intact(folder: Folder, records: Iterable[Record]) -> dict[int, Record]:
 
 
 class Watcher:
-    """Counts the images that all processes have finished, by what their journals grew."""
+    """Counts the images that all processes finish, from lines appended to their journals."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._read: dict[Path, int] = {}
 
     def new_images(self) -> int:
-        """Images in records that were not there before."""
+        """Images in records added since the last call."""
         images = 0
         for path in _journals(self._folder):
             if path.name == MERGED:
@@ -119,4 +119,4 @@ def _records(content: bytes) -> Iterator[Record]:
         try:
             yield Record(**json.loads(line))
         except (ValueError, TypeError):
-            continue  # cut short by a kill, or garbled by a crash of the machine: its block is made again
+            continue  # truncated by a kill or corrupted by a crash: its block is recomputed

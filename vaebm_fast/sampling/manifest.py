@@ -1,7 +1,7 @@
-"""What a job's images follow from; a folder holds images of one such configuration.
+"""The settings that determine a job's images; a folder holds images of one configuration.
 
-Not in it: the number of processes, which changes nothing. What it was begun with (torch, the GPU's model) is only told:
-another may round the last bit of a feature otherwise.
+It omits the number of processes, which changes no image. The torch version and GPU model that started the job are
+recorded but not enforced: others may round the last bit of a feature differently.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from vaebm_fast.config.settings import differences, in_present_terms
 from vaebm_fast.sampling.folder import Folder, SamplingError
 
 NAME = "manifest.json"
-IMAGES_VERSION = 1  # raised when a new release makes other images from the same settings
+IMAGES_VERSION = 1  # incremented when a release makes different images from the same settings
 
 
 def settle(folder: Folder, asked: Mapping[str, Any], choose: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings of the job in `folder`: those it was begun with, or, for a new one, `asked` and what `choose` adds.
+    """The settings of the job in `folder`: the saved ones, or for a new job `asked` plus those of `choose`.
 
-    Raises SamplingError naming each setting that is asked for and differs.
+    Raises SamplingError naming each setting in `asked` that differs from the saved one.
     """
-    asked = json.loads(json.dumps({"images_version": IMAGES_VERSION, **asked}))  # a schedule as a list, as it is saved
+    asked = json.loads(json.dumps({"images_version": IMAGES_VERSION, **asked}))  # tuples to lists, as saved
     saved = read_json(folder, NAME)
     if saved is None:
         settings = {**choose(), **asked}
@@ -34,13 +34,13 @@ def settle(folder: Folder, asked: Mapping[str, Any], choose: Callable[[], Mappin
     if differing:
         raise SamplingError(
             f"{folder.out} holds images of another configuration ({'; '.join(differing)}); "
-            "use the same to complete them, or name another folder."
+            "use the same settings to complete them, or name another folder."
         )
     return saved
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
-    """The JSON object in a file of the folder; None where it is not there. Raises SamplingError for a damaged one."""
+    """The JSON object in a file of the folder, or None if it is missing. Raises SamplingError if it is damaged."""
     path = folder.out / name
     if not path.exists():
         return None
@@ -49,5 +49,5 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise SamplingError(f"{path} is damaged ({error}); restore it, or name another folder.") from error
     if not isinstance(content, dict):
-        raise SamplingError(f"{path} is damaged: it is no JSON object; restore it, or name another folder.")
+        raise SamplingError(f"{path} is damaged: it is not a JSON object; restore it, or name another folder.")
     return content

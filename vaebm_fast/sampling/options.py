@@ -1,4 +1,4 @@
-"""What a sampling job is asked for, and the seeds it is asked for."""
+"""Options of a sampling job, and its seeds."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ from vaebm_fast.runtime.devices import DeviceName
 from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.sampling.outputs import Format
 
-MOST_SEEDS = 100_000_000  # of a job, which keeps a list of its blocks
+MOST_SEEDS = 100_000_000  # per job: the list of its blocks is in memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Sample images, one per seed, into a folder; the same command, run again, completes what is missing there.
+    """Sample images, one per seed, into a folder; rerun the same command to complete an interrupted job.
 
-    All GPUs are used, one process each; under torchrun, the processes it starts. An image depends on its seed and the
-    settings: not on the number of processes, and on the batch size within one grey level.
+    Uses all GPUs, one process each; under torchrun, the processes that it starts. An image depends on its seed and the
+    settings, not on the number of processes. The batch size changes it by at most one grey level.
     """
 
     nvae: Path
-    """The NVAE, published or ours; below temperature 1 the readjusted one that `vaebm-fast readjust` writes."""
+    """The NVAE, published or ours; below temperature 1 use the one that `vaebm-fast readjust` writes."""
     seeds: str
-    """Such as 0-49999, or 0-99,200-299,1000: one image each."""
+    """Seeds, one image each: such as 0-49999 or 0-99,200-299,1000."""
     out: Path
-    """The folder to write to; it holds one job."""
+    """The output folder; one folder per job."""
     energy: Path | None = None
-    """The energy network, published or ours; not needed, nor read, with --steps 0."""
+    """The energy network, published or ours; ignored with --steps 0."""
     preset: str | None = None
-    """Whose steps, step size, potential and temperature are used where they are not given."""
+    """Preset that supplies steps, step size, potential and temperature where these are not given."""
     steps: int | None = None
-    """Steps of a chain; 0 gives the NVAE's own samples."""
+    """Langevin steps per chain; 0 gives NVAE samples."""
     step_size: float | tuple[float, ...] | None = None
-    """Step size h; or one for each step, such as --steps 3 --step-size 4e-6 3e-6 2e-6."""
+    """Step size h, or one per step, such as --steps 3 --step-size 4e-6 3e-6 2e-6."""
     potential: Potential | None = None
-    """What the chain descends; published checkpoints use official."""
+    """Potential of the chain; published checkpoints use official."""
     temperature: float | None = None
-    """Of the prior's standard deviations."""
+    """Temperature: scales the prior's standard deviations."""
     start_temperature: float = 1.0
-    """Standard deviation of the noise that chains start from."""
+    """Standard deviation of the initial noise."""
     format: Format = "png"
     """Folders of 1000 PNG files, a zip of PNG files, webdataset tars of 1000, or all images as one uint8 array."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and features."""
+    """Data type of weights and features."""
     backend: Backend = "auto"
-    """What the frozen networks run on; auto is cpp with the compiled part on a CPU, else reference."""
+    """Backend of the frozen networks; auto is cpp on a CPU with the compiled part, else reference."""
     batch_size: int | None = None
-    """Images at a time; by default found from the memory, and kept for later runs in the same folder."""
+    """Images per batch; by default chosen from free memory, and reused by later runs in the same folder."""
     device: DeviceName = "auto"
-    """Where to compute; auto is the GPUs where there are any."""
+    """Device; auto uses the GPUs if there are any."""
     processes: int | None = None
-    """Processes to start; by default one per GPU, or one on a CPU."""
+    """Number of processes; by default one per GPU, or one on a CPU."""
     energy_arch: str | None = None
-    """The energy network of a published file, such as celeba_64 or '1-1d 1-2'; by default recognised."""
+    """The energy network of a published file, such as celeba_64 or '1-1d 1-2'; by default detected."""
     progress: bool = True
-    """Show a progress bar, where the output is a terminal."""
+    """Show a progress bar if the output is a terminal."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "processes"):
@@ -75,9 +75,9 @@ class SampleOptions:
                 require_temperature(name, value)
 
     def chain(self) -> ChainConfig:
-        """The preset's chain with what is given in its place.
+        """The preset's chain, overridden by the options that are given.
 
-        Raises ValueError where neither says enough, for steps that make no chain, and for some without an energy.
+        Raises ValueError if steps or step size is unknown or invalid, or if steps > 0 without an energy network.
         """
         published = None if self.preset is None else find_preset(self.preset).sampling
         steps = published.steps if self.steps is None and published else self.steps
@@ -85,9 +85,9 @@ class SampleOptions:
         if steps == 0 and step_size is None:
             step_size = ()
         if steps is None or step_size is None:
-            raise UserError("The chain is not known: name a preset, or give both the steps and the step size.")
+            raise UserError("The chain is not known: give --preset, or both --steps and --step-size.")
         if steps > 0 and self.energy is None:
-            raise UserError("A chain's steps need an energy network: give --energy, or --steps 0 for the NVAE's own.")
+            raise UserError("Langevin steps need an energy network: give --energy, or --steps 0 for NVAE samples.")
         return ChainConfig(
             steps,
             step_size,
@@ -98,7 +98,7 @@ class SampleOptions:
 
 
 class Seeds:
-    """Distinct seeds in ascending order, kept as ranges; blocks of them are what a job deals to its processes."""
+    """Distinct ascending seeds, stored as ranges; a job distributes blocks of them to its processes."""
 
     def __init__(self, ranges: Sequence[range]) -> None:
         self.ranges = tuple(ranges)
@@ -106,7 +106,7 @@ class Seeds:
 
     @classmethod
     def parse(cls, text: str) -> Seeds:
-        """From such as `0-99,200-299,1000`. Raises ValueError for anything else, repeated seeds and too many."""
+        """Parse text such as `0-99,200-299,1000`. Raises ValueError for other forms, repeated seeds and too many."""
         ranges = []
         for word in text.split(","):
             match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word, re.ASCII)
@@ -114,13 +114,17 @@ class Seeds:
                 raise UserError(f"Seeds {word.strip()!r} are not of the form FIRST-LAST or SEED, such as 0-49999.")
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first or last >= 2**64:
-                raise UserError(f"Seeds {word.strip()!r} do not run upwards within 0 to 2^64-1; give FIRST-LAST so.")
+                raise UserError(
+                    f"Seeds {word.strip()!r} are not an ascending range within 0 to 2^64-1; give FIRST-LAST."
+                )
             if last - first >= 2**40:
                 raise UserError(f"Seeds {word.strip()!r} are more images than any disk holds; give fewer.")
             ranges.append(range(first, last + 1))
         seeds = cls(_joined(sorted(ranges, key=lambda seeds: seeds.start)))
         if len(seeds) > MOST_SEEDS:
-            raise UserError(f"{len(seeds):,} seeds are too many for one folder; give at most {MOST_SEEDS:,} to each.")
+            raise UserError(
+                f"{len(seeds):,} seeds are too many for one folder; give at most {MOST_SEEDS:,} per folder."
+            )
         return seeds
 
     def __len__(self) -> int:
@@ -131,11 +135,11 @@ class Seeds:
 
     @property
     def largest(self) -> int:
-        """The last seed."""
+        """The largest seed."""
         return self.ranges[-1][-1]
 
     def between(self, first: int, stop: int) -> list[int]:
-        """The seeds at positions first, ..., stop - 1 of all; those beyond the last are left out."""
+        """The seeds at positions first, ..., stop - 1; positions past the end are dropped."""
         at = bisect_right(self._ends, first)
         found: list[int] = []
         for seeds, end in zip(self.ranges[at:], self._ends[at:], strict=True):
@@ -146,7 +150,7 @@ class Seeds:
         return found
 
     def total_blocks(self, batch_size: int) -> int:
-        """How many blocks the seeds make."""
+        """Number of blocks."""
         return -(-len(self) // batch_size)
 
     def block(self, index: int, batch_size: int) -> list[int]:
@@ -154,7 +158,7 @@ class Seeds:
         return self.between(index * batch_size, (index + 1) * batch_size)
 
     def without(self, left_out: Collection[int]) -> str:
-        """The seeds but these, as `parse` reads them; an empty text where none is left."""
+        """All seeds except `left_out`, in the syntax of `parse`; empty if none is left."""
         kept = []
         for seeds in self.ranges:
             start = seeds.start
@@ -166,11 +170,11 @@ class Seeds:
 
 
 def _joined(ranges: Sequence[range]) -> list[range]:
-    """Ascending ranges, those that touch made one, so that equal seeds have one spelling."""
+    """Merge adjacent ascending ranges, so that equal sets of seeds have one spelling."""
     joined: list[range] = []
     for seeds in ranges:
         if joined and seeds.start < joined[-1].stop:
-            raise UserError(f"Seed {seeds.start} is given twice; an image is made once.")
+            raise UserError(f"Seed {seeds.start} is given twice; give each seed once.")
         if joined and seeds.start == joined[-1].stop:
             joined[-1] = range(joined[-1].start, seeds.stop)
         else:

@@ -1,7 +1,7 @@
-"""The formats: what a block of images becomes, and the one or more files that blocks are put together to.
+"""Output formats: the files of one block, and the files assembled from all blocks.
 
-Every byte follows from the images and their seeds: no dates, no owners, one order. Names carry the seed: sorted, they
-are in the order of seeds.
+Output is deterministic: every byte depends only on images and seeds (no dates, no owners, fixed order). File names
+contain the zero-padded seed, so sorting by name sorts by seed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from PIL import Image
 from vaebm_fast.sampling.folder import PARTS
 
 Format = Literal["png", "zip", "tar", "npz", "npy"]
-PER_GROUP = 1000  # images in a sub-folder, and in a tar
-COMPRESSION = 1  # of PNG: 6 makes files a tenth smaller and takes several times as long
+PER_GROUP = 1000  # images per sub-folder and per tar
+COMPRESSION = 1  # PNG level: 6 gives files a tenth smaller and takes several times as long
 
 
 @dataclass(frozen=True)
 class Product:
-    """A file made of the images at positions first, ..., stop - 1."""
+    """An output file assembled from the images at positions first, ..., stop - 1."""
 
     name: str
     first: int
@@ -52,7 +52,7 @@ class Output:
         self._image_shape = (height, width, channels)
 
     def encode(self, block: int, seeds: Sequence[int], images: np.ndarray) -> dict[str, bytes]:
-        """The files of a block, images uint8 [n, H, W, C]: the PNG files themselves, or one part of a file to come."""
+        """The files of a block, images uint8 [n, H, W, C]: its PNG files, or one part of a later product."""
         if self.format in ("npz", "npy"):
             buffer = io.BytesIO()
             np.save(buffer, images)
@@ -63,7 +63,7 @@ class Output:
         return {f"{PARTS}/{block:08d}.zip": _zipped(pictures)}
 
     def products(self, total: int) -> list[Product]:
-        """The files that blocks are put together to; none where blocks write their files themselves."""
+        """The files assembled from blocks; none for PNG, where blocks write the final files."""
         if self.format == "png":
             return []
         if self.format == "tar":
@@ -72,7 +72,7 @@ class Output:
         return [Product(f"samples.{self.format}", 0, total)]
 
     def assemble(self, parts: Sequence[Part], wanted: Sequence[int], file: IO[bytes]) -> None:
-        """Write a product: of all images in `parts`, those of the seeds `wanted`, ascending."""
+        """Write a product: the images in `parts` whose seeds are in `wanted`, ascending."""
         if self.format == "zip":
             with zipfile.ZipFile(file, "w") as archive:
                 for _, name, data in self._pictures(parts, wanted):
@@ -93,13 +93,13 @@ class Output:
                     np.save(names, np.array(wanted, dtype=np.uint64))
 
     def bytes_needed(self, images: int) -> int:
-        """Bytes of the finished files: of arrays exactly; PNG files of photographs have about half their raw size."""
+        """Bytes of the finished files: exact for arrays; half the raw size, approximately, for PNG photographs."""
         raw = images * int(np.prod(self._image_shape))
         return raw if self.is_exact else raw // 2
 
     @property
     def is_exact(self) -> bool:
-        """Whether the size of the files is known before they are made."""
+        """Whether `bytes_needed` is exact."""
         return self.format in ("npz", "npy")
 
     def _name(self, seed: int) -> str:
@@ -121,7 +121,7 @@ class Output:
 
 
 def _png(image: np.ndarray) -> bytes:
-    """uint8 [H, W, C] as PNG, grey where C is 1; never rescaled."""
+    """Encode uint8 [H, W, C] as PNG, greyscale if C is 1; values are not rescaled."""
     buffer = io.BytesIO()
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     picture.save(buffer, "PNG", compress_level=COMPRESSION)
@@ -137,7 +137,7 @@ def _zipped(files: Mapping[str, bytes]) -> bytes:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """A stored entry without a date of its own, the same on every system."""
+    """An uncompressed entry with a fixed date, identical on every system."""
     entry = zipfile.ZipInfo(name)  # 1980-01-01
     entry.create_system, entry.external_attr = 3, 0o644 << 16
     return entry

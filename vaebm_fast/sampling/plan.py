@@ -1,4 +1,4 @@
-"""The plan of a run: the job's settings, settled with its folder, and the blocks that are missing there."""
+"""The plan of a run: settings checked against the folder's manifest, and the blocks still missing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from vaebm_fast.sampling.outputs import Output
 
 @dataclass(frozen=True)
 class Plan:
-    """What the first process decides for all.
+    """Decisions of rank 0 for all processes.
 
-    threads: of every process on a CPU, whose sums depend on them. intact: the products that need not be made.
+    threads: torch threads per process on a CPU, which affect rounding. intact: products that are complete.
     """
 
     batch_size: int
@@ -41,9 +41,9 @@ def make_plan(
     hashes: Mapping[str, str],
     threads: int,
 ) -> Plan:
-    """Settle the settings, look what is there and whole, and forget what is not. Raises SamplingErrors.
+    """Check settings against the manifest; keep verified blocks, drop damaged ones. Raises SamplingErrors.
 
-    `threads` is how many a process on a CPU has, unless the folder says otherwise.
+    `threads`: torch threads per process on a CPU for a new job; an existing folder's value wins.
     """
     made_with = _made_with(sampler.device)
     settings = manifest.settle(
@@ -73,7 +73,7 @@ def make_plan(
 
 
 def _asked(options: SampleOptions, seeds: Seeds, sampler: LangevinSampler, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """The settings that this command gives, those that its images follow from."""
+    """The settings of this command that determine the images."""
     chain = asdict(options.chain())
     if chain["steps"] == 0:
         del chain["step_size"], chain["potential"]
@@ -90,7 +90,7 @@ def _asked(options: SampleOptions, seeds: Seeds, sampler: LangevinSampler, hashe
 
 
 def _made_with(device: torch.device) -> str:
-    """What else the last bits of an image may depend on."""
+    """Software and hardware that the last bits of an image may depend on."""
     if device.type == "cuda":
         return f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__}, CPU with {torch.backends.cpu.get_cpu_capability()}"
@@ -99,18 +99,18 @@ def _made_with(device: torch.device) -> str:
 def _warn_of_another_machine(folder: Folder, before: str, now: str) -> None:
     if before != now:
         warnings.warn(
-            f"{folder.out} was begun with {before} and goes on with {now}; new images may differ by a grey level from "
-            "what the first would have made.",
+            f"{folder.out} was started with {before} and continues with {now}; new images may differ by "
+            "a grey level from those of the first setup.",
             stacklevel=2,
         )
 
 
 def _require_space(folder: Folder, output: Output, images: int) -> None:
-    """Raise where this many images do not fit on the disk for sure, warn where they may not."""
+    """Raise if this many images cannot fit on the disk; warn if they may not."""
     needed, free = output.bytes_needed(images), folder.free_bytes()
     if needed <= free:
         return
-    sizes = f"{needed / 2**30:.3g} GiB, and {folder.out} has {free / 2**30:.3g} GiB free"
+    sizes = f"{needed / 2**30:.3g} GiB, but {folder.out} has {free / 2**30:.3g} GiB free"
     if output.is_exact:
-        raise SamplingError(f"These images need {sizes}; free some, or name a folder on another disk.")
-    warnings.warn(f"These images need about {sizes}; once the disk is full, free some and {AGAIN}.", stacklevel=2)
+        raise SamplingError(f"These images need {sizes}; free space, or name a folder on another disk.")
+    warnings.warn(f"These images need about {sizes}; if the disk fills up, free space and {AGAIN}.", stacklevel=2)

@@ -1,4 +1,4 @@
-"""What a GPU does meanwhile: utilisation, memory, energy. Without NVML (package nvidia-ml-py) there are no figures."""
+"""GPU utilisation, memory and energy during sampling, from NVML (package nvidia-ml-py); omitted without it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PERIOD_S = 0.5
 
 
 class GpuMeter:
-    """Samples one GPU while it is entered; `nvml` is the module pynvml, or one like it, `handle` its device."""
+    """Context manager that samples one GPU; `nvml`: pynvml or a module like it; `handle`: its device."""
 
     def __init__(self, nvml: ModuleType | Any, handle: Any, period_s: float = PERIOD_S) -> None:
         self._nvml, self._handle, self._period_s = nvml, handle, period_s
@@ -40,7 +40,7 @@ class GpuMeter:
             self._used_j = (ended_mj - self._started_mj) / 1000
 
     def figures(self, images: int) -> dict[str, float | None]:
-        """Mean utilisation, the most memory that all programs on it used, and joules; None for what it does not say."""
+        """Mean utilisation, peak memory of all programs on the GPU, and joules; None for unsupported figures."""
         return {
             "utilisation_percent": statistics.fmean(self._utilisation) if self._utilisation else None,
             "memory_gib": max(self._memory) / 2**30 if self._memory else None,
@@ -54,7 +54,7 @@ class GpuMeter:
                 self._utilisation.append(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
                 self._memory.append(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
             except self._nvml.NVMLError:
-                return  # a GPU cut into instances has no utilisation
+                return  # MIG instances report no utilisation
             if self._stop.wait(self._period_s):
                 return
 
@@ -62,11 +62,11 @@ class GpuMeter:
         try:
             return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
         except self._nvml.NVMLError:
-            return None  # before Volta
+            return None  # unsupported before Volta
 
 
 def gpu_meter(device: torch.device) -> GpuMeter | None:
-    """The meter of a CUDA device; None for a CPU, and where NVML is not there."""
+    """The meter of a CUDA device; None for a CPU or without NVML."""
     if device.type != "cuda":
         return None
     try:
@@ -75,7 +75,7 @@ def gpu_meter(device: torch.device) -> GpuMeter | None:
         return None
     try:
         nvml.nvmlInit()
-        # By UUID: NVML does not see CUDA_VISIBLE_DEVICES, and counts in another order.
+        # By UUID: NVML ignores CUDA_VISIBLE_DEVICES and numbers devices differently.
         return GpuMeter(nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
     except nvml.NVMLError:
         return None

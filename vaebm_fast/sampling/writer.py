@@ -1,4 +1,4 @@
-"""Encoding and writing on threads of their own, beside the computing; an encoder does not hold Python's lock."""
+"""Encodes and writes blocks on background threads during computation; PNG encoding releases the GIL."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vaebm_fast.sampling.outputs import Output
 
 
 class Writer:
-    """Takes computed blocks; at most two per thread wait, then `submit` does.
+    """Accepts computed blocks; `submit` blocks while two per thread are queued.
 
-    A block that cannot be written raises its SamplingError in a later `submit`, or when the writer is left. Leaving it
-    after another error, or an interruption, writes what was submitted.
+    A failed write raises its SamplingError in a later `submit` or on exit. On exit after another error or an
+    interruption, submitted blocks are still written.
     """
 
     def __init__(self, folder: Folder, output: Output, journal: Journal, threads: int) -> None:
@@ -26,7 +26,7 @@ class Writer:
         self._waiting: deque[Future[None]] = deque()
 
     def submit(self, block: Block) -> None:
-        """Have the block encoded, written and journalled."""
+        """Queue the block to be encoded, written and journalled."""
         while self._waiting and (self._waiting[0].done() or len(self._waiting) >= self._most):
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(self._write, block))
