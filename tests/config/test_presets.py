@@ -283,18 +283,20 @@ def test_train_without_other_options_gives_a_trainer_the_preset(
     def trainer(*arguments: Any, **options: Any) -> Any:
         given.append((*arguments, options))
 
-    source = object()
-    monkeypatch.setattr(command, "open_source", lambda data, **shape: (data, shape, source))
+    monkeypatch.setattr(command, "open_source", lambda data, **shape: (data, shape))
+    monkeypatch.setattr(command, "TorchLoader", lambda *arguments, **options: (*arguments, options))
     monkeypatch.setattr(command, "load_nvae", lambda path: path)
     monkeypatch.setattr(command, "VAETrainer", trainer)
     monkeypatch.setattr(command, "EnergyTrainer", trainer)
     monkeypatch.setattr(command, "finish", lambda trainer, run: 0)
     nvae = ["--nvae", "nvae.safetensors"] if stage == "energy" else []
     assert command.main([stage, "--preset", name, "--data", "here", "--device", "cpu", *nvae]) == 0
-    (*networks, training, (data, shape, _), options) = given[0]
+    (*networks, training, ((data, shape), loader_batch, loader_options), options) = given[0]
     row = NVAE[name]
     assert (data, shape) == ("here", {"image_size": row["size"], "image_channels": row["image"]})
-    assert options["seed"] == 0 and options.items() >= AUGMENTATION[name].items()
+    assert options == {"seed": 0, "device": torch.device("cpu")}
+    assert loader_batch == training.batch_size
+    assert loader_options == {"seed": 0, "pinned": False, **AUGMENTATION[name]}
     if stage == "vae":
         assert networks == [PRESETS[name].nvae]
         assert asdict(training) == expected_vae_training(name)
