@@ -222,8 +222,8 @@ def test_stage_2_of_a_preset_is_trained_as_published(name: str) -> None:
 def test_a_preset_is_sampled_with_the_h_that_it_is_trained_with(name: str) -> None:
     expected = {**SAMPLING[name], "step_size": STAGE_2[name]["h"], "temperature": 1.0, "start_temperature": 1.0}
     assert asdict(PRESETS[name].sampling) == expected
-    chain = SampleOptions(nvae=Path("v"), energy=Path("e"), seeds="0", out=Path("o"), preset=name).chain()
-    assert asdict(chain) == {**expected, "start_temperature": 1.0}
+    job = SampleOptions(nvae=Path("v"), energy=Path("e"), seeds="0", out=Path("o"), preset=name).resolve()
+    assert asdict(job.chain) == {**expected, "start_temperature": 1.0}
 
 
 @pytest.mark.parametrize("name", PRESETS)

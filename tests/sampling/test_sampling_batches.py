@@ -192,7 +192,7 @@ def test_an_array_that_does_not_fit_on_the_disk_is_refused_and_pictures_are_warn
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     assert run_job(replace(options, format="npy", out=options.out / "fits")) == 0
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * 48 // 2 - 1))
-    with pytest.warns(UserWarning, match="These images need about .* once the disk is full, free some"):
+    with pytest.warns(UserWarning, match="These images need about .* if the disk fills up, free some"):
         assert run_job(replace(options, out=options.out / "png")) == 0
 
 

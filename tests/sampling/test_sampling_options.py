@@ -25,7 +25,7 @@ from vaebm_fast.runtime import command, ranks
 from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, job, journal, plan, run_job
 from vaebm_fast.sampling.blocks import BlockSampler, automatic_batch_size
 from vaebm_fast.sampling.journal import Journal, Record
-from vaebm_fast.sampling.options import MOST_SEEDS, Seeds
+from vaebm_fast.sampling.seeds import MOST_SEEDS, Seeds
 
 Networks = tuple[Path, Path]
 
@@ -225,7 +225,9 @@ def test_going_on_with_another_torch_or_gpu_is_warned_of_where_something_is_miss
         warnings.simplefilter("error")
         assert run_job(options) == 0
     (options.out / "samples.npy").unlink()
-    with pytest.warns(UserWarning, match=r"was begun with torch .* and goes on with torch 99; new images may differ"):
+    with pytest.warns(
+        UserWarning, match=r"was started with torch .* and continues with torch 99; new images may differ"
+    ):
         assert run_job(options) == 0
 
 

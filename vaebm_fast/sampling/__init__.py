@@ -1,7 +1,8 @@
-"""Seeds to images on disk: many processes, resumable, the same files however it is run. `vaebm-fast sample`.
+"""Sampling jobs: seeds to images on disk, with many processes, resumable and reproducible. `vaebm-fast sample`.
 
-`job` runs it: `options` say what is asked, `folder` is where it goes, `manifest` what it must stay equal to, `journal`
-what is finished, `outputs` the formats, `blocks` the computing, `writer` the writing beside it, `ranks` the processes.
+`job` runs a job. `options` and `seeds` resolve its settings, `folder` and `manifest` own the output folder, `plan`
+finds the missing blocks, `blocks` computes them, `writer` and `outputs` write them, `journal` records them, `assembly`
+and `summary` finish the job.
 """
 
 from vaebm_fast.sampling.folder import SamplingError

@@ -1,4 +1,4 @@
-"""What a job came to: summary.json and the last line, or the error where chains failed."""
+"""Concludes a job: writes summary.json, and makes the final message or the error for failed chains."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 
 from vaebm_fast.sampling.folder import Folder, SamplingError
 from vaebm_fast.sampling.journal import Record
-from vaebm_fast.sampling.options import Seeds
 from vaebm_fast.sampling.plan import Plan
+from vaebm_fast.sampling.seeds import Seeds
 
 NAME = "summary.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one process did in this run; computed_at_once: fewer than the batch size where memory ran out."""
+    """One rank's part of this run. computed_at_once: images per batch, reduced if memory ran out."""
 
     rank: int
     device: str
@@ -23,16 +23,16 @@ class Report:
     seconds: float
     images_per_second: float
     computed_at_once: int
-    memory_gib: float | None  # the most that torch held
+    memory_gib: float | None  # peak of torch's allocations
     gpu: dict[str, float | None] | None
 
 
 def conclude(
     folder: Folder, seeds: Seeds, plan: Plan, records: Iterable[Record], reports: Sequence[Report], total_s: float
 ) -> str:
-    """Write the summary of a complete job, unless an earlier run has; the line to print.
+    """Write the summary of a complete job, unless an earlier run wrote it; returns the message to print.
 
-    Raises SamplingError naming the seeds whose chains failed, which have no image.
+    Raises SamplingError naming the seeds of failed chains, which have no image.
     """
     records = list(records)
     failed = sorted(seed for record in records for seed in record.failed)
@@ -62,9 +62,9 @@ def conclude(
     if failed:
         shown = ", ".join(map(str, failed[:8])) + (f" and {len(failed) - 8} more" if len(failed) > 8 else "")
         raise SamplingError(
-            f"{len(failed)} of {len(seeds)} chains were not finite, nor when done again, and have no image in "
-            f"{folder.out} (seeds {shown}); a smaller step size makes them finite, in another folder."
+            f"{len(failed)} of {len(seeds)} chains became non-finite, also when redone, and have no image in "
+            f"{folder.out} (seeds {shown}); use a smaller step size and another folder."
         )
     if not plan.todo:
-        return f"All {len(seeds)} images are in {folder.out}, and whole."
+        return f"All {len(seeds)} images are in {folder.out} and verified."
     return f"Made {images} images, {rate:.3g} per second; all {len(seeds)} are in {folder.out}."
