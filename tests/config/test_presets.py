@@ -222,8 +222,8 @@ def test_stage_2_of_a_preset_is_trained_as_published(name: str) -> None:
 def test_a_preset_is_sampled_with_the_h_that_it_is_trained_with(name: str) -> None:
     expected = {**SAMPLING[name], "step_size": STAGE_2[name]["h"], "temperature": 1.0, "start_temperature": 1.0}
     assert asdict(PRESETS[name].sampling) == expected
-    chain = SampleOptions(nvae=Path("v"), energy=Path("e"), seeds="0", out=Path("o"), preset=name).chain()
-    assert asdict(chain) == {**expected, "start_temperature": 1.0}
+    job = SampleOptions(nvae=Path("v"), energy=Path("e"), seeds="0", out=Path("o"), preset=name).resolve()
+    assert asdict(job.chain) == {**expected, "start_temperature": 1.0}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -283,18 +283,20 @@ def test_train_without_other_options_gives_a_trainer_the_preset(
     def trainer(*arguments: Any, **options: Any) -> Any:
         given.append((*arguments, options))
 
-    source = object()
-    monkeypatch.setattr(command, "open_source", lambda data, **shape: (data, shape, source))
+    monkeypatch.setattr(command, "open_source", lambda data, **shape: (data, shape))
+    monkeypatch.setattr(command, "TorchLoader", lambda *arguments, **options: (*arguments, options))
     monkeypatch.setattr(command, "load_nvae", lambda path: path)
     monkeypatch.setattr(command, "VAETrainer", trainer)
     monkeypatch.setattr(command, "EnergyTrainer", trainer)
     monkeypatch.setattr(command, "finish", lambda trainer, run: 0)
     nvae = ["--nvae", "nvae.safetensors"] if stage == "energy" else []
     assert command.main([stage, "--preset", name, "--data", "here", "--device", "cpu", *nvae]) == 0
-    (*networks, training, (data, shape, _), options) = given[0]
+    (*networks, training, ((data, shape), loader_batch, loader_options), options) = given[0]
     row = NVAE[name]
     assert (data, shape) == ("here", {"image_size": row["size"], "image_channels": row["image"]})
-    assert options["seed"] == 0 and options.items() >= AUGMENTATION[name].items()
+    assert options == {"seed": 0, "device": torch.device("cpu")}
+    assert loader_batch == training.batch_size
+    assert loader_options == {"seed": 0, "pinned": False, **AUGMENTATION[name]}
     if stage == "vae":
         assert networks == [PRESETS[name].nvae]
         assert asdict(training) == expected_vae_training(name)

@@ -1,11 +1,10 @@
-"""Image decoding and resizing, the three sources, and the order of training batches."""
+"""Image decoding and resizing, the three sources, the plan of an epoch, and conversion to tensors."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import struct
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.helpers.golden import case_path
-from vaebm_fast.data import ArraySource, batches, batches_per_epoch, digits, mnist, open_source, quantise, to_tensor
+from vaebm_fast.data import TorchLoader, digits, mnist, open_source, quantise, to_input, to_tensor
 from vaebm_fast.data.folder import ImageFolder
 from vaebm_fast.data.images import crop_square, read_image, resize_short_side
 from vaebm_fast.data.plan import plan_epoch
@@ -44,19 +43,6 @@ def palette() -> Image.Image:
     image = halves("P", 0, 1)
     image.putpalette([10, 20, 30, 200, 100, 50])
     return image
-
-
-def numbered(total: int, side: int = 4) -> ArraySource:
-    """Image i has i in its top-left pixel and 255 below it, so that mirroring is visible."""
-    images = np.zeros((total, side, side, 1), np.uint8)
-    images[:, 0, 0, 0] = np.arange(total)
-    images[:, 1, 0, 0] = 255
-    return ArraySource("numbered", images)
-
-
-def indices_of(batch: torch.Tensor) -> list[int]:
-    """The largest byte of each top row, mirrored or not."""
-    return (batch[:, 0, 0].amax(-1) * 255).round().int().tolist()
 
 
 FORMATS = {
@@ -133,7 +119,7 @@ def test_a_file_that_cannot_be_read_is_named_and_never_left_out(name: str, tmp_p
     source = open_source(tmp_path, image_size=8, image_channels=3)
     assert len(source) == 2
     with pytest.raises(ValueError, match=name):
-        next(batches(source, 2, seed=0))
+        TorchLoader(source, 2).batch(0)
 
 
 @given(
@@ -308,55 +294,6 @@ def test_a_source_that_does_not_fit_is_one_sentence(
         open_source(tmp_path / name, **({"image_size": 8, "image_channels": 1} | options))
 
 
-def test_every_epoch_is_another_permutation() -> None:
-    source = numbered(12)
-    assert batches_per_epoch(source, 4) == 3
-    stream = batches(source, 4, seed=1)
-    epochs = [[index for batch in islice(stream, 3) for index in indices_of(batch)] for _ in range(3)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    other_seed = [index for batch in islice(batches(source, 4, seed=2), 3) for index in indices_of(batch)]
-    assert other_seed != epochs[0]
-
-
-def test_the_last_smaller_batch_is_left_out() -> None:
-    stream = batches(numbered(10), 4, seed=0)
-    epoch = [index for batch in islice(stream, 2) for index in indices_of(batch)]
-    assert len(set(epoch)) == 8
-
-
-@pytest.mark.parametrize("start, workers", [(1, 1), (3, 2), (7, 4)])
-def test_starting_late_is_bit_equal_to_having_run_through(start: int, workers: int) -> None:
-    source = digits()
-    options = {"seed": 2**63, "horizontal_flip": True}
-    whole = list(islice(batches(source, 256, **options), 10))
-    resumed = islice(batches(source, 256, start_iteration=start, workers=workers, **options), 10 - start)
-    assert all(torch.equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
-
-
-def test_half_of_the_images_are_mirrored_by_position_and_none_unless_asked() -> None:
-    source = numbered(200)
-    mirrored = []
-    for batch, plain in zip(
-        islice(batches(source, 50, seed=3, horizontal_flip=True), 80), batches(source, 50, seed=3), strict=False
-    ):
-        flips = batch[:, 0, 1, -1] == 1
-        assert torch.equal(torch.where(flips[:, None, None, None], batch.flip(-1), batch), plain)
-        mirrored.append(flips)
-    flips = torch.cat(mirrored)
-    assert abs(flips.float().mean() - 0.5) < 4 * 0.5 / len(flips) ** 0.5
-    assert not torch.equal(flips[:200], flips[200:400])
-
-
-def test_random_crops_move_the_window_and_are_central_otherwise(tmp_path: Path) -> None:
-    ramp = np.broadcast_to(np.arange(24, dtype=np.uint8) * 10, (8, 24))
-    Image.fromarray(ramp.copy()).save(tmp_path / "a.png")
-    source = open_source(tmp_path, image_size=8, image_channels=1)
-    assert indices_of(next(batches(source, 1, seed=0))[..., :1]) == [80]
-    lefts = {indices_of(batch[..., :1])[0] for batch in islice(batches(source, 1, seed=0, random_crop=True), 200)}
-    assert lefts == {10 * left for left in range(17)}
-
-
 def test_the_order_of_an_epoch_never_changes_between_versions() -> None:
     plan = plan_epoch(seed=7, epoch=2, total_images=8)
     assert plan.order.tolist() == [7, 3, 2, 6, 5, 4, 0, 1]
@@ -371,10 +308,13 @@ def test_batches_are_pixels_over_255_channels_first() -> None:
     assert (batch.numpy() == images.transpose(0, 3, 1, 2) / np.float32(255)).all()
 
 
-@pytest.mark.parametrize("batch_size, seed, workers", [(0, 0, 1), (13, 0, 1), (4, -1, 1), (4, 0, 0)])
-def test_wrong_batch_arguments_are_refused_at_once(batch_size: int, seed: int, workers: int) -> None:
-    with pytest.raises(ValueError, match="is (0|13|-1)"):
-        batches(numbered(12), batch_size, seed=seed, workers=workers)
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inputs_are_quantised_pixels_channels_last(channels: int, bits: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, channels), np.uint8)
+    x = to_input(torch.from_numpy(images), bits, "cpu")
+    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, quantise(to_tensor(images), bits))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -72,7 +72,7 @@ def run_apart(
     """
 
     def command(_: object) -> int:
-        return run_job(options) if ranks is None else run_rank(options, ranks, store)
+        return run_job(options) if ranks is None else run_rank(options.resolve(), ranks, store)
 
     def main() -> None:
         if before is not None:

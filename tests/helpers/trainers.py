@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vaebm_fast.config import PRESETS
-from vaebm_fast.data import ImageSource, digits
+from vaebm_fast.data import ImageSource, TorchLoader, digits
 from vaebm_fast.models import NVAE
 from vaebm_fast.training import EnergyTrainer, VAETrainer
 
@@ -23,7 +23,7 @@ SOURCE = digits()
 def vae_trainer(source: ImageSource = SOURCE, **changes: Any) -> VAETrainer:
     """Seven steps of stage 1."""
     training = replace(PRESETS["digits"].vae_training, epochs=1, batch_size=128, warmup_epochs=0, **changes)
-    return VAETrainer(TINY, training, source, seed=5)
+    return VAETrainer(TINY, training, TorchLoader(source, 128, seed=5), seed=5)
 
 
 def energy_trainer(**changes: Any) -> EnergyTrainer:
@@ -33,4 +33,5 @@ def energy_trainer(**changes: Any) -> EnergyTrainer:
     training = PRESETS["digits"].energy_training
     of_chain = {name: options.pop(name) for name in ("steps", "step_size", "potential") if name in options}
     training = replace(training, chain=replace(training.chain, **of_chain), **options)
-    return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, SOURCE, seed=5)
+    loader = TorchLoader(SOURCE, training.batch_size, seed=5)
+    return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, loader, seed=5)

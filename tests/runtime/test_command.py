@@ -18,7 +18,7 @@ from vaebm_fast.ops import _backend
 from vaebm_fast.runtime import command
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
 from vaebm_fast.sampling import SamplingError
-from vaebm_fast.sampling.options import Seeds
+from vaebm_fast.sampling.seeds import Seeds
 from vaebm_fast.training.guard import DivergedError
 
 CPU = torch.device("cpu")

@@ -187,12 +187,12 @@ def test_an_array_that_does_not_fit_on_the_disk_is_refused_and_pictures_are_warn
 ) -> None:
     free = 2 * 10 * 48  # bytes of ten images twice: once in parts, once put together
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=free - 1))
-    with pytest.raises(SamplingError, match=r"These images need .* GiB, but .* has .* GiB free; free space"):
+    with pytest.raises(SamplingError, match=r"These images need .* GiB, but .* has .* GiB free; free some space"):
         run_job(replace(options, format="npy"))
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     assert run_job(replace(options, format="npy", out=options.out / "fits")) == 0
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * 48 // 2 - 1))
-    with pytest.warns(UserWarning, match="These images need about .* if the disk fills up, free space"):
+    with pytest.warns(UserWarning, match="These images need about .* if the disk fills up, free some"):
         assert run_job(replace(options, out=options.out / "png")) == 0
 
 

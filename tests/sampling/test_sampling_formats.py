@@ -16,8 +16,8 @@ import pytest
 
 from tests.helpers.sampling_jobs import FORMATS, computed, expected_images, networks, options, pictures, pixels
 from vaebm_fast.sampling import SampleOptions, run_job
-from vaebm_fast.sampling.options import Seeds
 from vaebm_fast.sampling.outputs import Output, Part
+from vaebm_fast.sampling.seeds import Seeds
 
 __all__ = ["computed", "networks", "options"]  # fixtures
 
@@ -55,11 +55,11 @@ def test_seeds_without_some_are_the_others() -> None:
         ("0-", "Seeds '0-' are not of the form"),
         ("0-9,a", "Seeds 'a' are not of the form"),
         ("-3", "Seeds '-3' are not of the form"),
-        ("9-0", "'9-0' are not an ascending range"),
-        (f"0-{2**64}", "are not an ascending range within"),
+        ("9-0", "'9-0' must ascend"),
+        (f"0-{2**64}", "must ascend within"),
         ("0-5,5", "Seed 5 is given twice"),
         ("3-9,0-4", "Seed 3 is given twice"),
-        (f"0-{2**62}", "more images than any disk holds"),
+        (f"0-{2**62}", "are 2\\^40 images or more"),
     ],
 )
 def test_seeds_that_are_none_are_refused(text: str, sentence: str) -> None:
@@ -69,12 +69,12 @@ def test_seeds_that_are_none_are_refused(text: str, sentence: str) -> None:
 
 def test_the_chain_is_the_presets_where_it_is_not_given(options: SampleOptions) -> None:
     bare = replace(options, steps=None, step_size=None)
-    chain = replace(bare, preset="digits", steps=0, temperature=0.7).chain()
+    chain = replace(bare, preset="digits", steps=0, temperature=0.7).resolve().chain
     assert (chain.steps, chain.step_size, chain.potential, chain.temperature) == (0, 0.15, "paper", 0.7)
     with pytest.raises(ValueError, match="give --preset, or both --steps and --step-size"):
-        replace(bare, steps=3).chain()
+        replace(bare, steps=3).resolve()
     with pytest.raises(ValueError, match="Preset 'mnist' is not known; it must be one of cifar10"):
-        replace(bare, preset="mnist").chain()
+        replace(bare, preset="mnist").resolve()
     for name in ("batch_size", "processes"):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
             replace(options, **{name: 0})

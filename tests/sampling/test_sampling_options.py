@@ -25,7 +25,7 @@ from vaebm_fast.runtime import command, ranks
 from vaebm_fast.sampling import SampleOptions, SamplingError, blocks, folder, job, journal, plan, run_job
 from vaebm_fast.sampling.blocks import BlockSampler, automatic_batch_size
 from vaebm_fast.sampling.journal import Journal, Record
-from vaebm_fast.sampling.options import MOST_SEEDS, Seeds
+from vaebm_fast.sampling.seeds import MOST_SEEDS, Seeds
 
 Networks = tuple[Path, Path]
 

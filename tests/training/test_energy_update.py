@@ -17,6 +17,7 @@ from tests.helpers.trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer
 from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.chain.noise import Stream, normal, step_seeds
 from vaebm_fast.config import PRESETS, ChainConfig, EnergyTraining, Potential, ReplayBuffer
+from vaebm_fast.data import TorchLoader
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import DecoderCombiner, WNConv2d
 from vaebm_fast.training import EnergyTrainer
@@ -94,7 +95,7 @@ def trainer_with_sensitive_images(**changes: Any) -> EnergyTrainer:
         head.log_weight_norm.add_(1.5)
         head.bias[1:].sub_(2)
     training = replace(PRESETS["digits"].energy_training, iterations=6, batch_size=8, **changes)
-    return EnergyTrainer(vae, TINY_ENERGY, training, SOURCE, seed=5)
+    return EnergyTrainer(vae, TINY_ENERGY, training, TorchLoader(SOURCE, 8, seed=5), seed=5)
 
 
 def steepen(trainer: EnergyTrainer) -> None:
@@ -156,7 +157,7 @@ def test_the_nvae_stays_in_evaluation_mode_and_as_it_is() -> None:
     vae = NVAE(TINY).train()
     training = replace(PRESETS["digits"].energy_training, batch_size=8, chain=ChainConfig(2, 0.15, "paper"))
     before = copy.deepcopy(vae.state_dict())
-    trainer = EnergyTrainer(vae, TINY_ENERGY, training, SOURCE)
+    trainer = EnergyTrainer(vae, TINY_ENERGY, training, TorchLoader(SOURCE, training.batch_size))
     for step in range(2):
         trainer.step(step)
     assert not any(module.training for module in trainer.model.vae.modules())
@@ -230,7 +231,7 @@ def test_a_fresh_energy_network_is_initialised_on_five_batches_taken_as_one_and_
     trainer = energy_trainer(learning_rate=1e-30, weight_decay=0.0, init_batches=5)
     trainer.step(0)
     energy = trainer.model.energy
-    images = torch.cat([trainer._data(step) for step in range(5)])
+    images = torch.cat([trainer.images(step) for step in range(5)])
     convs = [module for module in energy.modules() if isinstance(module, WNConv2d)]
     assert len(convs) == 1 + 2 * 4 + 2 and len(images) == 40
     for conv in convs:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,9 +16,7 @@ from tests.helpers.trainers import QUIET, SOURCE, TINY, TINY_ENERGY, energy_trai
 from vaebm_fast import reference
 from vaebm_fast.checkpoint import CheckpointError
 from vaebm_fast.config import PRESETS, ChainConfig, EnergyTraining, ReplayBuffer, VAETraining
-from vaebm_fast.data import digits
-from vaebm_fast.data.images import Pixels
-from vaebm_fast.data.loader import StepData
+from vaebm_fast.data import TorchLoader, digits
 from vaebm_fast.models import NVAE
 from vaebm_fast.models.nvae import bits_per_dim
 from vaebm_fast.report import save_grid
@@ -117,7 +110,7 @@ def test_vae_training_improves_bits_per_dim() -> None:
 def test_bits_per_dim_in_training_are_those_of_the_pixels_that_count() -> None:
     config = replace(TINY, image_size=16, likelihood="bernoulli", uncounted_border=2)
     training = replace(PRESETS["digits"].vae_training, batch_size=8)
-    scalars = VAETrainer(config, training, digits(image_size=16)).step(0)
+    scalars = VAETrainer(config, training, TorchLoader(digits(image_size=16), 8)).step(0)
     nats = float(scalars["reconstruction_loss"]) + float(scalars["kl"])
     assert float(scalars["bits_per_dim"]) == pytest.approx(nats / (12 * 12 * math.log(2)))
 
@@ -134,39 +127,6 @@ def test_mixed_precision_keeps_densities_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         elbo = mixed.vae.elbo(x)
     assert elbo.kl.dtype == elbo.log_q.dtype == elbo.reconstruction_loss.dtype == torch.float32
-
-
-@dataclass
-class _Meeting:
-    """The digits; a read ends only when as many threads read at once as the barrier is for."""
-
-    barrier: threading.Barrier
-    crops: list[bool] = field(default_factory=list)
-    name: str = SOURCE.name
-    labels: None = None
-    image_shape: tuple[int, int, int] = SOURCE.image_shape
-
-    def __len__(self) -> int:
-        return len(SOURCE)
-
-    def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
-        self.barrier.wait(timeout=20)
-        self.crops.append(crop is not None)
-        return SOURCE.read(indices)
-
-
-@pytest.mark.parametrize("cores, threads", [(1, 1), (3, 3), (64, 8)])
-def test_a_steps_images_are_read_by_a_thread_per_core_and_are_the_same(
-    cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    source = _Meeting(threading.Barrier(threads))
-    options: dict[str, Any] = {"seed": 5, "bits": 8, "horizontal_flip": True, "device": torch.device("cpu")}
-    data = StepData(source, 100, random_crop=True, **options)
-    alone = StepData(SOURCE, 100, random_crop=False, workers=1, **options)
-    assert torch.equal(data(0), alone(0))
-    assert len(source.crops) >= 1 and all(source.crops)
-    source.barrier.abort()  # whatever still waits to be read
 
 
 class _Interrupt(Exception):
@@ -394,7 +354,7 @@ def test_resuming_energy_training_with_another_nvae_is_refused(tmp_path: Path) -
         training = replace(
             PRESETS["digits"].energy_training, iterations=2, batch_size=8, chain=ChainConfig(1, 0.15, "paper")
         )
-        return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, SOURCE)
+        return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, TorchLoader(SOURCE, 8))
 
     train(trainer(0), RunOptions(tmp_path, **QUIET))
     with pytest.raises(CheckpointError, match="nvae_sha256"):

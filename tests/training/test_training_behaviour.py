@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.helpers.by_hand import seen_by
 from tests.helpers.trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 from vaebm_fast.config import PRESETS, ReplayBuffer
-from vaebm_fast.data import ArraySource, ImageSource, open_source
+from vaebm_fast.data import ArraySource, ImageSource, TorchLoader, open_source
 from vaebm_fast.models import NVAE
 from vaebm_fast.training import EnergyTrainer, VAETrainer
 from vaebm_fast.training.guard import DivergedError, DivergenceGuard
@@ -29,13 +29,14 @@ STAGES = ("vae", "energy")
 def seen_in_training(stage: str, source: ImageSource, steps: range, *, bits: int = 8, **augmentation: bool) -> Tensor:
     """The images [N, 1, 8, 8] that the encoder, or the energy network as data, sees at these steps of ten images."""
     config, digits = replace(TINY, num_x_bits=bits), PRESETS["digits"]
+    loader = TorchLoader(source, 10, seed=5, **augmentation)
     if stage == "vae":
         training = replace(digits.vae_training, batch_size=10)
-        vae_stage = VAETrainer(config, training, source, seed=5, **augmentation)
+        vae_stage = VAETrainer(config, training, loader, seed=5)
         seen = [seen_by(vae_stage.vae.stem, partial(vae_stage.step, step))[0] for step in steps]
         return (torch.cat(seen) + 1) / 2
     short = replace(digits.energy_training, batch_size=10, chain=replace(digits.energy_training.chain, steps=1))
-    energy_stage = EnergyTrainer(NVAE(config), TINY_ENERGY, short, source, seed=5, **augmentation)
+    energy_stage = EnergyTrainer(NVAE(config), TINY_ENERGY, short, loader, seed=5)
     energy_stage.initialize = lambda: None  # type: ignore[method-assign]
     return torch.cat([seen_by(energy_stage.model.energy, partial(energy_stage.step, step))[0] for step in steps])
 
@@ -175,7 +176,7 @@ def test_each_rollback_halves_the_rate_restores_the_weights_and_empties_the_buff
 
 def test_both_trainers_read_the_digits_of_their_seed() -> None:
     """The first batch of a seed is the same in both stages, and another for another seed."""
-    batches = [trainer._data(0)[:8] for trainer in (vae_trainer(), energy_trainer())]
+    batches = [trainer.images(0)[:8] for trainer in (vae_trainer(), energy_trainer())]
     assert torch.equal(*batches)
-    other = VAETrainer(TINY, vae_trainer().training, SOURCE, seed=6)._data(0)[:8]
+    other = VAETrainer(TINY, vae_trainer().training, TorchLoader(SOURCE, 128, seed=6), seed=6).images(0)[:8]
     assert not torch.equal(batches[0], other)

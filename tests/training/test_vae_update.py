@@ -24,7 +24,7 @@ from tests.helpers.by_hand import (
 )
 from tests.helpers.trainers import SOURCE, TINY, vae_trainer
 from vaebm_fast.config import VAETraining
-from vaebm_fast.data import ArraySource
+from vaebm_fast.data import ArraySource, TorchLoader
 from vaebm_fast.models import NVAE
 from vaebm_fast.models.layers import ActivatedConv
 from vaebm_fast.training import VAETrainer
@@ -181,7 +181,7 @@ def test_every_image_of_every_step_has_posterior_noise_of_its_own() -> None:
 
 def test_posterior_noise_of_another_seed_is_another_and_an_images_number_decides_not_the_batch() -> None:
     training = replace(vae_trainer().training, batch_size=64)
-    half, other = VAETrainer(TINY, training, SOURCE, seed=5), VAETrainer(TINY, training, SOURCE, seed=6)
+    half, other = (VAETrainer(TINY, training, TorchLoader(SOURCE, 64, seed=seed), seed=seed) for seed in (5, 6))
     whole = flat(vae_trainer().noise(1))
     halves = torch.cat([flat(half.noise(2)), flat(half.noise(3))])
     assert torch.equal(whole, halves)
@@ -191,7 +191,7 @@ def test_posterior_noise_of_another_seed_is_another_and_an_images_number_decides
 def test_warm_up_and_annealing_count_the_epochs_of_the_source() -> None:
     """40 images, batches of 8: five steps per epoch, 50 in all; 10 warm up, and the KL is annealed until step 25.05."""
     training = replace(TRAINING, epochs=10, batch_size=8, kl_const_portion=1e-3, kl_const_coeff=1e-3)
-    trainer = VAETrainer(TINY, training, ArraySource("few", SOURCE.images[:40]))
+    trainer = VAETrainer(TINY, training, TorchLoader(ArraySource("few", SOURCE.images[:40]), 8))
     assert trainer.total_steps == 50
     scalars = {step: trainer.step(step) for step in (0, 4, 9, 10, 30, 49)}
     rates = [8e-3 / 10, 8e-3 * 5 / 10, 8e-3, 8e-3, 5e-3, 2e-3 + 3e-3 * (1 + math.cos(math.pi * 39 / 40))]
@@ -214,11 +214,11 @@ def test_a_fresh_res_elu_network_is_initialised_on_its_first_batch_and_never_aga
     config = replace(TINY, arch_instance="res_elu")
     options: dict[str, Any] = {"mixed_precision": False, "warmup_epochs": 0, "weight_decay": 0.0, "batch_size": 32}
     still = VAETraining(learning_rate=1e-30, learning_rate_min=0.0, **options)
-    trainer = VAETrainer(config, still, SOURCE, seed=5)
+    trainer = VAETrainer(config, still, TorchLoader(SOURCE, 32, seed=5), seed=5)
     trainer.step(0)
     cells = [cell for cell in trainer.vae.modules() if isinstance(cell, ActivatedConv)]
     assert len(cells) > 10
-    x, eps_q = trainer._data(0), trainer.noise(0)
+    x, eps_q = trainer.images(0), trainer.noise(0)
     for cell in cells:
         (output,) = outputs_during(cell.conv_0, lambda: trainer.vae.elbo(x, eps_q))
         std = output.std(dim=(0, 2, 3))

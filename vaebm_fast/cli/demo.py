@@ -23,7 +23,7 @@ from torch import Tensor
 from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
 from vaebm_fast.checkpoint import load_energy, load_nvae
 from vaebm_fast.config import PRESETS, Preset
-from vaebm_fast.data import ArraySource, digits, to_tensor
+from vaebm_fast.data import ArraySource, TorchLoader, digits, to_tensor
 from vaebm_fast.evaluation.digit_features import SAMPLES, SAMPLING_SEEDS, Judge, everything, train_digit_classifier
 from vaebm_fast.frozen import freeze
 from vaebm_fast.models import VAEBM
@@ -113,12 +113,14 @@ def _train(preset: Preset, source: ArraySource, folder: Path, *, seed: int, prog
         return RunOptions(folder / name, log_every=10, save_every=10**6, grid_every=10**6, progress=progress)
 
     print(f"Stage 1: the NVAE, {preset.vae_training.epochs} epochs over {len(source)} digits (seed {seed}).")
-    vae_file = train(VAETrainer(preset.nvae, preset.vae_training, source, seed=seed), options("vae"), save_grid)
+    loader = TorchLoader(source, preset.vae_training.batch_size, seed=seed)
+    vae_file = train(VAETrainer(preset.nvae, preset.vae_training, loader, seed=seed), options("vae"), save_grid)
     if vae_file is None:
         raise KeyboardInterrupt
     vae = load_nvae(vae_file)
     print(f"Stage 2: the energy network, {preset.energy_training.iterations} iterations.")
-    trainer = EnergyTrainer(vae, preset.energy, preset.energy_training, source, seed=seed)
+    loader = TorchLoader(source, preset.energy_training.batch_size, seed=seed)
+    trainer = EnergyTrainer(vae, preset.energy, preset.energy_training, loader, seed=seed)
     energy_file = train(trainer, options("energy"), save_grid)
     if energy_file is None:
         raise KeyboardInterrupt

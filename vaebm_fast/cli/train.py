@@ -27,7 +27,7 @@ from vaebm_fast.config import (
     format_blocks,
     parse_blocks,
 )
-from vaebm_fast.data import open_source
+from vaebm_fast.data import Loader, TorchLoader, open_source
 from vaebm_fast.report import save_grid
 from vaebm_fast.runtime import command
 from vaebm_fast.runtime.devices import DeviceName, choose_device
@@ -64,14 +64,21 @@ class Options:
     """Device; auto uses the GPU if there is one."""
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
+    def loader(self, image_shape: tuple[int, int, int], batch_size: int) -> Loader:
+        """Training batches for a network of images (C, H, W)."""
+        channels, side, _ = image_shape
+        return TorchLoader(
+            open_source(self.data, image_size=side, image_channels=channels),
+            batch_size,
+            seed=self.seed,
+            horizontal_flip=self.horizontal_flip,
+            random_crop=self.random_crop,
+            pinned=choose_device(self.device).type == "cuda",
+        )
+
     def trainer_options(self) -> dict[str, Any]:
         """Keyword arguments of both trainers."""
-        return {
-            "seed": self.seed,
-            "horizontal_flip": self.horizontal_flip,
-            "random_crop": self.random_crop,
-            "device": choose_device(self.device),
-        }
+        return {"seed": self.seed, "device": choose_device(self.device)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +110,8 @@ def train_vae(arguments: Sequence[str], prog: str) -> int:
     defaults = VAEOptions(**common, model=preset.nvae, training=preset.vae_training)
     options = parse(f"{prog} vae", defaults, arguments)
     model = options.model
-    source = open_source(options.data, image_size=model.image_size, image_channels=model.image_channels)
-    trainer = VAETrainer(model, options.training, source, **options.trainer_options())
+    loader = options.loader(model.image_shape, options.training.batch_size)
+    trainer = VAETrainer(model, options.training, loader, **options.trainer_options())
     compare_batches(preset.vae_gpus, preset.vae_training.batch_size, options.training.batch_size)
     return finish(trainer, options.run)
 
@@ -124,8 +131,8 @@ def train_energy(arguments: Sequence[str], prog: str) -> int:
             raise UserError("The replay buffer is off, so its values have no effect; add --training.buffer to use it.")
         training = replace(training, buffer=None)
     vae, energy = load_nvae(options.nvae), options.energy
-    source = open_source(options.data, image_size=energy.image_size, image_channels=energy.image_channels)
-    trainer = EnergyTrainer(vae, energy, training, source, **options.trainer_options())
+    loader = options.loader(energy.image_shape, training.batch_size)
+    trainer = EnergyTrainer(vae, energy, training, loader, **options.trainer_options())
     compare_batches(preset.energy_gpus, preset.energy_training.batch_size, training.batch_size)
     return finish(trainer, options.run)
 

@@ -1,17 +1,22 @@
-"""Image input: sources of images (`sources`) and training batches (`plan`, `loader`)."""
+"""Image input: sources (`sources`), training batches (`plan`, `loader`) and their conversion (`tensors`)."""
 
-from vaebm_fast.data.loader import batches, quantise, to_tensor
-from vaebm_fast.data.plan import batches_per_epoch
+from vaebm_fast.data.loader import Loader, TorchLoader, UnreadableDataError
+from vaebm_fast.data.plan import BatchPlan, batches_per_epoch
 from vaebm_fast.data.sources import ArraySource, ImageSource, digits, mnist, open_source
+from vaebm_fast.data.tensors import quantise, to_input, to_tensor
 
 __all__ = [
     "ArraySource",
+    "BatchPlan",
     "ImageSource",
-    "batches",
+    "Loader",
+    "TorchLoader",
+    "UnreadableDataError",
     "batches_per_epoch",
     "digits",
     "mnist",
     "open_source",
     "quantise",
+    "to_input",
     "to_tensor",
 ]

@@ -1,23 +1,20 @@
-"""Training batches: uint8 images to tensors on a device, prefetched by threads.
+"""Training batches of uint8 images, read ahead by threads.
 
-The batch of iteration i depends only on (source, batch size, seed, i), so a run resumes by starting at i. `plan` makes
-the random choices; `sources` provides the images.
+A batch is a function of (plan, step, rank, world), so resuming needs no loader state. `plan` makes the random choices,
+`sources` provides the images, `tensors` converts them to network inputs on the device.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from itertools import count
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vaebm_fast.data.images import Pixels
-from vaebm_fast.data.plan import batches_per_epoch, plan_epoch
+from vaebm_fast.data.plan import BatchPlan
 from vaebm_fast.data.sources import ImageSource
 from vaebm_fast.runtime.errors import UserError
 
@@ -28,11 +25,34 @@ class UnreadableDataError(UserError):
     """The images of a step could not be read. Raised before the step changes any state."""
 
 
-class StepData:
-    """`data(step)` is the step's batch, float32 [N, C, H, W] in [0, 1], quantised to `bits`, on `device`.
+class Loader(Protocol):
+    """The training batches of one rank."""
 
-    `workers` threads (default: one per core, at most MOST_WORKERS) prefetch one batch each for consecutive steps; steps
-    may be requested in any order. Results do not depend on `workers`. Raises UnreadableDataError.
+    @property
+    def plan(self) -> BatchPlan:
+        """The images of every global batch."""
+        ...
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's rows of the global batch of `step`: uint8 [n, H, W, C] on the CPU.
+
+        A function of (plan, step, rank, world); steps may be requested in any order. Raises UnreadableDataError.
+        """
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that must match to resume: the data and its augmentation."""
+        ...
+
+
+class TorchLoader:
+    """A `Loader` that reads a source with threads, ahead of the step requested last.
+
+    batch_size: images of the global batch; each of the `world` ranks takes the same number of contiguous rows.
+    horizontal_flip: mirror each image with probability 1/2. random_crop: place the crop window of non-square images
+    uniformly; the default is the centre. pinned: return page-locked memory, which a GPU copies asynchronously.
+    workers: threads, each reading one step (default: one per core, at most MOST_WORKERS); results do not depend on it.
+    Raises UserError for invalid arguments.
     """
 
     def __init__(
@@ -40,99 +60,55 @@ class StepData:
         source: ImageSource,
         batch_size: int,
         *,
-        seed: int,
-        bits: int,
-        horizontal_flip: bool,
-        random_crop: bool,
-        device: torch.device,
+        seed: int = 0,
+        horizontal_flip: bool = False,
+        random_crop: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        pinned: bool = False,
         workers: int | None = None,
     ) -> None:
-        self.source, self.batch_size, self.seed = source, batch_size, seed
-        self._bits, self._device = bits, device
-        self._flip, self._crop = horizontal_flip, random_crop
-        self._workers = workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-        self._next_step = 0
-        self._batches = self._from(0)
+        self.source = source
+        self.plan = BatchPlan(source, batch_size, seed)
+        self._rows = self.plan.rows_of_rank(rank, world)
+        self._flip, self._crop, self._pinned = horizontal_flip, random_crop, pinned
+        self._workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
+        if self._workers < 1:
+            raise UserError(f"workers is {workers}; it must be at least 1.")
+        self._pool = ThreadPoolExecutor(self._workers, "vaebm-fast-data")
+        self._ahead: deque[Future[Tensor]] = deque()  # of the steps from self._next on
+        self._next = 0
 
-    def _from(self, step: int) -> Iterator[Tensor]:
-        return batches(
-            self.source,
-            self.batch_size,
-            seed=self.seed,
-            start_iteration=step,
-            horizontal_flip=self._flip,
-            random_crop=self._crop,
-            workers=self._workers,
-        )
-
-    def __call__(self, step: int) -> Tensor:
-        if step != self._next_step:
-            self._batches = self._from(step)
-        self._next_step = step + 1
+    def batch(self, step: int) -> Tensor:
+        """This rank's rows of the global batch of `step`: uint8 [n, H, W, C]. Raises UnreadableDataError."""
+        if step != self._next:
+            self._drop()
+        self._next = step + 1
+        while len(self._ahead) <= self._workers:
+            self._ahead.append(self._pool.submit(self._read, step + len(self._ahead)))
         try:
-            batch = next(self._batches)
+            return self._ahead.popleft().result()
         except (UserError, OSError) as error:
             raise UnreadableDataError(str(error)) from error
-        return quantise(batch, self._bits).to(self._device, memory_format=torch.channels_last)
 
+    def _drop(self) -> None:
+        """Forget the batches read ahead."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
 
-def batches(
-    source: ImageSource,
-    batch_size: int,
-    *,
-    seed: int,
-    start_iteration: int = 0,
-    horizontal_flip: bool = False,
-    random_crop: bool = False,
-    workers: int = 1,
-) -> Iterator[Tensor]:
-    """Infinite training batches from `start_iteration`: float32 [batch_size, C, H, W] in [0, 1] on the CPU.
+    def _read(self, step: int) -> Tensor:
+        here = self.plan.batch(step, self._rows)
+        images = self.source.read(here.order, here.crop if self._crop else None)
+        if self._flip:
+            images[here.flip] = images[here.flip, :, ::-1]
+        batch = torch.from_numpy(images)
+        return batch.pin_memory() if self._pinned else batch
 
-    Every epoch is a new permutation of the source, split into `batches_per_epoch`. `horizontal_flip` mirrors each image
-    with probability 1/2; `random_crop` places the crop window of non-square images uniformly. `workers` threads
-    prefetch one batch each; results do not depend on `workers`. Raises ValueError immediately for invalid arguments,
-    and on reaching a batch with an unreadable file.
-    """
-    per_epoch = batches_per_epoch(source, batch_size)
-    if not 0 <= seed < 2**64:
-        raise UserError(f"seed is {seed}; it must be in 0 .. 2^64 - 1.")
-    if workers < 1:
-        raise UserError(f"workers is {workers}; it must be at least 1.")
-    plan = lru_cache(maxsize=2)(partial(plan_epoch, seed, total_images=len(source)))
-
-    def read(iteration: int) -> Tensor:
-        epoch, batch = divmod(iteration, per_epoch)
-        here, rows = plan(epoch), slice(batch * batch_size, (batch + 1) * batch_size)
-        images = source.read(here.order[rows], here.crop[rows] if random_crop else None)
-        if horizontal_flip:
-            flip = here.flip[rows]
-            images[flip] = images[flip, :, ::-1]
-        return to_tensor(images)
-
-    return _in_order(read, start_iteration, workers)
-
-
-def to_tensor(images: Pixels) -> Tensor:
-    """uint8 [n, H, W, C] -> float32 [n, C, H, W], contiguous: images / 255."""
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-
-
-def quantise(x: Tensor, bits: int) -> Tensor:
-    """floor(255 x / 2^(8 - b)) / (2^b - 1): the top b bits of each pixel, rescaled to [0, 1].
-
-    x is float32 in [0, 1], of any shape; 8 bits return x unchanged. Raises ValueError unless bits is 1 to 8.
-    """
-    if not 1 <= bits <= 8:
-        raise UserError(f"bits is {bits}; it must be 1 to 8.")
-    return x if bits == 8 else torch.floor(x * 255 / 2 ** (8 - bits)) / (2**bits - 1)
-
-
-def _in_order(read: Callable[[int], Tensor], start: int, workers: int) -> Iterator[Tensor]:
-    """read(start), read(start + 1), ..., in order, each computed in advance by one of `workers` threads."""
-    with ThreadPoolExecutor(workers, "vaebm-fast-data") as pool:
-        pending = deque(pool.submit(read, start + ahead) for ahead in range(workers))
-        for iteration in count(start + workers):
-            batch = pending.popleft().result()
-            pending.append(pool.submit(read, iteration))
-            yield batch
+    def settings(self) -> dict[str, Any]:
+        """JSON values that must match to resume: the source's name and size, flips and crops."""
+        return {
+            "data": f"{self.source.name}, {len(self.source)} images",
+            "horizontal_flip": self._flip,
+            "random_crop": self._crop,
+        }

@@ -1,7 +1,8 @@
-"""`vaebm-fast sample`: resumable multi-process sampling; the files do not depend on the number of processes.
+"""Sampling jobs: seeds to images on disk, with many processes, resumable and reproducible. `vaebm-fast sample`.
 
-`job` runs it. `options`: command options. `folder`: output folder and lock. `manifest`: saved settings. `journal`:
-finished blocks. `outputs`: file formats. `blocks`: computation. `writer`: background writing.
+`job` runs a job. `options` and `seeds` resolve its settings, `folder` and `manifest` own the output folder, `plan`
+finds the missing blocks, `blocks` computes them, `writer` and `outputs` write them, `journal` records them, `assembly`
+and `summary` finish the job.
 """
 
 from vaebm_fast.sampling.folder import SamplingError

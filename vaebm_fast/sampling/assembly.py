@@ -1,4 +1,4 @@
-"""Assembles the parts of blocks into the job's output files, and verifies those files."""
+"""Assembles the parts of blocks into the job's output files (products), and verifies those files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vaebm_fast.runtime.files import file_sha256
 from vaebm_fast.sampling.folder import PARTS, STATE, Folder
 from vaebm_fast.sampling.journal import Record
 from vaebm_fast.sampling.manifest import read_json
-from vaebm_fast.sampling.options import Seeds
 from vaebm_fast.sampling.outputs import Output, Part, Product
+from vaebm_fast.sampling.seeds import Seeds
 
-PRODUCTS = f"{STATE}/products.json"  # file name -> SHA-256 of each assembled product
+PRODUCTS = f"{STATE}/products.json"  # {name: SHA-256} of assembled products
 
 
 def intact_products(folder: Folder, output: Output, total: int) -> set[str]:
-    """Names of the products that exist and match their recorded SHA-256."""
+    """Names of the products whose files match their recorded SHA-256."""
     written = read_json(folder, PRODUCTS) or {}
     return {
         product.name
@@ -26,7 +26,7 @@ def intact_products(folder: Folder, output: Output, total: int) -> set[str]:
 
 
 def needs_part(block: int, batch_size: int, products: Sequence[Product], intact: set[str]) -> bool:
-    """Whether an unfinished product needs this block's part; always true for formats without products."""
+    """Whether a block's files are still needed: for an incomplete product, or because the format has no products."""
     into = [product for product in products if _overlaps(product, block, batch_size)]
     return not into or any(product.name not in intact for product in into)
 
@@ -34,9 +34,9 @@ def needs_part(block: int, batch_size: int, products: Sequence[Product], intact:
 def assemble(
     folder: Folder, output: Output, seeds: Seeds, batch_size: int, intact: set[str], records: Mapping[int, Record]
 ) -> None:
-    """Assemble each product that is not `intact`, then delete the parts.
+    """Write the products that are not `intact`, then remove the parts.
 
-    Safe to kill at any point: a product is recorded after it is durable, and parts are kept until all are recorded.
+    A kill at any point loses nothing: a product is recorded once it is on disk, and parts stay until all are.
     """
     products = output.products(len(seeds))
     for product in products:

@@ -1,4 +1,4 @@
-"""The plan of a run: settings checked against the folder's manifest, and the blocks still missing."""
+"""The plan of a run: the job's settings, checked against its folder, and the missing blocks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vaebm_fast.sampling import journal, manifest
 from vaebm_fast.sampling.assembly import intact_products, needs_part
 from vaebm_fast.sampling.blocks import automatic_batch_size
 from vaebm_fast.sampling.folder import Folder, SamplingError
-from vaebm_fast.sampling.options import SampleOptions, Seeds
+from vaebm_fast.sampling.options import Job
 from vaebm_fast.sampling.outputs import Output
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions of rank 0 for all processes.
+    """Decisions of rank 0 for all ranks.
 
-    threads: torch threads per process on a CPU, which affect rounding. intact: products that are complete.
+    threads: torch threads per process on a CPU, which decide the order of sums. intact: products that are complete.
     """
 
     batch_size: int
@@ -33,22 +33,15 @@ class Plan:
     intact: set[str]
 
 
-def make_plan(
-    options: SampleOptions,
-    folder: Folder,
-    seeds: Seeds,
-    sampler: LangevinSampler,
-    hashes: Mapping[str, str],
-    threads: int,
-) -> Plan:
-    """Check settings against the manifest; keep verified blocks, drop damaged ones. Raises SamplingErrors.
+def make_plan(job: Job, folder: Folder, sampler: LangevinSampler, hashes: Mapping[str, str], threads: int) -> Plan:
+    """Check the settings against the folder, keep verified blocks, drop damaged ones. Raises SamplingError.
 
-    `threads`: torch threads per process on a CPU for a new job; an existing folder's value wins.
+    hashes: of the networks. threads: torch threads per process on a CPU; a started folder keeps its number.
     """
-    made_with = _made_with(sampler.device)
+    options, seeds, made_with = job.options, job.seeds, _made_with(sampler.device)
     settings = manifest.settle(
         folder,
-        _asked(options, seeds, sampler, hashes),
+        _asked(job, sampler, hashes),
         lambda: {
             "batch_size": options.batch_size or automatic_batch_size(sampler, len(seeds)),
             "threads": threads if sampler.device.type == "cpu" else None,
@@ -56,7 +49,7 @@ def make_plan(
         },
     )
     batch_size = settings["batch_size"]
-    output = Output(options.format, seeds.largest, sampler.noise_layout.image_shape)
+    output = job.output(sampler.noise_layout.image_shape)
     products, whole = output.products(len(seeds)), intact_products(folder, output, len(seeds))
     records = journal.read(folder)
     done = journal.intact(folder, records)
@@ -72,14 +65,14 @@ def make_plan(
     return Plan(batch_size, settings["threads"], todo, sum(record.images for record in done.values()), whole)
 
 
-def _asked(options: SampleOptions, seeds: Seeds, sampler: LangevinSampler, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of this command that determine the images."""
-    chain = asdict(options.chain())
+def _asked(job: Job, sampler: LangevinSampler, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of this job that determine its images."""
+    options, chain = job.options, asdict(job.chain)
     if chain["steps"] == 0:
         del chain["step_size"], chain["potential"]
     asked = {
         **hashes,
-        "seeds": str(seeds),
+        "seeds": str(job.seeds),
         **chain,
         "dtype": options.dtype,
         "device": sampler.device.type,
@@ -90,7 +83,7 @@ def _asked(options: SampleOptions, seeds: Seeds, sampler: LangevinSampler, hashe
 
 
 def _made_with(device: torch.device) -> str:
-    """Software and hardware that the last bits of an image may depend on."""
+    """Software and hardware that may change the last bits of an image."""
     if device.type == "cuda":
         return f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__}, CPU with {torch.backends.cpu.get_cpu_capability()}"
@@ -99,18 +92,18 @@ def _made_with(device: torch.device) -> str:
 def _warn_of_another_machine(folder: Folder, before: str, now: str) -> None:
     if before != now:
         warnings.warn(
-            f"{folder.out} was started with {before} and continues with {now}; new images may differ by "
-            "a grey level from those of the first setup.",
+            f"{folder.out} was started with {before} and continues with {now}; new images may differ by one grey level "
+            "from those of the first setup.",
             stacklevel=2,
         )
 
 
 def _require_space(folder: Folder, output: Output, images: int) -> None:
-    """Raise if this many images cannot fit on the disk; warn if they may not."""
+    """Raise if this many images certainly do not fit on the disk; warn if they may not."""
     needed, free = output.bytes_needed(images), folder.free_bytes()
     if needed <= free:
         return
     sizes = f"{needed / 2**30:.3g} GiB, but {folder.out} has {free / 2**30:.3g} GiB free"
     if output.is_exact:
-        raise SamplingError(f"These images need {sizes}; free space, or name a folder on another disk.")
-    warnings.warn(f"These images need about {sizes}; if the disk fills up, free space and {AGAIN}.", stacklevel=2)
+        raise SamplingError(f"These images need {sizes}; free some space, or name a folder on another disk.")
+    warnings.warn(f"These images need about {sizes}; if the disk fills up, free some space and {AGAIN}.", stacklevel=2)

@@ -1,4 +1,4 @@
-"""A job's results: summary.json and the final line, or the error if chains failed."""
+"""Concludes a job: writes summary.json, and makes the final message or the error for failed chains."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 
 from vaebm_fast.sampling.folder import Folder, SamplingError
 from vaebm_fast.sampling.journal import Record
-from vaebm_fast.sampling.options import Seeds
 from vaebm_fast.sampling.plan import Plan
+from vaebm_fast.sampling.seeds import Seeds
 
 NAME = "summary.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One process's statistics of this run; computed_at_once is below the batch size if memory ran out."""
+    """One rank's part of this run. computed_at_once: images per batch, reduced if memory ran out."""
 
     rank: int
     device: str
@@ -23,16 +23,16 @@ class Report:
     seconds: float
     images_per_second: float
     computed_at_once: int
-    memory_gib: float | None  # peak allocated by torch
+    memory_gib: float | None  # peak of torch's allocations
     gpu: dict[str, float | None] | None
 
 
 def conclude(
     folder: Folder, seeds: Seeds, plan: Plan, records: Iterable[Record], reports: Sequence[Report], total_s: float
 ) -> str:
-    """Write the summary of a complete job unless an earlier run did; returns the line to print.
+    """Write the summary of a complete job, unless an earlier run wrote it; returns the message to print.
 
-    Raises SamplingError naming the seeds whose chains failed and so have no image.
+    Raises SamplingError naming the seeds of failed chains, which have no image.
     """
     records = list(records)
     failed = sorted(seed for record in records for seed in record.failed)

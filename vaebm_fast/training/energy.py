@@ -21,8 +21,7 @@ from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.chain.noise import Stream, step_seeds, uniform
 from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json
-from vaebm_fast.data import ImageSource
-from vaebm_fast.data.loader import StepData
+from vaebm_fast.data import Loader, to_input
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import channels_last
@@ -128,7 +127,8 @@ class EnergyUpdate:
 class EnergyTrainer:
     """Trains an energy network with a frozen NVAE; each step draws negatives by chains at the current energy.
 
-    The chains run on the compiled pair; its energy network is refolded after each update.
+    The chains run on the compiled pair; its energy network is refolded after each update. Raises ValueError
+    unless the loader has the same batch size and seed.
     """
 
     def __init__(
@@ -136,14 +136,13 @@ class EnergyTrainer:
         vae: NVAE,
         config: EnergyConfig,
         training: EnergyTraining,
-        source: ImageSource,
+        loader: Loader,
         *,
         seed: int = 0,
-        horizontal_flip: bool = False,
-        random_crop: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config, self.training, self.seed = config, training, seed
+        loader.plan.require(training.batch_size, seed)
+        self.config, self.training, self.loader, self.seed = config, training, loader, seed
         self.device, self.total_steps = torch.device(device), training.iterations
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -152,15 +151,6 @@ class EnergyTrainer:
         self._nvae_sha256 = content_sha256(vae)
         self.model = channels_last(VAEBM(vae, energy).to(self.device))
         self.update = EnergyUpdate(self.model.energy, training, seed=seed)
-        self._augmentation = {"horizontal_flip": horizontal_flip, "random_crop": random_crop}
-        self._data = StepData(
-            source,
-            training.batch_size,
-            seed=seed,
-            bits=vae.config.num_x_bits,
-            **self._augmentation,
-            device=self.device,
-        )
         self._frozen = freeze(self.model)
         self.sampler = self._sampler_of(self._frozen)
         latent_dim = self.sampler.noise_layout.latent_dim
@@ -186,8 +176,7 @@ class EnergyTrainer:
             "stage": "energy",
             "nvae_sha256": self._nvae_sha256,
             "seed": self.seed,
-            "data": f"{self._data.source.name}, {len(self._data.source)} images",
-            **self._augmentation,
+            **self.loader.settings(),
             "energy": to_json(self.config),
             **training,
             **chain,
@@ -195,8 +184,12 @@ class EnergyTrainer:
 
     def initialize(self) -> None:
         """Data-dependent initialisation on the first `init_batches` batches, concatenated."""
-        images = torch.cat([self._data(step) for step in range(self.training.init_batches)])
+        images = torch.cat([self.images(step) for step in range(self.training.init_batches)])
         self.update.initialize_from_data(images)
+
+    def images(self, step: int) -> Tensor:
+        """The batch of a step, [N, C, H, W] in [0, 1] on the device."""
+        return to_input(self.loader.batch(step), self.model.vae.config.num_x_bits, self.device)
 
     def start(self, step: int) -> Tensor:
         """Starting states of a step's chains, [N, D]: N(0, I), with some latents from the replay buffer."""
@@ -238,7 +231,7 @@ class EnergyTrainer:
         """
         if step == 0:
             self.initialize()
-        images = self._data(step)  # may raise, so read before any state changes
+        images = self.images(step)  # may raise, so read before any state changes
         self._guard.before_step(step)
         scalars: Mapping[str, Tensor | float] = {}
         try:

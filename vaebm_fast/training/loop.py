@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vaebm_fast.checkpoint import CheckpointError, load_training, save_training
 from vaebm_fast.config.settings import differences, in_present_terms
-from vaebm_fast.data.loader import UnreadableDataError
+from vaebm_fast.data import UnreadableDataError
 from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.runtime.files import write
 from vaebm_fast.runtime.signals import noted

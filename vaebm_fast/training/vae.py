@@ -18,8 +18,7 @@ from vaebm_fast.chain.langevin import to_uint8
 from vaebm_fast.chain.noise import Stream, normal, step_seeds
 from vaebm_fast.checkpoint import save_nvae
 from vaebm_fast.config import NVAEConfig, VAETraining, to_json
-from vaebm_fast.data import ImageSource, batches_per_epoch
-from vaebm_fast.data.loader import StepData
+from vaebm_fast.data import Loader, to_input
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.models.nvae import NVAE, bits_per_dim
 from vaebm_fast.training.losses import (
@@ -96,38 +95,31 @@ class VAEUpdate:
 
 
 class VAETrainer:
-    """Trains a new NVAE on a source; each step depends only on seed, step number and state."""
+    """Trains a new NVAE on a loader's batches; each step depends only on seed, step number and state.
+
+    Raises ValueError unless the loader has the same batch size and seed.
+    """
 
     def __init__(
         self,
         config: NVAEConfig,
         training: VAETraining,
-        source: ImageSource,
+        loader: Loader,
         *,
         seed: int = 0,
-        horizontal_flip: bool = False,
-        random_crop: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config, self.training, self.seed = config, training, seed
+        loader.plan.require(training.batch_size, seed)
+        self.config, self.training, self.loader, self.seed = config, training, loader, seed
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vae = NVAE(config)
         self.vae = channels_last(vae.to(self.device))
-        steps_per_epoch = batches_per_epoch(source, training.batch_size)
+        steps_per_epoch = loader.plan.batches_per_epoch
         self.total_steps = training.epochs * steps_per_epoch
         self.update = VAEUpdate(
             self.vae, training, steps_per_epoch=steps_per_epoch, total_steps=self.total_steps, seed=seed
-        )
-        self._augmentation = {"horizontal_flip": horizontal_flip, "random_crop": random_crop}
-        self._data = StepData(
-            source,
-            training.batch_size,
-            seed=seed,
-            bits=config.num_x_bits,
-            **self._augmentation,
-            device=self.device,
         )
         self._layout = config.noise_layout
 
@@ -136,11 +128,14 @@ class VAETrainer:
         return {
             "stage": "vae",
             "seed": self.seed,
-            "data": f"{self._data.source.name}, {len(self._data.source)} images",
-            **self._augmentation,
+            **self.loader.settings(),
             **to_json(self.config),
             **asdict(self.training),
         }
+
+    def images(self, step: int) -> Tensor:
+        """The batch of a step, [N, C, H, W] in [0, 1] on the device."""
+        return to_input(self.loader.batch(step), self.config.num_x_bits, self.device)
 
     def noise(self, step: int) -> list[Tensor]:
         """eps_q of a step, one [N, L, H, W] per group."""
@@ -149,7 +144,7 @@ class VAETrainer:
 
     def step(self, step: int) -> dict[str, Tensor | float]:
         """One optimiser step."""
-        x = self._data(step)
+        x = self.images(step)
         if step == 0:
             self.vae.initialize_from_data(x, self.noise(step))
         return self.update(x, self.noise(step), step)
