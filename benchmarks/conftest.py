@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure, ops, pair, report
+from benchmarks import measure, report
 from benchmarks.environment import RESULTS
 from benchmarks.gate import why_red
-from benchmarks.results_file import ResultsFile
+from benchmarks.ops import cases as op_cases
+from benchmarks.results_file import Keep, ResultsFile, Row
+from benchmarks.step import pair
 from vaebm_fast import PRESETS
 
 DEFAULT_CASES = ("cifar10:1", "cifar10:4", "cifar10:8", "celeba_64:1", "celeba_64:4", "celeba_64:16", "celeba_256:1")
 
-Rows = dict[str, dict[str, Any]]
-Take = Callable[[pair.Keep], Rows]  # may hand rows over before it returns all of them
+Rows = dict[str, Row]
+Take = Callable[[Keep], Rows]  # may hand rows over before it returns all of them
 
 
 class Replay:
@@ -47,6 +49,11 @@ def replay(benchmark: Any, row: dict[str, Any], group: str) -> None:
     benchmark.extra_info.update({key: value for key, value in row.items() if key != "times_s"})
     REPLAY.load(row["times_s"])
     benchmark.pedantic(lambda: None, rounds=row["rounds"], iterations=1)
+
+
+def run_bench(file: str, arguments: Sequence[str]) -> int:
+    """Run pytest on a file of benchmarks; returns its exit code."""
+    return int(pytest.main([file, "-q", "-p", "no:cacheprovider", "--benchmark-columns=median,rounds", *arguments]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,8 +86,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("pair_case", pairs, ids=[f"{preset}-{batch}-{name}" for preset, batch, name in pairs])
     if "op_case" in metafunc.fixturenames:
         device = measure.default_device()
-        kept = [case for case in ops.cases_of(option("--op"), device) if ops.has_kernel(case.op, device)]
-        cases = [(case, name) for case in kept for name in ops.backends_of(case.op, device, option("--without"))]
+        kept = [case for case in op_cases.cases_of(option("--op"), device) if op_cases.has_kernel(case.op, device)]
+        cases = [(case, name) for case in kept for name in op_cases.backends_of(case.op, device, option("--without"))]
         metafunc.parametrize("op_case", cases, ids=[f"{case.name}-{name}" for case, name in cases])
 
 
@@ -140,10 +147,7 @@ def measured_once(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any
 
         def keep(name: str, entry: dict[str, Any]) -> None:
             kept.add(name)
-            if "refused" in entry:
-                file.refuse(f"{what}, {name}", entry["refused"])
-            else:
-                file.add(entry)
+            file.keep(f"{what}, {name}", entry)
 
         try:
             measured[what] = take(keep)

@@ -82,16 +82,23 @@ def rounds_for(call_s: float, seconds: float) -> int:
 
 def summary(samples: list[Sample]) -> dict[str, Any]:
     """Median, 20th and 80th percentile of the clock, and medians of the rest, as JSON values."""
-    times_s = sorted(taken.wall_s for taken in samples)
     return {
-        "rounds": len(samples),
-        "median_s": statistics.median(times_s),
-        "p20_s": times_s[round(0.2 * (len(times_s) - 1))],
-        "p80_s": times_s[round(0.8 * (len(times_s) - 1))],
+        **quantiles([taken.wall_s for taken in samples]),
         "user_s": statistics.median(taken.user_s for taken in samples),
         "system_s": statistics.median(taken.system_s for taken in samples),
         "page_faults": statistics.median(taken.page_faults for taken in samples),
-        "times_s": [taken.wall_s for taken in samples],
+    }
+
+
+def quantiles(times_s: list[float]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile of the times, and the times."""
+    ordered = sorted(times_s)
+    return {
+        "rounds": len(ordered),
+        "median_s": statistics.median(ordered),
+        "p20_s": ordered[round(0.2 * (len(ordered) - 1))],
+        "p80_s": ordered[round(0.8 * (len(ordered) - 1))],
+        "times_s": times_s,
     }
 
 

@@ -1,6 +1,6 @@
-"""Tables and the plot of what `make bench` measured, from its JSON; the README shows the whole pair.
+"""Tables, plot and README of all that was measured, from the JSON files in results/.
 
-    python -m benchmarks.report [--results FOLDER] [--readme FILE]
+    python -m benchmarks report [--results FOLDER] [--readme FILE]
 
 Ratios are of medians, above 1 where the row is faster. A percentage is of the ceiling that the same run measured with
 the same threads: matrix product for FLOP/s, on a GPU in what the row multiplies with; a large copy for bytes, which
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS
+from benchmarks.gate import REPOSITORY
+from benchmarks.results_file import Row
+from vaebm_fast.runtime.files import write
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks.report -->", "<!-- benchmarks: end -->"
+README = REPOSITORY / "README.md"
+BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks report -->", "<!-- benchmarks: end -->"
 PLAIN, NHWC, REFERENCE = "plain", "plain NHWC", "reference"
 
-Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
 
 
@@ -125,6 +127,25 @@ CHAIN: Columns = {
     "of the bare chain": lambda row: _or_dash(row["over_bare_chain"], ".1%"),
 }
 
+TRAINING: Columns = {
+    "preset, N": lambda row: f"{row['preset']}, {row['batch']}",
+    "stage": lambda row: str(row["stage"]),
+    "what runs": _what_runs,
+    "s/iteration": lambda row: f"{_digits(row['median_s'])} ({_digits(row['p20_s'])} - {_digits(row['p80_s'])})",
+    "images/s": lambda row: f"{row['batch'] / row['median_s']:.3g}",
+    "x plain": lambda row: f"{row['over plain']:.2f}",
+    "rounds": lambda row: str(row["rounds"]),
+}
+LOADERS: Columns = {
+    "source": lambda row: f"{row['source']}, {row['side']} x {row['side']}",
+    "reader": lambda row: str(row["candidate"]),
+    "workers": lambda row: str(row["workers"]),
+    "N": lambda row: str(row["batch"]),
+    "images/s": lambda row: f"{row['read_images_per_second']:,.0f}",
+    "x DataLoader": lambda row: _or_dash(row["over DataLoader"], ".2f"),
+    "rounds": lambda row: str(row["rounds"]),
+}
+
 
 def markdown(rows: Sequence[Row], columns: Columns) -> str:
     """A Markdown table."""
@@ -174,8 +195,9 @@ def _products(ceilings: dict[str, float]) -> str:
 
 def table(content: dict[str, Any]) -> str:
     """All columns of a result file, and what ran."""
-    if any("images_per_second" in row for row in content["results"]):
-        return f"{content['question']}\n\n{markdown(content['results'], CHAIN)}\n\n{describe(content)}\n"
+    for key, columns in (("images_per_second", CHAIN), ("stage", TRAINING), ("source", LOADERS)):
+        if any(key in row for row in content["results"]):
+            return f"{content['question']}\n\n{markdown(content['results'], columns)}\n\n{describe(content)}\n"
     rows = derived(content)
     columns = PAIR if any("preset" in row for row in rows) else OPS
     return f"{content['question']}\n\n{markdown(rows, columns)}\n\n{describe(content)}\n"
@@ -184,7 +206,7 @@ def table(content: dict[str, Any]) -> str:
 def write_table(path: Path) -> str:
     """Write the table of the result file at `path` beside it, with .md for .json; returns it."""
     text = table(json.loads(path.read_text()))
-    path.with_suffix(".md").write_text(text)
+    write(path.with_suffix(".md"), text)
     return text
 
 
@@ -219,10 +241,10 @@ def rewrite(readme: Path, block: str) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} needs the line {BEGIN!r} once, and after it {END!r} once.")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    readme.write_text(f"{before}{BEGIN}\n{block}\n{after}")
+    write(readme, f"{before}{BEGIN}\n{block}\n{after}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Write every result file's table, the plot, and the README's part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with what `make bench` wrote")
@@ -244,7 +266,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"Milliseconds per image and step. {describe(content)} [All figures]({shown.with_suffix('.md')})."
             )
     rewrite(options.readme, "\n\n".join(blocks))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, environment
+from vaebm_fast.runtime.files import write
+
+Row = dict[str, Any]
+Keep = Callable[[str, Row], None]  # takes a candidate's name and row as soon as it is measured
 
 
 class ResultsFile:
@@ -25,10 +29,17 @@ class ResultsFile:
         }
         self._write()
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """Record a measured row."""
         self.content["results"].append(row)
         self._write()
+
+    def keep(self, what: str, row: Row) -> None:
+        """Record a row, or {"refused": why} as the refusal of `what`."""
+        if "refused" in row:
+            self.refuse(what, row["refused"])
+        else:
+            self.add(row)
 
     def refuse(self, what: str, reason: str) -> None:
         """Record that nothing was measured, and the reason."""
@@ -37,6 +48,4 @@ class ResultsFile:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_suffix(".new")
-        whole.write_text(json.dumps(self.content, indent=2) + "\n")
-        os.replace(whole, self.path)  # at once: a run may be stopped at any moment
+        write(self.path, json.dumps(self.content, indent=2) + "\n")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import vaebm_fast as vf
-from benchmarks import ops
-from benchmarks.sensitive import make_sensitive
+from benchmarks.ops import cases
+from benchmarks.step.sensitive import make_sensitive
 from tests.helpers.sampling_jobs import options_for, save_networks, tiny_model
 from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
 from vaebm_fast.chain.noise import draw_tensor, seed_tensor
@@ -33,24 +33,24 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DEVICE = torch.device("cuda")
 
 CASES = (
-    *ops.depthwise_cases(2, 35, 9),
-    *ops.depthwise_cases(1, 70, 5, K=3),
-    *ops.depthwise_cases(2, 33, 6, upsample=True),
-    *ops.pointwise_cases(2, 20, 33, 7),
-    *ops.pointwise_cases(1, 130, 70, 12, activation="swish"),
-    *ops.bilinear_upsample_cases(2, 35, 9),
-    *ops.energy_epilogue_cases(2, 17, 9),
-    *ops.energy_head_cases(2, 17, 9),
-    *ops.se_gate_residual_cases(2, 40, 9),
-    *ops.se_gate_residual_cases(1, 300, 20),  # several blocks of channels, several chunks of pixels
-    *ops.residual_tail_cases(2, 35, 17, 9),
-    *ops.residual_tail_cases(2, 70, 300, 6),  # wide enough to store swish(h2)
-    *ops.residual_tail_cases(2, 33, 20, 5, K=3, upsample=True),
-    *ops.heads_cases(2, 5, 7),
-    *ops.heads_cases(2, 3, 9, pixels=True),
-    *ops.power_iteration_cases(2, 37, 140),
-    *ops.power_iteration_cases(1, 19, 1029),
-    *(case for C in (32, 64, 128) for case in ops.inverted_residual_cases(1, C, 64, 18)),
+    *cases.depthwise_cases(2, 35, 9),
+    *cases.depthwise_cases(1, 70, 5, K=3),
+    *cases.depthwise_cases(2, 33, 6, upsample=True),
+    *cases.pointwise_cases(2, 20, 33, 7),
+    *cases.pointwise_cases(1, 130, 70, 12, activation="swish"),
+    *cases.bilinear_upsample_cases(2, 35, 9),
+    *cases.energy_epilogue_cases(2, 17, 9),
+    *cases.energy_head_cases(2, 17, 9),
+    *cases.se_gate_residual_cases(2, 40, 9),
+    *cases.se_gate_residual_cases(1, 300, 20),  # several blocks of channels, several chunks of pixels
+    *cases.residual_tail_cases(2, 35, 17, 9),
+    *cases.residual_tail_cases(2, 70, 300, 6),  # wide enough to store swish(h2)
+    *cases.residual_tail_cases(2, 33, 20, 5, K=3, upsample=True),
+    *cases.heads_cases(2, 5, 7),
+    *cases.heads_cases(2, 3, 9, pixels=True),
+    *cases.power_iteration_cases(2, 37, 140),
+    *cases.power_iteration_cases(1, 19, 1029),
+    *(case for C in (32, 64, 128) for case in cases.inverted_residual_cases(1, C, 64, 18)),
 )
 # Of the norm. float32: approximate instructions have 2^-21. bfloat16: kernel and reference round at every step, and
 # differ by 0.7% in emulation.
@@ -84,7 +84,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_sanitised_op_agrees_with_its_reference(case: ops.Case, backend: Any) -> None:
+def test_sanitised_op_agrees_with_its_reference(case: cases.Case, backend: Any) -> None:
     reason = why_not(case.op, DEVICE, backend)
     if reason is not None:
         pytest.skip(reason)

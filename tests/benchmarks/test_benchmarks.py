@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gate, gpu, measure, ops, replay, report, sampling
+from benchmarks import __main__ as runner
+from benchmarks import gate, measure, report
 from benchmarks.conftest import Replay
-from benchmarks.pair import COMPILED, NHWC, PLAIN
+from benchmarks.gpu import stages as gpu
+from benchmarks.ops import cases
 from benchmarks.results_file import ResultsFile
+from benchmarks.step import chains
+from benchmarks.step.pair import COMPILED, NHWC, PLAIN
 from tests.helpers.benchmark_rows import CEILINGS, CPU, content, op_row, pair_row, run_python
-from vaebm_fast.config import ChainConfig, NoiseLayout, ReplayBuffer
+from vaebm_fast.config import ChainConfig
 from vaebm_fast.ops._backend import OP_BACKENDS
 
 
@@ -155,13 +160,13 @@ def test_green_tests_are_not_red_and_missing_ones_are(tmp_path: Path) -> None:
 def test_an_op_with_red_tests_gets_no_figure_and_the_run_fails(tmp_path: Path) -> None:
     (tmp_path / "test_red.py").write_text("def test_it():\n    assert False\n")
     program = (
-        "import dataclasses, sys, pytest\n"
-        "from benchmarks import measure, ops\n"
+        "import sys\n"
+        "from benchmarks import measure\n"
+        "from benchmarks.ops import bench_ops, cases\n"
         f"measure.ceilings = lambda device: {CEILINGS}\n"
-        "case = next(case for case in ops.CASES if case.op == 'philox_normal')\n"
-        f"ops.CASES = (dataclasses.replace(case, tests={str(tmp_path / 'test_red.py')!r}),)\n"
-        f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}]\n"
-        "sys.exit(pytest.main([*arguments, 'benchmarks/bench_ops.py']))"
+        f"cases.Case.tests = property(lambda self: {str(tmp_path / 'test_red.py')!r})\n"
+        "cases.CASES = tuple(case for case in cases.CASES if case.op == 'philox_normal')[:1]\n"
+        f"sys.exit(bench_ops.main(['--results', {str(tmp_path)!r}]))"
     )
     done = run_python(program)
     assert done.returncode == 1 and "No figure for philox_normal" in done.stdout, done.stdout + done.stderr
@@ -171,23 +176,23 @@ def test_an_op_with_red_tests_gets_no_figure_and_the_run_fails(tmp_path: Path) -
 
 
 def test_every_case_names_an_op_and_a_file_of_tests_that_exist() -> None:
-    for case in ops.CASES:
+    for case in cases.CASES:
         assert case.op in OP_BACKENDS and (gate.REPOSITORY / case.tests).is_file()
-    assert len({case.name for case in ops.CASES}) == len(ops.CASES)
+    assert len({case.name for case in cases.CASES}) == len(cases.CASES)
     with pytest.raises(ValueError, match="blur has no case; there are bilinear_upsample"):
-        ops.cases_of(["blur"])
+        cases.cases_of(["blur"])
 
 
 def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pytest.CaptureFixture[str]) -> None:
     chain = ChainConfig(steps=1, step_size=0.1, potential="paper")
-    job, bare = sampling.measure("digits", chain, batch=2, blocks=3, rounds=2, plain=False, compile=False)
-    assert (job["candidate"], bare["candidate"]) == (sampling.JOB, sampling.BARE)
+    job, bare = chains.measure("digits", chain, batch=2, blocks=3, rounds=2, plain=False, compile=False)
+    assert (job["candidate"], bare["candidate"]) == (chains.JOB, chains.BARE)
     assert len(job["times_s"]) == 2 and bare["images_per_second"] == pytest.approx(6 / bare["median_s"])
     assert job["over_bare_chain"] == pytest.approx(bare["median_s"] / job["median_s"])
     assert job["whole_job_s"] > job["median_s"] and bare["whole_job_s"] is None
     assert capfd.readouterr().out.count("Made 6 images") == 3, "one round warms up"
     with pytest.raises(ValueError, match="digits has another potential"):
-        sampling.measure("digits", chain, batch=2, blocks=1, rounds=1, plain=True, compile=False)
+        chains.measure("digits", chain, batch=2, blocks=1, rounds=1, plain=True, compile=False)
 
 
 def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
@@ -251,42 +256,25 @@ def test_only_what_this_run_measured_is_shown(tmp_path: Path) -> None:
 def test_without_a_gpu_make_gpu_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = run_python("from benchmarks import gpu; gpu.main()")
+    done = run_python("from benchmarks.gpu import stages; stages.main([])")
     assert done.returncode == 1 and "sees no GPU; `make gpu` needs one." in done.stderr
 
 
-def test_the_replay_benchmark_has_a_row_for_every_buffer_and_measures_nothing_on_red_tests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_runner_lists_benchmarks_by_their_questions_and_refuses_others(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["--preset", "digits", "--batch", "2", "5", "--results", str(tmp_path)]
-    monkeypatch.setattr(replay, "why_red", lambda *files: "one failed")
-    with pytest.raises(SystemExit, match="red tests: one failed"):
-        replay.main(command)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(replay, "why_red", lambda *files: None)
-    monkeypatch.setattr(replay, "ceilings", lambda device: CEILINGS)
-    with pytest.raises(SystemExit, match="19 states is too small .* 20 are the fewest"):
-        replay.main([*command, "--capacity", "19"])
-    replay.main([*command, "--capacity", "23"])
-    (kept,) = (json.loads(path.read_text()) for path in tmp_path.glob("replay_*.json"))
-    assert {(row["operation"], row["batch"]) for row in kept["results"]} == {
-        (operation, batch) for operation in ("push, filling", "push, full", "gather") for batch in (2, 5)
-    }
-    (text,) = (path.read_text() for path in tmp_path.glob("replay_*.md"))
-    assert text.count("| list |") == 6 and text.count("| 1.00x |") >= 6 and "capacity 23" in text
-    assert text.count("bfloat16") == 6 * len(replay.placements(measure.default_device()))
+    assert runner.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\S.*[?.]$", listed, re.MULTILINE) for name in runner.MODULES), listed
+    assert runner.main(["speed"]) == 2
+    assert "No benchmark is named 'speed'; there are ops, pair" in capsys.readouterr().err
 
 
-def test_the_list_and_the_rings_of_the_replay_benchmark_must_hold_the_same() -> None:
-    layout = NoiseLayout(((2, 2, 2), (1, 4, 4)), (1, 4, 4))
-    replay.Buffers(layout, 6, 4, CPU).fill(4)
-    wrong = replay.Buffers(layout, 6, 4, CPU)
-    wrong.pushes(1)["ring, float32, device"]()
-    with pytest.raises(RuntimeError, match="ring, float32, device does not hold"):
-        wrong.fill(4)
-
-
-def test_the_default_capacity_of_the_replay_benchmark_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "free_memory", lambda device: 10_000)
-    assert replay.default_capacity(ReplayBuffer(size=2000), 10) == 60  # 100 bytes per state in all buffers
-    assert replay.default_capacity(ReplayBuffer(size=50), 10) == 50
+def test_the_runner_hands_options_on_and_gives_the_exit_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "ops", "--collect-only", "--op", "philox_normal"]
+    done = subprocess.run(command, cwd=gate.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and "philox_normal" in done.stdout and "pointwise" not in done.stdout, done.stdout
+    refused = subprocess.run([*command[:-2], "--op", "blur"], cwd=gate.REPOSITORY, capture_output=True, text=True)
+    assert refused.returncode != 0 and "blur has no case" in refused.stdout + refused.stderr
+    shown = subprocess.run([*command[:3], "training", "--help"], cwd=gate.REPOSITORY, capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: python -m benchmarks training")

@@ -12,21 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    captured,
-    chains,
-    conftest,
-    environment,
-    measure,
-    ops,
-    pair,
-    report,
-    sampling,
-    torch_compile,
-)
-from benchmarks import gpu as stages_of
-from benchmarks.pair import COMPILED_BF16, NHWC, PLAIN
-from benchmarks.results_file import ResultsFile
+from benchmarks import captured, conftest, environment, measure, report
+from benchmarks.gpu import stages as stages_of
+from benchmarks.ops import cases, timing
+from benchmarks.results_file import ResultsFile, Row
+from benchmarks.step import chain_candidates, chains, pair, torch_compile
+from benchmarks.step.pair import COMPILED_BF16, NHWC, PLAIN
 from tests.helpers.fake_gpu import CUDA, fake_gpu  # noqa: F401
 from vaebm_fast.chain import graphs
 from vaebm_fast.config import ChainConfig
@@ -36,8 +27,8 @@ OFFICIAL = ChainConfig(steps=1, step_size=1e-3)
 on_a_gpu = pytest.mark.usefixtures("gpu")
 
 
-def measured(*candidates: str, kept: list[str] | None = None) -> dict[str, pair.Row]:
-    def keep(name: str, row: pair.Row) -> None:
+def measured(*candidates: str, kept: list[str] | None = None) -> dict[str, Row]:
+    def keep(name: str, row: Row) -> None:
         if kept is not None:
             kept.append(name)
 
@@ -141,9 +132,9 @@ def timed_jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append(is_bf16)
         return lambda eps_z, eps_x: model.potential_and_grad(eps_z, eps_x, "official"), 0.0
 
-    monkeypatch.setattr(chains, "time_of_job", job)
-    monkeypatch.setattr(chains, "compiled", compiled)
-    monkeypatch.setattr(sampling, "default_device", lambda: CUDA)
+    monkeypatch.setattr(chain_candidates, "time_of_job", job)
+    monkeypatch.setattr(chain_candidates, "compiled", compiled)
+    monkeypatch.setattr(chains, "default_device", lambda: CUDA)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     return asked
 
@@ -153,12 +144,12 @@ def test_chains_on_a_gpu_come_one_after_another_in_the_precision_and_on_the_back
     timed_jobs: list[Any],
 ) -> None:
     kept: list[str] = []
-    rows = sampling.measure(
+    rows = chains.measure(
         "digits", OFFICIAL, batch=2, blocks=2, rounds=1, plain=True, compile=True, dtype="bfloat16",
         backend="reference", keep=lambda name, row: kept.append(name),
     )  # fmt: skip
     assert kept == [row["candidate"] for row in rows]
-    assert kept == [sampling.BARE, PLAIN, sampling.JOB, sampling.COLD, COMPILED_BF16]
+    assert kept == [chains.BARE, PLAIN, chains.JOB, chains.COLD, COMPILED_BF16]
     bare, plain, job, cold, compiled = rows
     assert [row["dtype"] for row in rows] == ["bfloat16", "float32", "bfloat16", "bfloat16", "bfloat16"]
     assert [row["blocks"] for row in rows] == [2, 1, 2, 2, 1]
@@ -167,7 +158,7 @@ def test_chains_on_a_gpu_come_one_after_another_in_the_precision_and_on_the_back
     assert (options.dtype, options.backend, options.seeds) == ("bfloat16", "reference", "0-3") and is_bf16
     assert job["images_per_second"] == 4 and plain["images_per_second"] == pytest.approx(2 / plain["median_s"])
     assert plain["over_bare_chain"] == pytest.approx(plain["images_per_second"] / bare["images_per_second"])
-    assert sampling.JOB in report.table(content("A GPU", *rows))
+    assert chains.JOB in report.table(content("A GPU", *rows))
 
 
 @on_a_gpu
@@ -177,7 +168,7 @@ def test_a_bare_chain_is_captured_before_it_is_timed_and_a_cold_one_while(
     gpu: list[graphs.Recording],
 ) -> None:
     made: list[int] = []
-    time_of_chain = chains.time_of_chain
+    time_of_chain = chain_candidates.time_of_chain
 
     def counted(*arguments: Any) -> float:
         before = len(gpu)
@@ -185,8 +176,8 @@ def test_a_bare_chain_is_captured_before_it_is_timed_and_a_cold_one_while(
         made.append(len(gpu) - before)
         return seconds
 
-    monkeypatch.setattr(chains, "time_of_chain", counted)
-    sampling.measure("digits", OFFICIAL, batch=2, blocks=2, rounds=2, plain=False, compile=False)
+    monkeypatch.setattr(chain_candidates, "time_of_chain", counted)
+    chains.measure("digits", OFFICIAL, batch=2, blocks=2, rounds=2, plain=False, compile=False)
     assert made == [0, 0, 1, 1]
 
 
@@ -197,8 +188,8 @@ def test_a_chain_that_fails_is_told_and_the_others_are_measured(
     def fail(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.")
 
-    monkeypatch.setattr(chains, "official", fail)
-    rows = sampling.measure("digits", OFFICIAL, batch=2, blocks=2, rounds=1, plain=True, compile=False, job=False)
+    monkeypatch.setattr(chain_candidates, "official", fail)
+    rows = chains.measure("digits", OFFICIAL, batch=2, blocks=2, rounds=1, plain=True, compile=False, job=False)
     bare, plain = rows
     assert bare["over_bare_chain"] == 1 and plain["over_bare_chain"] is None
     assert plain["refused"] == "it does not fit into memory: CUDA out of memory. Tried to allocate 80 GiB."
@@ -211,40 +202,41 @@ def test_a_chain_keeps_each_steps_energy_though_the_compiled_step_writes_over_it
     def replayed(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         return u.add_(1), [torch.zeros_like(eps) for eps in (*eps_z, eps_x)]
 
-    sampler = chains.LangevinSampler(chains.OtherPair(model, replayed), steps=3, step_size=1e-3, capture=False)
+    other = chain_candidates.OtherPair(model, replayed)
+    sampler = chain_candidates.LangevinSampler(other, steps=3, step_size=1e-3, capture=False)
     assert sampler.run(range(2)).potentials[:, 0].tolist() == [1, 2, 3]
 
 
 @on_a_gpu
 def test_an_op_on_a_gpu_is_timed_by_a_graph_of_calls_on_other_tensors_each(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    (case,) = ops.philox_normal_cases(2, 1000)  # 8000 bytes
+    (case,) = cases.philox_normal_cases(2, 1000)  # 8000 bytes
 
-    def make(device: torch.device) -> ops.Run:
+    def make(device: torch.device) -> cases.Run:
         made.append(1)
         return case.make(device)
 
-    counting = ops.Case(case.op, case.shape, case.bytes_moved, case.flops, make, case.tests)
-    monkeypatch.setattr(ops, "cache_bytes", lambda device: 5000)
-    monkeypatch.setattr(ops, "GRAPH_BYTES", 40_000)
-    monkeypatch.setattr(ops, "backends_of", lambda op, device, without: ["reference", "triton"])
-    rows = ops.measure_case(counting, CUDA, rounds=2)
+    counting = cases.Case(case.op, case.shape, case.work, make)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 5000)
+    monkeypatch.setattr(timing, "GRAPH_BYTES", 40_000)
+    monkeypatch.setattr(timing, "backends_of", lambda op, device, without: ["reference", "triton"])
+    rows = timing.measure_case(counting, CUDA, rounds=2)
     row = rows["reference"]
     assert len(made) == row["buffers"] == 3 and row["calls"] == 5 and row["launched"] == "CUDA graph"
     assert "philox_normal cannot run with backend='triton'" in rows["triton"]["refused"] and rows["triton"]["failed"]
-    shared = ops._shared(measure.Sample(1.0, 0.5, 0.25, 10), 5)
+    shared = timing._shared(measure.Sample(1.0, 0.5, 0.25, 10), 5)
     assert shared == measure.Sample(0.2, 0.1, 0.05, 2)
 
 
 def test_a_gpus_ops_have_the_batches_that_its_chains_have() -> None:
-    assert len(ops.GPU_CASES) == len(ops.CASES) == len({case.name for case in ops.GPU_CASES})
-    assert ops.cases_of(None, CUDA) == list(ops.GPU_CASES) and ops.cases_of(None) == list(ops.CASES)
-    images = {int(case.shape.split("x")[0]) for case in ops.GPU_CASES if case.op != "power_iteration"}
+    assert len(cases.GPU_CASES) == len(cases.CASES) == len({case.name for case in cases.GPU_CASES})
+    assert cases.cases_of(None, CUDA) == list(cases.GPU_CASES) and cases.cases_of(None) == list(cases.CASES)
+    images = {int(case.shape.split("x")[0]) for case in cases.GPU_CASES if case.op != "power_iteration"}
     assert images == {16}
     cache = 50 * 2**20
-    for case in ops.GPU_CASES:  # what the next call reads was not left in the cache by the last
-        buffers = ops.buffers_of(case, cache)
-        assert buffers * case.bytes_moved >= 4 * cache or buffers == ops.MOST_BUFFERS
+    for case in cases.GPU_CASES:  # what the next call reads was not left in the cache by the last
+        buffers = timing.buffers_of(case, cache)
+        assert buffers * case.work.memory_bytes >= 4 * cache or buffers == timing.MOST_BUFFERS
 
 
 def test_a_call_is_captured_or_says_why_not() -> None:
@@ -264,8 +256,8 @@ def test_a_backend_is_left_out_of_pairs_and_ops(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pair, "why_not", lambda name, device: None)
     names = conftest.candidates_of("celeba_64:16", None, list(stages_of.CANDIDATES), "cuda")
     assert names == ["frozen, triton, bf16", PLAIN, pair.NHWC_BF16]
-    monkeypatch.setattr(ops._backend, "why_not", lambda op, device, name: None)
-    assert ops.backends_of("depthwise_swish", CUDA, without="cuda") == ["reference", "cpp", "triton"]
+    monkeypatch.setattr(cases._backend, "why_not", lambda op, device, name: None)
+    assert cases.backends_of("depthwise_swish", CUDA, without="cuda") == ["reference", "cpp", "triton"]
 
 
 def test_a_result_file_is_whole_whenever_a_run_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +285,7 @@ def test_a_copy_carries_the_commit_that_it_is_told(monkeypatch: pytest.MonkeyPat
     assert environment.environment()["commit"] == "unknown"
 
 
-def content(gpu_name: str, *rows: pair.Row) -> dict[str, Any]:
+def content(gpu_name: str, *rows: Row) -> dict[str, Any]:
     where = {"device": gpu_name, "device_type": "cuda", "commit": "abc"}
     ceilings = {"matrix_gflops": 1e5, "copy_gbps": 3e3}
     return {"question": "How long?", "environment": where, "ceilings": ceilings, "results": list(rows), "refused": []}

@@ -9,24 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, pair, report
-from benchmarks.pair import NHWC, PLAIN, measure_pair
+from benchmarks import measure, report
+from benchmarks.step import pair
+from benchmarks.step.pair import NHWC, PLAIN, measure_pair
 from tests.helpers.benchmark_rows import CEILINGS, CPU, content, run_python
 
 
 def test_what_fails_while_it_is_measured_is_refused_and_not_tried_again(tmp_path: Path) -> None:
     (tmp_path / "test_green.py").write_text("def test_it():\n    pass\n")
     program = (
-        "import sys, pytest\n"
-        "from benchmarks import measure, pair\n"
+        "import sys\n"
+        "from benchmarks import measure\n"
+        "from benchmarks.step import bench_pair, pair\n"
         f"measure.ceilings = lambda device: {CEILINGS}\n"
         f"pair.TESTS = ({str(tmp_path / 'test_green.py')!r},)\n"
         "def measure_pair(*_, **__):\n"
         "    print('tried')\n"
         "    raise ValueError('the gradients differ')\n"
         "pair.measure_pair = measure_pair\n"
-        f"arguments = ['-q', '-s', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}, '--case', 'digits:1']\n"
-        "sys.exit(pytest.main([*arguments, 'benchmarks/bench_pair.py']))"
+        f"sys.exit(bench_pair.main(['-s', '--results', {str(tmp_path)!r}, '--case', 'digits:1']))"
     )
     done = run_python(program)
     assert done.returncode == 1 and done.stdout.count("tried") == 1, done.stdout + done.stderr
@@ -110,13 +111,14 @@ def test_what_memory_does_not_hold_is_left_out_and_the_others_are_measured(monke
 
 def test_what_was_left_out_is_in_the_file_and_the_table(tmp_path: Path) -> None:
     program = (
-        "import sys, pytest\n"
-        "from benchmarks import measure, pair\n"
+        "import sys\n"
+        "from benchmarks import measure\n"
+        "from benchmarks.step import bench_pair, pair\n"
         f"measure.ceilings = lambda device: {CEILINGS}\n"
         "refused = {'preset': 'digits', 'batch': 1, 'refused': 'it does not fit into memory: 80 GiB'}\n"
         "pair.measure_pair = lambda *_, **__: {name: refused for name in pair.CANDIDATES}\n"
-        f"arguments = ['-q', '-p', 'no:cacheprovider', '--results', {str(tmp_path)!r}, '--case', 'digits:1']\n"
-        "sys.exit(pytest.main([*arguments, '--tested', '--into', 'pair_small', 'benchmarks/bench_pair.py']))"
+        f"arguments = ['--results', {str(tmp_path)!r}, '--case', 'digits:1', '--tested', '--into', 'pair_small']\n"
+        "sys.exit(bench_pair.main(arguments))"
     )
     done = run_python(program)
     assert done.returncode == 0 and "skipped" in done.stdout, done.stdout + done.stderr

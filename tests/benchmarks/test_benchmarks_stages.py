@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, pair, sampling, targets
-from benchmarks.pair import COMPILED_BF16, PLAIN
+from benchmarks.gpu import stages as gpu
+from benchmarks.gpu import targets
+from benchmarks.step import chains, pair
+from benchmarks.step.pair import COMPILED_BF16, PLAIN
 
 BOTH = ("triton", "cuda")
 
@@ -27,7 +29,7 @@ def test_the_most_important_comes_first_and_the_plan_fits_its_time(tmp_path: Pat
         candidates = [word.removeprefix("--candidate=") for word in words if word.startswith("--candidate=")]
         assert candidates and set(candidates) <= set(pair.CANDIDATES)
     for name in (name for name in names if name.startswith("chain")):
-        options = sampling._parser().parse_args(list(planned[name].command(BOTH))[3:])
+        options = chains._parser().parse_args(list(planned[name].command(BOTH))[4:])
         assert (options.dtype, options.backend, options.batch) == ("bfloat16", "cuda", 16)
         assert (
             options.results == tmp_path and options.preset in name and options.compile == (name != "chain, celeba_256")
@@ -160,11 +162,11 @@ def test_the_verdict_says_what_was_measured_and_nothing_else(tmp_path: Path) -> 
 
 def test_the_verdict_on_chains_and_jobs(tmp_path: Path) -> None:
     rows = [
-        chain_row(sampling.BARE, 100.0),
+        chain_row(chains.BARE, 100.0),
         chain_row(PLAIN, 10.0, dtype="float32", launched="eager"),
         chain_row(COMPILED_BF16, 51.0),
-        chain_row(sampling.COLD, 80.0),
-        chain_row(sampling.JOB, 76.0),
+        chain_row(chains.COLD, 80.0),
+        chain_row(chains.JOB, 76.0),
     ]
     write(tmp_path, "chain_celeba_256_16_bf16_cuda", "NVIDIA A100-SXM4-80GB", *rows)
     found = lines(tmp_path)

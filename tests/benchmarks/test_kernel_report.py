@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from benchmarks.kernel_report import (
+from benchmarks.gpu.cuda_work import Work, depthwise_windows, kernels
+from benchmarks.gpu.kernels import (
     A100,
     DOCUMENT,
     H200,
@@ -15,7 +16,6 @@ from benchmarks.kernel_report import (
     prediction_table,
     read_ptxas,
 )
-from benchmarks.kernel_work import Work, depthwise_windows, kernels
 
 PTXAS = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN2vf3addILi5EEEvPf' for 'sm_80'
@@ -71,24 +71,22 @@ def test_every_kernel_has_one_row_and_the_windows_are_those_of_the_kernels() -> 
 
 
 def test_the_document_holds_this_prediction() -> None:
-    assert prediction_table(kernels()) in DOCUMENT.read_text(encoding="utf-8"), (
-        "Run python -m benchmarks.kernel_report."
-    )
+    assert prediction_table(kernels()) in DOCUMENT.read_text(encoding="utf-8"), "Run python -m benchmarks.gpu.kernels."
 
 
 def test_the_document_holds_the_prediction_for_every_triton_launch() -> None:
     pytest.importorskip("triton")
-    from benchmarks import triton_work
+    from benchmarks.gpu import triton_work
 
     rows = [row.kernel for row in triton_work.rows(without=triton_work.RARE)]
     assert len({row.label for row in rows}) == len(rows)
-    assert prediction_table(rows) in DOCUMENT.read_text(encoding="utf-8"), "Run python -m benchmarks.kernel_report."
+    assert prediction_table(rows) in DOCUMENT.read_text(encoding="utf-8"), "Run python -m benchmarks.gpu.kernels."
 
 
 def test_work_of_a_triton_product_is_that_of_its_matrices() -> None:
     """1536 -> 20 channels of 16 images of 32 x 32 pixels in bfloat16, swish in front."""
     pytest.importorskip("triton")
-    from benchmarks import triton_work
+    from benchmarks.gpu import triton_work
 
     work = next(row.kernel.work for row in triton_work.rows() if row.kernel.label == "pointwise 1536->20 bf16")
     pixels = 16 * 32 * 32
@@ -99,7 +97,7 @@ def test_work_of_a_triton_product_is_that_of_its_matrices() -> None:
 def test_work_of_a_tf32_product_is_twice_as_much_and_rounding() -> None:
     """768 -> 128 channels in blocks of 128 pixels and 128 channels: x is read once, the weight by 512 blocks."""
     pytest.importorskip("triton")
-    from benchmarks import triton_work
+    from benchmarks.gpu import triton_work
 
     work = next(row.kernel.work for row in triton_work.rows() if row.kernel.label == "pointwise 768->128 tf32 fp32")
     pixels = 16 * 64 * 64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vaebm_fast as vf
-from benchmarks.sensitive import decoder_cells, make_sensitive
+from benchmarks.step.sensitive import decoder_cells, make_sensitive
 from tests.helpers.golden import relative_error
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks
 from vaebm_fast.models import EnergyNetwork

@@ -15,14 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import vaebm_fast as vf
-from benchmarks import dispatches
 from tests.helpers.capturing import Tape, emulate, launches, record, small_model
 from vaebm_fast.chain import graphs, langevin
 from vaebm_fast.chain.langevin import Chains, langevin_chain
 from vaebm_fast.chain.noise import Stream, seed_tensor
 from vaebm_fast.config import POTENTIALS, Potential
 from vaebm_fast.frozen import StaleWeightsError
-from vaebm_fast.ops._backend import why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.runtime import extension
 
@@ -146,25 +144,6 @@ def changing() -> Callable[..., None]:
 def test_the_comparison_of_steps_sees_what_lives_in_python(fault: Callable[[], Callable[..., None]]) -> None:
     first, second, third = steps_of(sampler_of(steps=3), fault())
     assert not first == second == third
-
-
-def test_views_and_allocations_are_not_counted() -> None:
-    eps = torch.randn(4, 3)
-    with dispatches.DispatchCount() as count:
-        torch.cat([eps.mul(2).view(-1), torch.empty(3), eps.t().sum().reshape(1)])
-    assert count.total == 3, "mul, sum and cat"
-
-
-@pytest.mark.parametrize("form", list(dispatches.FORMS))
-def test_the_documented_numbers_of_operators_are_those_counted(form: str) -> None:
-    backend, _, update_backend = dispatches.FORMS[form]
-    missing = why_absent(backend or "reference") or why_absent(update_backend)
-    if missing:
-        pytest.skip(missing)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in dispatches.written().splitlines()]
-    documented = {(row[0], preset): row[1 + at] for row in rows for at, preset in enumerate(dispatches.PRESETS)}
-    counted = dispatches.step_dispatches(dispatches.form_of("celeba_64", form), update_backend)
-    assert documented[form, "celeba_64"] == str(counted), "python -m benchmarks.dispatches counts anew"
 
 
 # What capturing does.

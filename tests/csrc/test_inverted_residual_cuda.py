@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_work import inverted_residual_shared
+from benchmarks.gpu.cuda_work import inverted_residual_shared
 from tests.helpers.builders import generic
 from tests.helpers.cuda_build import emulate
 from tests.helpers.stand_ins import StandIns, pretend_a_gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from vaebm_fast.evaluation.cost import (
     PLANS,
     CellShape,
     Cost,
-    _bytes_moved,
+    _moved,
     _without_values,
+    bytes_moved,
     cost,
     least_traffic,
     step_traffic,
@@ -36,12 +39,31 @@ def celeba_256() -> Cost:
 def test_bytes_are_those_of_every_argument_and_result() -> None:
     x = torch.empty(2, 3, 4, 4, device=META)
     weight = torch.empty(5, 3, 1, 1, device=META)
-    assert _bytes_moved(lambda: F.silu(x)) == 4 * 2 * 96
-    assert _bytes_moved(lambda: x.add_(x)) == 4 * 3 * 96
-    assert _bytes_moved(lambda: F.conv2d(x, weight)) == 4 * (96 + 15 + 160)
-    assert _bytes_moved(lambda: x.permute(0, 2, 3, 1).flatten(0, 2)[1:].detach()) == 4 * 2 * 96  # the copy of flatten
-    assert _bytes_moved(lambda: x.view(2, 48)[:, 1:]) == 0
-    assert _bytes_moved(lambda: torch.empty(1, 3, 1, 1, device=META).expand(2, 3, 4, 4) + x) == 4 * (3 + 2 * 96)
+    assert bytes_moved(lambda: F.silu(x)) == 4 * 2 * 96
+    assert bytes_moved(lambda: x.add_(x)) == 4 * 3 * 96
+    assert bytes_moved(lambda: F.conv2d(x, weight)) == 4 * (96 + 15 + 160)
+    assert bytes_moved(lambda: x.permute(0, 2, 3, 1).flatten(0, 2)[1:].detach()) == 4 * 2 * 96  # the copy of flatten
+    assert bytes_moved(lambda: x.view(2, 48)[:, 1:]) == 0
+    assert bytes_moved(lambda: torch.empty(1, 3, 1, 1, device=META).expand(2, 3, 4, 4) + x) == 4 * (3 + 2 * 96)
+
+
+def test_operators_are_those_that_move_memory() -> None:
+    model = _without_values("digits")
+    with torch.device("meta"):
+        x = torch.empty(4, 3)
+    counted = _moved(lambda: torch.cat([x.mul(2).view(-1), torch.empty(3, device=META), x.t().sum().reshape(1)]))
+    assert counted.operators == 3, "mul, sum and cat"
+    plain, frozen = step_traffic(model).operators, step_traffic(freeze(model, backend="reference")).operators
+    assert plain > frozen > 100
+
+
+@pytest.mark.parametrize("preset", ["celeba_64"])
+def test_the_documented_numbers_of_operators_are_those_counted(preset: str) -> None:
+    if not extension.is_available():
+        pytest.skip("compiled pairs need the compiled part")
+    document = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    for name, moved in counted(preset).traffic.items():
+        assert re.search(rf"^\| {name} \| {moved.operators} \|", document, re.MULTILINE), name
 
 
 def test_what_the_kernels_of_one_op_hand_each_other_is_moved_too() -> None:
@@ -51,18 +73,18 @@ def test_what_the_kernels_of_one_op_hand_each_other_is_moved_too() -> None:
     weights = [torch.empty(size, device=META) for size in sizes]
     h2, s, read, gate = 2 * 80, 2 * 48, sum(w.numel() for w in weights), 2 * (2 + 3)
     forward = partial(torch.ops.vaebm_triton.residual_tail, h, skip, *weights, False)
-    assert _bytes_moved(forward) == 4 * (h2 + 2 * h2 + 2 * s + 2 * s + read + gate)  # h, h2, s, skip and y
+    assert bytes_moved(forward) == 4 * (h2 + 2 * h2 + 2 * s + 2 * s + read + gate)  # h, h2, s, skip and y
     _, *saved = forward()
     backward = partial(torch.ops.vaebm_triton.residual_tail_backward, skip, h, *saved, *weights[::2], False)
     read = sum(w.numel() for w in weights[::2])
-    assert _bytes_moved(backward) == 4 * (2 * s + s + h2 + 2 * h2 + 2 * h2 + read + gate)  # dy, s, h2, dh2, h and dh
+    assert bytes_moved(backward) == 4 * (2 * s + s + h2 + 2 * h2 + 2 * h2 + read + gate)  # dy, s, h2, dh2, h and dh
 
 
 def test_a_convolutions_backward_reads_no_input() -> None:
     x = torch.empty(2, 3, 4, 4, device=META, requires_grad=True)
     weight, dy = torch.empty(5, 3, 1, 1, device=META), torch.empty(2, 5, 4, 4, device=META)
     y = F.conv2d(x, weight)
-    assert _bytes_moved(lambda: torch.autograd.grad(y, x, dy)) == 4 * (160 + 15 + 96)
+    assert bytes_moved(lambda: torch.autograd.grad(y, x, dy)) == 4 * (160 + 15 + 96)
 
 
 def test_flops_of_celeba_256_are_the_designs() -> None:

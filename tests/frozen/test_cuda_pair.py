@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vaebm_fast as vf
-from benchmarks.sensitive import make_sensitive
+from benchmarks.step.sensitive import make_sensitive
 from tests.helpers.golden import relative_error
 from tests.helpers.stand_ins import StandIns, inverted_residual, pretend_a_gpu
 from vaebm_fast.config import EnergyConfig, NVAEConfig, parse_blocks

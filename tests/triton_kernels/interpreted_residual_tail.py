@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import tune_triton
+from benchmarks.gpu import tune
 from tests.helpers.builders import generic
 from tests.triton_kernels.interpreted_triton import (
     OPS,
@@ -145,21 +145,21 @@ def test_a_frozen_cell_runs_the_op_where_it_has_a_gate(resample: str, use_se: bo
 )
 def test_a_table_is_tuned_by_running_its_kernels(name: str, key: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates on a small cell, timed by a clock that runs them: the one that is not in the source wins."""
-    tuner = tune_triton.TUNERS[name]
+    tuner = tune.TUNERS[name]
     in_source = getattr(tuner.module, tuner.table).get(key, False)
     other = next(candidate for candidate in tuner.candidates if candidate != in_source)
     monkeypatch.setattr(tuner.module, tuner.table, {key: in_source})
-    monkeypatch.setattr(tune_triton, "CELLS", ((12, 8, 3),))
-    monkeypatch.setattr(tune_triton, "PRODUCTS", {"narrow": ((12, 8, 3),)})
-    monkeypatch.setattr(tune_triton, "BATCH", 2)
+    monkeypatch.setattr(tune, "CELLS", ((12, 8, 3),))
+    monkeypatch.setattr(tune, "PRODUCTS", {"narrow": ((12, 8, 3),)})
+    monkeypatch.setattr(tune, "BATCH", 2)
     results: list[list[Tensor]] = []
 
-    def clock(calls: tune_triton.Calls) -> float:
+    def clock(calls: tune.Calls) -> float:
         outputs = [call() for call in calls]
         results.append([t for out in outputs for t in (out if isinstance(out, tuple) else (out,))])
         return 2.0 - len(results)  # 1 ms, then none
 
-    tune_triton.tune(tuner._replace(candidates=(other,)), clock, torch.device("cpu"))
+    tune.tune(tuner._replace(candidates=(other,)), clock, torch.device("cpu"))
     assert getattr(tuner.module, tuner.table) == {key: other}
     assert len(results) == 2 and all(t.isfinite().all() for t in results[0])
     for a, b in zip(*results, strict=True):

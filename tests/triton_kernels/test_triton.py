@@ -66,13 +66,13 @@ def compiled_ahead(ahead: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
 def compiling(matching: str, without: tuple[str, ...], *arguments: Any) -> Any:
     """A case of a test that begins with (matching, without) and needs these kernels compiled for both architectures."""
     options = [f"--without={part}" for part in without]
-    mark = pytest.mark.ahead("-m", "benchmarks.triton_aot", matching, *options, TRITON_CACHE_DIR=str(CACHE))
+    mark = pytest.mark.ahead("-m", "benchmarks.gpu.triton_aot", matching, *options, TRITON_CACHE_DIR=str(CACHE))
     return pytest.param(matching, without, *arguments, marks=mark, id=matching)
 
 
 def assert_no_spills(matching: str, without: tuple[str, ...]) -> None:
     """Of kernels whose name contains `matching`; and their shared memory suffices."""
-    from benchmarks import triton_aot
+    from benchmarks.gpu import triton_aot
 
     rows = list(triton_aot.report(matching, without))
     assert {row.architecture for row in rows} == {80, 90}
@@ -92,7 +92,7 @@ def test_batches_of_any_size_run_the_same_compiled_kernels(monkeypatch: pytest.M
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from benchmarks import triton_aot
+    from benchmarks.gpu import triton_aot
     from vaebm_fast.triton_kernels import depthwise_swish, energy_epilogue, pointwise, residual_tail
 
     monkeypatch.setattr(pointwise, "shape_class", lambda *sizes: "small")  # which follows the number of images
@@ -129,7 +129,7 @@ def test_noise_compiles_to_the_ieee_operations_of_the_recipe(
     op: str, without: tuple[str, ...], case: str, products: int, sums: int, compiled_ahead: None
 ) -> None:
     """In PTX a rounding mode (.rn) forbids ptxas to contract; no fma, nothing approximate, nothing flushed to zero."""
-    from benchmarks import triton_aot
+    from benchmarks.gpu import triton_aot
 
     for row in triton_aot.report(case):
         if row.name != case:
@@ -153,7 +153,7 @@ def test_tensor_cores_get_rounded_tf32_operands(op: str, without: tuple[str, ...
 
     There the weight reaches them through shared memory; on sm_80 warps that share an operand round it once each.
     """
-    from benchmarks import triton_aot
+    from benchmarks.gpu import triton_aot
 
     seen = 0
     for name, call in triton_aot.cases():

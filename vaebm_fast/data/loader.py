@@ -91,6 +91,11 @@ class TorchLoader:
         except (UserError, OSError) as error:
             raise UnreadableDataError(str(error)) from error
 
+    def close(self) -> None:
+        """Stop reading ahead and end the threads, after the batches they are reading."""
+        self._drop()
+        self._pool.shutdown()
+
     def _drop(self) -> None:
         """Forget the batches read ahead."""
         for future in self._ahead:

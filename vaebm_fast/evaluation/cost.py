@@ -68,10 +68,11 @@ GPUS = {"A100": Peaks(312, 19.5, 2.039), "H200": Peaks(989, 67, 4.8)}  # NVIDIA'
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes moved by a step: per image, and once per batch (the weights)."""
+    """Bytes moved by a step: per image, and once per batch (the weights); and how many operators move them."""
 
     per_image: float
     per_step: float
+    operators: int = 0  # dispatched per step, whatever the batch; views and allocations are not counted
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,11 @@ def text(counted: Cost) -> str:
         f"GFLOP per image      {counted.plain_flops / 1e9:.1f} plain, {counted.frozen_flops / 1e9:.1f} frozen, "
         f"including {counted.depthwise_flops / 1e9:.1f} depthwise",
         "",
-        f"{'memory traffic, no cache':52}  GB per image        in cells  GB of weights per step",
+        f"{'memory traffic, no cache':52}  GB per image        in cells  GB of weights per step  operators",
     ]
     rest = counted.rest_bytes / 1e9
     for name, moved in counted.traffic.items():
-        lines.append(f"{name:52}{moved.per_image / 1e9:14.3f}{'':16}{moved.per_step / 1e9:24.3f}")
+        lines.append(f"{name:52}{moved.per_image / 1e9:14.3f}{'':16}{moved.per_step / 1e9:24.3f}{moved.operators:11}")
     for name, moved in counted.plans.items():
         image = moved.per_image / 1e9
         lines.append(f"{f'plan: {name}, bfloat16':52}{image:14.3f}{image - rest:16.3f}{moved.per_step / 1e9:24.3f}")
@@ -251,8 +252,8 @@ def step_flops(pair: ChainModel) -> int:
 
 def step_traffic(pair: ChainModel) -> Traffic:
     """Bytes read and written by the kernels of a step, assuming no cache; `pair` is on the meta device."""
-    one, two = (_bytes_moved(partial(_step, pair, batch)) for batch in (1, 2))
-    return Traffic(per_image=two - one, per_step=2 * one - two)
+    one, two = (_moved(partial(_step, pair, batch)) for batch in (1, 2))
+    return Traffic(two.bytes - one.bytes, 2 * one.bytes - two.bytes, one.operators)
 
 
 def _without_values(preset: str) -> VAEBM:
@@ -268,25 +269,31 @@ def _step(pair: ChainModel, batch: int) -> None:
     pair.potential_and_grad(*layout.split(torch.empty(batch, layout.dim, device=META)), "official", 1.0)
 
 
-def _bytes_moved(run: Callable[[], object]) -> int:
-    with _KernelBytes() as counter:
+def bytes_moved(run: Callable[[], object]) -> int:
+    """Bytes that the operators of a call read and write, assuming no cache; tensors are on the meta device."""
+    return _moved(run).bytes
+
+
+def _moved(run: Callable[[], object]) -> _Operators:
+    with _Operators() as counter:
         run()
-    return counter.total
+    return counter
 
 
-class _KernelBytes(TorchDispatchMode):
-    """Sums bytes of all kernels' tensor arguments and results; views count as zero."""
+class _Operators(TorchDispatchMode):
+    """Counts operators on tensors, without views and allocations, and the bytes of their arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.bytes = self.operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func.overloadpacket not in UNMOVED:
             read = [arg for index, arg in enumerate(args) if index not in UNREAD.get(func.name(), ())]
             inside = INSIDE[func.name()](args, result) if func.name() in INSIDE else ()
-            self.total += sum(map(_distinct_bytes, tree_leaves((read, kwargs, result, inside))))
+            self.bytes += sum(map(_distinct_bytes, tree_leaves((read, kwargs, result, inside))))
+            self.operators += any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs, result)))
         return result
 
 
@@ -346,4 +353,4 @@ def _cell_bytes(cell: Cell, shape: torch.Size, batch: int) -> int:
         y = frozen(leaf)
         torch.autograd.grad(y, leaf, torch.empty_like(y))
 
-    return _bytes_moved(run)
+    return bytes_moved(run)

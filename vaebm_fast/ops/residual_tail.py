@@ -80,7 +80,7 @@ def residual_tail_backward(
 
     dy, s: shape of y; h2 [N, hidden, H, W] (or [2H, 2W]), hidden [N, squeezed] and gate [N, C] from the forward; other
     arguments and errors as there. Returns dh, shape of h, channels_last.
-    FLOP as there. Moves each element of dy and s twice, of h, h2 and dh once, and of the gradient for h2 twice.
+    FLOP as there. Moves each element of dy twice, of s, h, h2 and dh once, and of the gradient for h2 twice.
     """
     _check(h, depthwise_weight, project_weight, weight_in, weight_out)
     C = project_weight.shape[0]

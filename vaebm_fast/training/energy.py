@@ -193,7 +193,7 @@ class EnergyTrainer:
 
     def start(self, step: int) -> Tensor:
         """Starting states of a step's chains, [N, D]: N(0, I), with some latents from the replay buffer."""
-        seeds, buffer = self._seeds(step), self.training.buffer
+        seeds, buffer = self.chain_seeds(step), self.training.buffer
         eps = self.sampler.start(seeds, Stream.TRAIN_CHAIN)
         if buffer is None or self.buffer is None or len(self.buffer) == 0:
             return eps
@@ -205,7 +205,8 @@ class EnergyTrainer:
         eps[chosen.to(self.device), : self.sampler.noise_layout.latent_dim] = kept
         return eps
 
-    def _seeds(self, step: int) -> Tensor:
+    def chain_seeds(self, step: int) -> Tensor:
+        """Seeds of a step's chains, [N]."""
         return step_seeds(self.seed, step, self.training.batch_size, self.device)
 
     def negatives(self, step: int) -> Tensor:
@@ -215,7 +216,7 @@ class EnergyTrainer:
         """
         layout = self.sampler.noise_layout
         self._frozen.refresh()
-        chains = self.sampler.run(self._seeds(step), start=self.start(step), stream=Stream.TRAIN_CHAIN)
+        chains = self.sampler.run(self.chain_seeds(step), start=self.start(step), stream=Stream.TRAIN_CHAIN)
         if self.buffer is not None:
             self.buffer.push(chains.eps[:, : layout.latent_dim])
         if self.training.use_mean_negatives:

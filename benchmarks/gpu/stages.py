@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, most important first, within nine minutes: build, smoke tests, figures, tests, tuning.
+"""What holds on this GPU, and how fast? Build, smoke tests, figures, tests and tuning within nine minutes.
 
-    make gpu, or: python3 -m benchmarks.gpu [--budget SECONDS] [--results FOLDER] [--logs FOLDER] [--stage NAME ...]
+    make gpu, or: python3 -m benchmarks gpu [--budget SECONDS] [--results FOLDER] [--logs FOLDER] [--stage NAME ...]
 
 Builds in place with the Python that runs this. Each stage is a process with its own time limit; a stage that fails or
 times out does not stop the others, except the build. Smoke tests run every op of a backend once: figures of a
@@ -29,20 +29,16 @@ import torch
 
 from benchmarks.environment import RESULTS, environment
 from benchmarks.gate import REPOSITORY
-from benchmarks.pair import COMPILED_BF16, FROZEN, NHWC, NHWC_BF16, PLAIN
+from benchmarks.gpu.targets import verdict
 from benchmarks.report import write_table
-from benchmarks.targets import verdict
+from benchmarks.step.pair import COMPILED_BF16, FROZEN, NHWC, NHWC_BF16, PLAIN
+from vaebm_fast.runtime.files import write
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+BENCHMARK = (sys.executable, "-m", "benchmarks")
 PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # compilation of kernels takes most of the time
 SMOKE = ("-m", "gpu", "tests/test_gpu.py", "-k")
-SANITISED = (
-    "-m",
-    "gpu",
-    "tests/test_gpu.py",
-    "-k",
-    "sanitised",
-)  # cases that compute-sanitizer goes through in seconds
+SANITISED = (*SMOKE, "sanitised")  # cases that compute-sanitizer goes through in seconds
 LOGS = REPOSITORY / "build" / "gpu_logs"
 # The whole pair, most important first; the last stage of it may not get through all.
 CASES = (
@@ -81,7 +77,7 @@ def stages(results: Path) -> list[Stage]:
     def figures(name: str, limit_s: float, *command: str) -> Stage:
         def without_unsound(sound: Collection[str]) -> Command:
             left_out = (backend for backend in SMOKE_OF if backend not in sound)
-            return (*PYTEST, *command, "--tested", *into, *(f"--without={backend}" for backend in left_out))
+            return (*BENCHMARK, *command, "--tested", *into, *(f"--without={backend}" for backend in left_out))
 
         return Stage(name, without_unsound, limit_s)
 
@@ -89,15 +85,15 @@ def stages(results: Path) -> list[Stage]:
         name: str, limit_s: float, file: str, cases: Sequence[str], candidates: Sequence[str], *options: str
     ) -> Stage:
         chosen = [f"--case={case}" for case in cases] + [f"--candidate={name}" for name in candidates]
-        return figures(name, limit_s, "benchmarks/bench_pair.py", "--into", file, *chosen, *options)
+        return figures(name, limit_s, "pair", "--into", file, *chosen, *options)
 
     def profile(backend: str) -> Stage:
-        command = (sys.executable, "-m", "benchmarks.profile_step", "celeba_256", "16", backend, *into)
+        command = (*BENCHMARK, "profile", "celeba_256", "16", backend, *into)
         return fixed(f"profile, {backend}", 60, *command, needs=("build", SMOKE_OF[backend]))
 
     def chain(name: str, limit_s: float, preset: str, blocks: int, *options: str) -> Stage:
         sizes = ("--batch", "16", "--blocks", str(blocks), "--rounds", "2", "--dtype", "bfloat16")
-        command = (sys.executable, "-m", "benchmarks.sampling", "--preset", preset, *sizes, *options, *into)
+        command = (*BENCHMARK, "chains", "--preset", preset, *sizes, *options, *into)
         return Stage(name, lambda sound: (*command, "--backend", fastest_backend(results, preset, sound)), limit_s)
 
     def sanitiser(tool: str, limit_s: float) -> Stage:
@@ -118,14 +114,14 @@ def stages(results: Path) -> list[Stage]:
         fixed("tests", 120, *PYTEST, *PARALLEL, "-m", "gpu", "tests", "-k", "not sanitised"),
         chain("chain, celeba_64", 150, "celeba_64", 16, "--plain", "--compile"),
         pair("pair, other presets", 90, "pair_presets", CASES[0][1:], CANDIDATES),
-        figures("ops", 60, "benchmarks/bench_ops.py"),
+        figures("ops", 60, "ops"),
         sanitiser("memcheck", 45),
         chain("chain, celeba_256, torch.compile", 240, "celeba_256", 2, *chain_alone),
         pair("pair, torch.compile", 300, "pair_compiled", COMPILED, beside, *compiled),
         pair("pair, float32", 120, "pair_float32", CASES[0][:3], (*HALF, *OTHERS)),
         sanitiser("racecheck", 60),
         pair("pair, other sizes", 150, "pair_sizes", CASES[1], CANDIDATES),
-        fixed("tune", 600, sys.executable, "-m", "benchmarks.tune_triton"),
+        fixed("tune", 600, *BENCHMARK, "tune"),
     ]
 
 
@@ -173,7 +169,7 @@ def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path
             sound = [name for name, needed in NEEDED_BY.items() if all(SMOKE_OF[other] in passed for other in needed)]
             log = logs / f"{stage.name.replace(', ', '_').replace(' ', '_')}.log"
             done.append({"stage": stage.name, **_run(stage.command(sound), min(stage.limit_s, left_s), log)})
-        path.write_text(json.dumps({"environment": environment(), "stages": done}, indent=2) + "\n")
+        write(path, json.dumps({"environment": environment(), "stages": done}, indent=2) + "\n")
         print(f"{stage.name}: {done[-1]['outcome']}, {done[-1].get('seconds', 0):.0f} s", flush=True)
     return done
 
@@ -211,14 +207,14 @@ def measured_since(began: float, results: Path) -> list[Path]:
     return [path for path in found if path.stat().st_mtime >= began]
 
 
-def main() -> None:
-    """Run all stages on the GPU at hand; exit code 1 where one did not pass."""
+def main(arguments: Sequence[str]) -> int:
+    """Run all stages on the GPU at hand; exit code 1 if one did not pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=500, metavar="SECONDS")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--logs", type=Path, default=LOGS)
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this one, and what it needs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         planned = chosen(stages(options.results), options.stage)
     except ValueError as error:
@@ -230,8 +226,4 @@ def main() -> None:
     for path in measured_since(began, options.results):
         print(f"\n{write_table(path)}", flush=True)
     print(f"\n{verdict(options.results)}", flush=True)
-    raise SystemExit(any(stage["outcome"] != "passed" for stage in done))
-
-
-if __name__ == "__main__":
-    main()
+    return int(any(stage["outcome"] != "passed" for stage in done))

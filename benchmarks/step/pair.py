@@ -1,4 +1,4 @@
-"""How long does one chain step take, by who computes the energy and its gradient?
+"""The candidates of `bench_pair`: what computes U and its gradient in a chain step, and how each is timed.
 
 One step: U and its gradient with respect to all noise (official potential), the update of all noise. Random weights.
 Baselines: the plain modules as they are, the same in NHWC, on a GPU also under autocast to bfloat16, and these compiled
@@ -7,7 +7,7 @@ bfloat16 and replayed as a CUDA graph (`torch_compile`). The plain modules in fl
 otherwise. On a GPU the frozen pairs are captured and replayed as a CUDA graph, as the sampler runs them; each row says
 how it was launched, and one of them runs eagerly beside.
 
-    python -m benchmarks.pair PRESET N CANDIDATE     # one step in this process: peak memory, as JSON
+    python -m benchmarks.step.pair PRESET N CANDIDATE     # one step in this process: its peak memory, as JSON
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.captured import EAGER, GRAPH, captured, launched_by
-from benchmarks.counted import WORK
 from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
-from benchmarks.sensitive import make_sensitive
-from benchmarks.torch_compile import PotentialAndGrad, compiled
+from benchmarks.results_file import Keep, Row
+from benchmarks.step.sensitive import make_sensitive
+from benchmarks.step.torch_compile import PotentialAndGrad, compiled
+from benchmarks.work import STEPS
 from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.models.layers import channels_last
@@ -58,9 +58,6 @@ AGREEMENT = {"float32": 1e-4, TORCHS_OWN: 5e-2, "tf32": 5e-2, "bf16": 5e-2}
 CANDIDATES = (PLAIN, NHWC, NHWC_BF16, *FROZEN, *TO_COMPILE)
 TESTS = ("tests/frozen/test_frozen.py", "tests/frozen/test_frozen_refresh.py", "tests/models/test_golden.py")
 GPU_SECONDS = 0.5  # of a candidate's rounds: nothing else runs on a GPU that measures
-
-Row = dict[str, Any]
-Keep = Callable[[str, Row], None]
 
 
 @dataclass(frozen=True)
@@ -245,14 +242,14 @@ def _measure_group(
         samples = take_turns(steps, device, rounds=rounds, seconds=GPU_SECONDS if device.type == "cuda" else 2.0)
     except Exception as error:
         return rows | {name: rows[name] | refusal(error) for name in built}
-    work = WORK[preset]
+    work = STEPS[preset]
     for name, candidate in built.items():
         rows[name] |= {
             "backend": candidate.backend,
             "launched": candidate.launched,
             "products": candidate.products,
             "dtype": "bfloat16" if candidate.products == "bf16" else "float32",
-            "flops": batch * (work.frozen_flops if name in FROZEN else work.plain_flops),
+            "flops": batch * (work.frozen_flop if name in FROZEN else work.plain_flop),
             "bytes": work.least_bytes(batch, 2 if candidate.products == "bf16" else 4),
             "compile_s": candidate.compile_s,
             **summary(samples[name]),
@@ -326,7 +323,7 @@ def peak_memory(preset: str, batch: int, candidate: str) -> dict[str, float | No
     """
     if candidate in TO_COMPILE:
         return {"peak_memory_mib": None, "memory_before_mib": None}
-    command = [sys.executable, "-m", "benchmarks.pair", preset, str(batch), candidate]
+    command = [sys.executable, "-m", "benchmarks.step.pair", preset, str(batch), candidate]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr}")

@@ -1,24 +1,27 @@
-"""What each Triton launch does at the shapes of `triton_aot`, counted: rows for the tables that `kernel_report` prints.
+"""What each Triton launch does at the shapes of `triton_aot`: the rows that `gpu.kernels` prints.
 
-Memory: every tensor argument of a launch once, which must cross the device's bus at least. A few fp32 operations per
-element of what only passes by are not counted: memory takes longer.
+Memory is every tensor argument of the launch once. Arithmetic is that of `benchmarks.work`; products and windows count
+what their tiles repeat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import prod
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
 
-from benchmarks.kernel_work import Kernel, Work
-from benchmarks.triton_aot import Launch, cases, recorded_launches
+from benchmarks import work
+from benchmarks.gpu.cuda_work import Kernel
+from benchmarks.gpu.triton_aot import Launch, cases, recorded_launches
+from benchmarks.work import SPECIALS, BothWays, Work
 
 RARE = ("7x7", "11x11")  # windows that no published decoder has
 
 Arguments = dict[str, Any]
+Count = Callable[[Arguments], dict[str, float]]
 
 
 class Row(NamedTuple):
@@ -39,10 +42,10 @@ def rows(without: tuple[str, ...] = ()) -> Iterator[Row]:
             label = f"{name} {launch.kernel.__name__ if len(launches) > 1 else ''}".strip()
             arguments = {**dict(zip(launch.kernel.arg_names, launch.args, strict=False)), **launch.kwargs}
             threads = 32 * arguments.get("num_warps", 4)  # Triton's own default
-            yield Row(Kernel(label, label, threads, _shape(arguments), work(launch, arguments)), launch)
+            yield Row(Kernel(label, label, threads, _shape(arguments), work_of(launch, arguments)), launch)
 
 
-def work(launch: Launch, arguments: Arguments) -> Work:
+def work_of(launch: Launch, arguments: Arguments) -> Work:
     """The counted work of one launch. Raises KeyError for a kernel that has no count here."""
     moved = sum(x.numel() * x.element_size() for x in arguments.values() if isinstance(x, Tensor))
     return Work(**{"memory_bytes": float(moved), **COUNTS[launch.kernel.__name__](arguments)})
@@ -82,7 +85,7 @@ def _pointwise(a: Arguments) -> dict[str, float]:
     flop = 2.0 * y.numel() * a["INNER"]
     reads = x.numel() * triton.cdiv(y.shape[1], a["BLOCK_N"])  # each activates x again; a slope is taken once
     activations = y.numel() if a["slope_of"] is not None else reads
-    special = {"none": 0.0, "swish": 2.0, "elu": 1.0}[a["ACTIVATION"]] * activations
+    special = float(SPECIALS[a["ACTIVATION"]]) * activations
     if x.element_size() == 4 and a["PRECISION"] == "ieee":
         return {"fp32_flop": flop, "special": special}
     if x.element_size() == 2:
@@ -92,46 +95,34 @@ def _pointwise(a: Arguments) -> dict[str, float]:
     return {"tensor_flop": 2 * flop, "special": special, "integer": 2.0 * read}
 
 
-def _noise(of: str, *, integer: int, fp32_flop: int, special: int) -> Callable[[Arguments], dict[str, float]]:
-    """So much for each Philox counter, four elements of a tensor; as `kernel_work` counts it for CUDA."""
-
-    def count(a: Arguments) -> dict[str, float]:
-        N, D = a[of].shape
-        counters = float(N * triton.cdiv(D, 4))
-        return {"integer": integer * counters, "fp32_flop": fp32_flop * counters, "special": special * counters}
-
-    return count
+def _noise(count: Callable[[int, int], Work], of: str) -> Count:
+    """All work of `count` for N x D noise, the shape of an argument."""
+    return lambda a: asdict(count(*a[of].shape))
 
 
-def _update(a: Arguments) -> dict[str, float]:
-    """eps is read and written."""
-    count = _noise("eps", integer=150, fp32_flop=110, special=2)(a)
-    return {"memory_bytes": 12.0 * a["eps"].numel(), **count}
+def _specials(count: Callable[[int], BothWays], of: str, per: int = 1) -> Count:
+    """The special functions of `count`, which takes elements: of an argument, or a part of it (`per`)."""
+    return lambda a: {"special": count(a[of].numel() // per).forward.special}
 
 
-def _per_element(of: str, special: int) -> Callable[[Arguments], dict[str, float]]:
-    """So many special functions for each element of a tensor."""
-    return lambda a: {"special": float(special * prod(a[of].shape))}
-
-
-COUNTS: dict[str, Callable[[Arguments], dict[str, float]]] = {
-    "philox_words_kernel": _noise("out", integer=120, fp32_flop=0, special=0),
-    "philox_normal_kernel": _noise("out", integer=150, fp32_flop=90, special=2),
-    "update_kernel": _update,
+COUNTS: dict[str, Count] = {
+    "philox_words_kernel": _noise(work.philox_words, "out"),
+    "philox_normal_kernel": _noise(work.philox_normal, "out"),
+    "update_kernel": _noise(work.langevin_update, "eps"),
     "depthwise_kernel": _depthwise,
     "pointwise_kernel": _pointwise,
     "bilinear_upsample_kernel": lambda a: {},
     "bilinear_upsample_backward_kernel": lambda a: {},
-    "epilogue_kernel": _per_element("y", 2),
-    "head_kernel": _per_element("y", 2),
+    "epilogue_kernel": _specials(work.energy_epilogue, "y"),
+    "head_kernel": _specials(work.energy_head, "y"),
     "total_kernel": lambda a: {},
-    "head_backward_kernel": _per_element("y", 2),
-    "latent_kernel": _per_element("parameters", 3),  # exp and 1 / (1 + exp) per clamp, and half an exp for sigma
-    "latent_backward_kernel": _per_element("parameters", 3),
-    "pixel_kernel": _per_element("logits", 3),
-    "pixel_backward_kernel": _per_element("logits", 3),
+    "head_backward_kernel": _specials(work.energy_head, "y"),
+    "latent_kernel": _specials(work.gaussian_latent, "parameters", per=2),
+    "latent_backward_kernel": _specials(work.gaussian_latent, "parameters", per=2),
+    "pixel_kernel": _specials(work.pixel_head, "logits", per=2),
+    "pixel_backward_kernel": _specials(work.pixel_head, "logits", per=2),
     "sum_kernel": lambda a: {},
-    "gate_kernel": _per_element("gate", 2),
+    "gate_kernel": lambda a: {"special": 2.0 * a["gate"].numel()},
     "gate_backward_kernel": lambda a: {},
     "apply_kernel": lambda a: {},
 }

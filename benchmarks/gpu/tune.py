@@ -2,7 +2,7 @@
 
 Every candidate runs at the shapes of celeba_256 that its entry of a table stands for, 16 images; the one with the
 smallest sum of median times wins. The baseline is the configuration in the source, which only goes for one that is
-faster by more than MARGIN. `python -m benchmarks.tune_triton [pointwise ...]` tunes these tables, by default all, one
+faster by more than MARGIN. `python -m benchmarks tune [pointwise ...]` tunes these tables, by default all, one
 after another, as later ones use what earlier ones found. It writes each between its marks, with what it was measured
 on, after every entry, so an interrupted run keeps its results; no other line changes, and the same winners
 give the same file. Half precision, in which chains run, comes first.
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from vaebm_fast.runtime.files import write
 from vaebm_fast.triton_kernels import depthwise_swish, pointwise, residual_tail
 
 Calls = list[Callable[[], object]]
@@ -112,9 +112,7 @@ def write_table(
         lines.append(f"{_literal(key)}: {_literal(value)},{mark}")
     start = text.index(begin) + len(begin)
     between = "".join(f"    {line}\n" for line in lines)
-    whole = source.with_suffix(".new")
-    whole.write_text(text[:start] + between + text[text.index(end) :], encoding="utf-8")
-    os.replace(whole, source)  # at once: whoever stops this process must not leave half a file
+    write(source, text[:start] + between + text[text.index(end) :])
 
 
 def _literal(value: Any) -> str:
@@ -207,10 +205,11 @@ TUNERS = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    """Tune the named tables, or all; each is written into its module as it goes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="table", help=", ".join(TUNERS))
-    names = parser.parse_args().tables or list(TUNERS)
+    names = parser.parse_args(arguments).tables or list(TUNERS)
     unknown = sorted(set(names) - set(TUNERS))
     if unknown:
         parser.error(f"{', '.join(unknown)} has no table; there are {', '.join(TUNERS)}")
@@ -220,7 +219,3 @@ def main() -> None:
     for name in (name for name in TUNERS if name in names):
         keep = partial(write_table, TUNERS[name], measured_on, None)
         tune(TUNERS[name], time_ms, torch.device("cuda"), keep)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 import vaebm_fast
-from benchmarks import triton_aot, tune_triton
-from benchmarks.tune_triton import BEGIN, END, TUNERS, Calls, Tuner, tune, write_table
+from benchmarks.gpu import triton_aot, tune
+from benchmarks.gpu.tune import BEGIN, END, TUNERS, Calls, Tuner, write_table
 
 META = torch.device("meta")
 SOURCES = sorted((Path(vaebm_fast.__file__).parent / "triton_kernels").glob("*.py"))
@@ -51,7 +50,7 @@ def is_used(candidate: Any, calls: Calls) -> bool:
 
 def tune_for(tuner: Tuner, favourite: Any) -> None:
     """Tune by a clock that finds `favourite` twice as fast as everything else."""
-    tune(tuner, lambda calls: 1.0 if is_used(favourite, calls) else 2.0, META)
+    tune.tune(tuner, lambda calls: 1.0 if is_used(favourite, calls) else 2.0, META)
 
 
 @pytest.mark.parametrize("name", TUNERS)
@@ -70,7 +69,7 @@ def test_the_fastest_candidate_wins_at_the_shapes_of_a_model(name: str) -> None:
 def test_a_slower_or_hardly_faster_candidate_does_not(name: str) -> None:
     tuner = TUNERS[name]
     before = dict(table_of(tuner))
-    tune(tuner, lambda calls: 1.0 if any(table_of(tuner)[key] != before[key] for key in before) else 1.01, META)
+    tune.tune(tuner, lambda calls: 1.0 if any(table_of(tuner)[key] != before[key] for key in before) else 1.01, META)
     assert table_of(tuner) == before
 
 
@@ -137,9 +136,9 @@ def test_a_candidate_that_a_gpu_cannot_hold_loses(monkeypatch: pytest.MonkeyPatc
     def too_large() -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    monkeypatch.setattr(tune_triton.triton.testing, "do_bench", do_bench)
-    assert tune_triton.time_ms([lambda: None, lambda: None]) == 2.0
-    assert tune_triton.time_ms([lambda: None, too_large]) == float("inf")
+    monkeypatch.setattr(tune.triton.testing, "do_bench", do_bench)
+    assert tune.time_ms([lambda: None, lambda: None]) == 2.0
+    assert tune.time_ms([lambda: None, too_large]) == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -148,32 +147,30 @@ def test_a_candidate_that_a_gpu_cannot_hold_loses(monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_tuned_is_said(
     words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["tune_triton", *words])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        tune_triton.main()
+        tune.main(words)
     assert sentence in capsys.readouterr().err
 
 
 def test_the_command_tunes_and_writes_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """End to end but for the GPU, its clock, and the sources."""
     written: dict[str, str] = {}
-    monkeypatch.setattr(sys, "argv", ["tune_triton"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     monkeypatch.setattr(torch, "device", lambda kind: META)
-    monkeypatch.setattr(tune_triton, "time_ms", lambda calls: 1.0)
+    monkeypatch.setattr(tune, "time_ms", lambda calls: 1.0)
     timed: dict[str, list[Any]] = {}
 
     def write(tuner: Tuner, on: str, source: None, keys: list[Any]) -> None:
         written[tuner.module.__name__] = on
         timed.setdefault(tuner.table + tuner.module.__name__, []).append(list(keys))
 
-    monkeypatch.setattr(tune_triton, "write_table", write)
-    tune_triton.main()
+    monkeypatch.setattr(tune, "write_table", write)
+    tune.main([])
     assert [name.rpartition(".")[2] for name in written] == list(TUNERS)
     assert all(on.startswith("Timed on an H200, torch ") for on in written.values())
     for so_far in timed.values():  # after every entry, and those in which chains run first
         assert [len(keys) for keys in so_far] == list(range(1, len(so_far) + 1))
-        is_half = [key[-1] in tune_triton.HALF for key in so_far[-1]]
+        is_half = [key[-1] in tune.HALF for key in so_far[-1]]
         assert is_half == sorted(is_half, reverse=True) and any(is_half)

@@ -2,12 +2,11 @@
 
 The launchers are called with tensors of the meta device at the shapes of celeba_256, and each launch is compiled
 instead of run, with the very arguments, constants and alignments that it would have there. `python -m
-benchmarks.triton_aot` prints the table; TRITON_CACHE_DIR says where compiled kernels are kept.
+benchmarks kernels --launches PART` prints them; TRITON_CACHE_DIR says where compiled kernels are kept.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import tempfile
@@ -243,20 +242,3 @@ def report(
             kernel = launch.kernel.__name__ if len(launches) > 1 else ""
             for architecture in architectures:
                 yield compile_launch(f"{name} {kernel}".strip(), launch, architecture)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("matching", nargs="?", default="", help="part of a name")
-    parser.add_argument("--without", action="append", default=[], help="part of names to leave out")
-    options = parser.parse_args()
-    for row in report(options.matching, tuple(options.without)):
-        print(
-            f"{row.name:<58} sm_{row.architecture} {row.num_warps:2} warps {row.registers:4} registers "
-            f"{row.shared:7} B shared {row.spills:4} B spilled",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()

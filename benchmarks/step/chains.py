@@ -1,4 +1,4 @@
-"""Images per second of whole chains, and the sampling job's rate relative to the bare chain.
+"""How many images per second do whole chains make, and how much of that does a sampling job keep?
 
 The job: seeds to a folder of PNG files on a temporary disk, from its first block to its last file; its loading,
 negligible for thousands of images, is reported separately. The bare chain: the same sampler over the same blocks,
@@ -10,8 +10,8 @@ On a CPU all take turns in one run. On a GPU, whose memory does not hold all of 
 the bare chain is captured before it is timed, but a job captures its own, so beside it is a bare chain that does too;
 eager chains and torch.compile's, whose blocks are all alike, run one block.
 
-    python -m benchmarks.sampling [--preset NAME] [--steps T] [--batch N] [--blocks B] [--rounds R] [--dtype DTYPE]
-                                  [--backend NAME] [--plain] [--compile] [--no-job] [--into NAME] [--results FOLDER]
+    python -m benchmarks chains [--preset NAME] [--steps T] [--batch N] [--blocks B] [--rounds R] [--dtype DTYPE]
+                                [--backend NAME] [--plain] [--compile] [--no-job] [--into NAME] [--results FOLDER]
 
 Results go to results/ as JSON and a table, rewritten after each candidate.
 """
@@ -21,22 +21,21 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from benchmarks import report
-from benchmarks.chains import BARE, COLD, JOB, Bench, Timed
 from benchmarks.environment import RESULTS
-from benchmarks.measure import default_device
-from benchmarks.pair import COMPILED, COMPILED_BF16, NHWC, PLAIN, TO_COMPILE, Keep, plain_model, refusal, release
-from benchmarks.refresh import summary
-from benchmarks.results_file import ResultsFile
+from benchmarks.measure import default_device, quantiles
+from benchmarks.results_file import Keep, ResultsFile, Row
+from benchmarks.step.chain_candidates import BARE, COLD, JOB, Bench, Timed
+from benchmarks.step.pair import COMPILED, COMPILED_BF16, NHWC, PLAIN, TO_COMPILE, plain_model, refusal, release
 from vaebm_fast import PRESETS, save_energy, save_nvae
 from vaebm_fast.config import ChainConfig
 from vaebm_fast.frozen import freeze
@@ -59,7 +58,7 @@ def measure(
     dtype: Dtype = "float32",
     backend: Backend = "auto",
     keep: Keep = lambda name, row: None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A row per candidate, each given to `keep` as soon as it is there: seconds, images per second, and that over the
     bare chain's, where that was measured; {"refused": why} for one without a figure.
     """
@@ -67,7 +66,7 @@ def measure(
         raise ValueError(f"{preset} has another potential or temperature than the other pairs compute.")
     with _bench(preset, chain, batch, blocks, dtype, backend) as bench:
         makers = _makers(bench, job=job, plain=plain, compile=compile)
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[str, Row] = {}
         for group in [[name] for name in makers] if bench.on_gpu else [list(makers)]:
             found = _measure_group({name: makers[name] for name in group}, bench, rounds)
             release(bench.device, compiled=not set(group).isdisjoint(TO_COMPILE))
@@ -118,9 +117,9 @@ def _bench(preset: str, chain: ChainConfig, batch: int, blocks: int, dtype: Dtyp
         yield Bench(device, model, frozen, chain, batch, blocks, options)
 
 
-def _measure_group(makers: dict[str, Callable[[], Timed]], bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
+def _measure_group(makers: dict[str, Callable[[], Timed]], bench: Bench, rounds: int) -> dict[str, Row]:
     """Rows of candidates that take turns."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     built: dict[str, Timed] = {}
     for name, make in makers.items():
         try:
@@ -132,16 +131,15 @@ def _measure_group(makers: dict[str, Callable[[], Timed]], bench: Bench, rounds:
     except Exception as error:
         return rows | {name: refusal(error) for name in built}
     for name, timed in built.items():
-        taken = summary(times_s[name])
+        taken = quantiles(times_s[name])
         rows[name] = {
             "blocks": timed.blocks,
             "backend": timed.backend,
             "dtype": timed.dtype,
             "launched": timed.launched,
             **taken,
-            "times_s": times_s[name],
             "images_per_second": bench.batch * timed.blocks / taken["median_s"],
-            "whole_job_s": summary(bench.whole_job_s)["median_s"] if name == JOB else None,
+            "whole_job_s": quantiles(bench.whole_job_s)["median_s"] if name == JOB else None,
         }
     return {name: rows[name] for name in makers}
 
@@ -160,9 +158,9 @@ def take_turns(calls: dict[str, Callable[[], float]], rounds: int, *, warm_up: b
     return times
 
 
-def main() -> None:
-    """Measure, write and print; exit code 1 where a candidate failed."""
-    options = _parser().parse_args()
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write and print; exit code 1 if a candidate failed."""
+    options = _parser().parse_args(arguments)
     published = PRESETS[options.preset].sampling
     chain = published if options.steps is None else replace(published, steps=options.steps)
     half = "_bf16" if options.dtype == "bfloat16" else ""
@@ -170,11 +168,8 @@ def main() -> None:
     question = f"Images per second of whole chains and of the job, the frozen pair in {options.dtype}"
     file = ResultsFile(name, question, {}, options.results)
 
-    def keep(name: str, row: dict[str, Any]) -> None:
-        if "refused" in row:
-            file.refuse(f"{options.preset}, N = {options.batch}, {name}", row["refused"])
-        else:
-            file.add(row)
+    def keep(name: str, row: Row) -> None:
+        file.keep(f"{options.preset}, N = {options.batch}, {name}", row)
         report.write_table(file.path)
 
     rows = measure(
@@ -182,7 +177,7 @@ def main() -> None:
         compile=options.compile, job=options.job, dtype=options.dtype, backend=options.backend, keep=keep,
     )  # fmt: skip
     print(report.write_table(file.path))
-    raise SystemExit(any(row.get("failed") for row in rows))
+    return int(any(row.get("failed") for row in rows))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,7 +197,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--into", metavar="NAME", help="the result file; chain_PRESET_N, with _bf16 behind it")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,10 @@
-"""How fast is each op, compared with its plain PyTorch reference and the machine's ceilings?
+"""The ops at the shapes that the presets' models give them, with random tensors.
 
-An op gets its rows by an entry in CASES: the shapes that the presets' models give it, what it moves and computes, and
-how its tensors are made. Bytes are those that its docstring promises: every tensor read or written once.
-
-On a GPU a call is shorter than its launch, and its tensors stay in the cache for the next. So many calls, on tensors of
-their own that are several times the cache in all, are captured there into a graph, and its replay is timed; batches are
-larger.
+An op gets its rows in the tables by an entry in CASES. What it moves and computes is counted in `benchmarks.work`.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.captured import EAGER, captured, launched_by
-from benchmarks.measure import Sample, summary, take_turns
+from benchmarks import work
+from benchmarks.work import BothWays, Work
 from vaebm_fast.chain.noise import Stream, draw_tensor, seed_tensor
 from vaebm_fast.ops import _backend
 from vaebm_fast.ops.bilinear_upsample import bilinear_upsample, bilinear_upsample_backward
@@ -50,27 +43,41 @@ class Run(Protocol):
     def __call__(self, *, backend: Any) -> object: ...
 
 
+Make = Callable[[torch.device], Run]
+
+
 @dataclass(frozen=True)
 class Case:
-    """An op at one shape. `make` allocates its tensors on a device; `tests` is the file that the op must pass."""
+    """An op at one shape. `make` allocates its tensors on a device."""
 
     op: str
     shape: str
-    bytes_moved: int
-    flops: int
-    make: Callable[[torch.device], Run]
-    tests: str
+    work: Work
+    make: Make
     dtype: str = "float32"
 
     @property
     def name(self) -> str:
         return f"{self.op} {self.shape}"
 
+    @property
+    def tests(self) -> str:
+        """The file of tests that the op must pass before it is measured."""
+        module = self.op.removesuffix("_backward")
+        return "tests/chain/test_noise.py" if module == "philox_normal" else f"tests/ops/test_{module}.py"
+
+
+def both(op: str, shape: str, counted: BothWays, forward: Make, backward: Make, dtype: str = "float32") -> list[Case]:
+    """The cases of an op and of its backward."""
+    return [
+        Case(op, shape, counted.forward, forward, dtype),
+        Case(f"{op}_backward", shape, counted.backward, backward, dtype),
+    ]
+
 
 def depthwise_cases(N: int, C: int, H: int, K: int = 5, *, upsample: bool = False) -> list[Case]:
     """Forward and backward of the depthwise on an H x H image; upsampled, the result has twice the side."""
-    scale, taps = (2, (K + 1) // 2) if upsample else (1, K)
-    small, large = N * C * H * H, N * C * (scale * H) ** 2
+    scale = 2 if upsample else 1
 
     def tensors(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, dy = (torch.randn(N, C, side, side, device=device) for side in (H, scale * H))
@@ -86,21 +93,18 @@ def depthwise_cases(N: int, C: int, H: int, K: int = 5, *, upsample: bool = Fals
         return lambda *, backend: depthwise_swish_backward(dy, h, weight, upsample=upsample, backend=backend)
 
     shape = f"{N}x{C}x{H}x{H}, K = {K}{', up' if upsample else ''}"
-    flops, tests = 2 * taps**2 * large, "tests/ops/test_depthwise_swish.py"
-    return [
-        Case("depthwise_swish", shape, 4 * (small + large), flops, forward, tests),
-        Case("depthwise_swish_backward", shape, 4 * (2 * small + large), flops, backward, tests),
-    ]
+    counted = work.depthwise_swish(N, C, H * H, K, upsample=upsample)
+    return both("depthwise_swish", shape, counted, forward, backward)
 
 
 def philox_normal_cases(N: int, D: int) -> list[Case]:
-    """Noise of N images; its integer work is not counted as FLOPs."""
+    """Noise of N images."""
 
     def make(device: torch.device) -> Run:
         seeds, draw = seed_tensor(range(N), device), draw_tensor(1, device)
         return lambda *, backend: philox_normal(seeds, draw, stream=int(Stream.CHAIN), numel=D, backend=backend)
 
-    return [Case("philox_normal", f"{N}x{D}", 4 * N * D, 0, make, "tests/chain/test_noise.py")]
+    return [Case("philox_normal", f"{N}x{D}", work.philox_normal(N, D), make)]
 
 
 def langevin_update_cases(N: int, D: int) -> list[Case]:
@@ -115,7 +119,7 @@ def langevin_update_cases(N: int, D: int) -> list[Case]:
             eps, gradient, seeds, draw, flags, stream=stream, step_size=step_size, backend=backend
         )
 
-    return [Case("langevin_update", f"{N}x{D}", 12 * N * D, 0, make, "tests/ops/test_langevin_update.py")]
+    return [Case("langevin_update", f"{N}x{D}", work.langevin_update(N, D), make)]
 
 
 def _normal(device: torch.device, *size: int) -> Tensor:
@@ -124,8 +128,7 @@ def _normal(device: torch.device, *size: int) -> Tensor:
 
 
 def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, activation: Activation = "none") -> list[Case]:
-    """Forward with bias and backward; an input that is activated is read once more backward."""
-    x, y, weight = 4 * N * Cin * H * H, 4 * N * Cout * H * H, 4 * Cin * Cout
+    """Forward with bias and backward."""
 
     def tensors(device: torch.device) -> tuple[Tensor, dict[str, Any], Tensor]:
         w = _normal(device, Cout, Cin) / Cin**0.5
@@ -143,11 +146,7 @@ def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, activation: Activati
         return lambda *, backend: pointwise_backward(dy, packed[backend], x, activation=activation, backend=backend)
 
     shape = f"{N}x{Cin}x{H}x{H} to {Cout}{'' if activation == 'none' else f', {activation}'}"
-    flops, tests = 2 * N * H * H * Cin * Cout, "tests/ops/test_pointwise.py"
-    return [
-        Case("pointwise", shape, x + y + weight, flops, forward, tests),
-        Case("pointwise_backward", shape, (1 if activation == "none" else 2) * x + y + weight, flops, backward, tests),
-    ]
+    return both("pointwise", shape, work.pointwise(N, Cin, Cout, H * H, activation), forward, backward)
 
 
 def bilinear_upsample_cases(N: int, C: int, H: int) -> list[Case]:
@@ -161,11 +160,7 @@ def bilinear_upsample_cases(N: int, C: int, H: int) -> list[Case]:
         dy = _normal(device, N, C, 2 * H, 2 * H)
         return lambda *, backend: bilinear_upsample_backward(dy, backend=backend)
 
-    shape, size, tests = f"{N}x{C}x{H}x{H}", 5 * 4 * N * C * H * H, "tests/ops/test_bilinear_upsample.py"
-    return [
-        Case("bilinear_upsample", shape, size, 0, forward, tests),
-        Case("bilinear_upsample_backward", shape, size, 0, backward, tests),
-    ]
+    return both("bilinear_upsample", f"{N}x{C}x{H}x{H}", work.bilinear_upsample(N, C, H * H), forward, backward)
 
 
 def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> list[Case]:
@@ -205,13 +200,8 @@ def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> 
 
         return run
 
-    pixels, shape, tests = N * H * H, f"{N}x{C}x{H}x{H}, hidden {hidden}", "tests/ops/test_inverted_residual.py"
-    flops, dtype = 2 * pixels * hidden * (2 * C + K * K), "bfloat16"
-    more = 2 * pixels * hidden * C  # h1 again
-    return [
-        Case("inverted_residual", shape, 2 * pixels * (2 * C + hidden), flops, forward, tests, dtype),
-        Case("inverted_residual_backward", shape, 2 * pixels * (3 * C + hidden), flops + more, backward, tests, dtype),
-    ]
+    counted, shape = work.inverted_residual(N, C, hidden, H * H, K), f"{N}x{C}x{H}x{H}, hidden {hidden}"
+    return both("inverted_residual", shape, counted, forward, backward, "bfloat16")
 
 
 def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
@@ -225,11 +215,7 @@ def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
         (du, y, skip), shift = (_normal(device, N, C, H, H) for _ in range(3)), _normal(device, C)
         return lambda *, backend: energy_epilogue_backward(du, y, skip, 0.9, shift, backend=backend)
 
-    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/ops/test_energy_epilogue.py"
-    return [
-        Case("energy_epilogue", shape, 3 * size, 0, forward, tests),
-        Case("energy_epilogue_backward", shape, 4 * size, 0, backward, tests),
-    ]
+    return both("energy_epilogue", f"{N}x{C}x{H}x{H}", work.energy_epilogue(N * C * H * H), forward, backward)
 
 
 def energy_head_cases(N: int, C: int, H: int) -> list[Case]:
@@ -245,15 +231,11 @@ def energy_head_cases(N: int, C: int, H: int) -> list[Case]:
         denergy, shift, weight = _normal(device, N), _normal(device, C), _normal(device, C)
         return lambda *, backend: energy_head_backward(denergy, y, skip, 0.9, shift, weight, backend=backend)
 
-    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/ops/test_energy_head.py"
-    return [
-        Case("energy_head", shape, 2 * size, 0, forward, tests),
-        Case("energy_head_backward", shape, 3 * size, 0, backward, tests),
-    ]
+    return both("energy_head", f"{N}x{C}x{H}x{H}", work.energy_head(N * C * H * H), forward, backward)
 
 
 def se_gate_residual_cases(N: int, C: int, H: int) -> list[Case]:
-    """Forward s is read for its mean too; backward dy and s for the gate's gradient, then dy again."""
+    """Gates of a sixteenth of the channels."""
     hidden = max(C // 16, 4)
 
     def weights(device: torch.device) -> list[Tensor]:
@@ -270,17 +252,12 @@ def se_gate_residual_cases(N: int, C: int, H: int) -> list[Case]:
         first, _, second, _ = weights(device)
         return lambda *, backend: se_gate_residual_backward(dy, s, inner, gate, first, second, backend=backend)
 
-    shape, size, tests = f"{N}x{C}x{H}x{H}", 4 * N * C * H * H, "tests/ops/test_se_gate_residual.py"
-    return [
-        Case("se_gate_residual", shape, 4 * size, 0, forward, tests),
-        Case("se_gate_residual_backward", shape, 4 * size, 0, backward, tests),
-    ]
+    return both("se_gate_residual", f"{N}x{C}x{H}x{H}", work.se_gate_residual(N * C * H * H), forward, backward)
 
 
 def residual_tail_cases(N: int, hidden: int, C: int, H: int, K: int = 5, *, upsample: bool = False) -> list[Case]:
     """Behind the expansion to `hidden` channels on H x H pixels; the result has C, on twice the side if upsampled."""
-    scale, taps, squeezed = (2, (K + 1) // 2, max(C // 16, 4)) if upsample else (1, K, max(C // 16, 4))
-    side = scale * H
+    side, squeezed = 2 * H if upsample else H, max(C // 16, 4)
     sizes = ((K, K, hidden), (hidden,), (C, hidden), (C,), (squeezed, C), (squeezed,), (C, squeezed), (C,))
 
     def weights(device: torch.device) -> list[Tensor]:
@@ -298,12 +275,8 @@ def residual_tail_cases(N: int, hidden: int, C: int, H: int, K: int = 5, *, upsa
         return lambda *, backend: residual_tail_backward(*given, upsample=upsample, backend=backend)
 
     shape = f"{N}x{hidden}x{H}x{H} to {C}, K = {K}{', up' if upsample else ''}"
-    small, large, y = 4 * N * hidden * H * H, 4 * N * hidden * side * side, 4 * N * C * side * side
-    flops, tests = N * side * side * hidden * (2 * taps**2 + 2 * C), "tests/ops/test_residual_tail.py"
-    return [
-        Case("residual_tail", shape, small + 2 * large + 4 * y, flops, forward, tests),
-        Case("residual_tail_backward", shape, 2 * small + 3 * large + 4 * y, flops, backward, tests),
-    ]
+    counted = work.residual_tail(N, hidden, C, H * H, K, upsample=upsample)
+    return both("residual_tail", shape, counted, forward, backward)
 
 
 def heads_cases(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
@@ -322,12 +295,8 @@ def heads_cases(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
             return lambda *, backend: pixel_head_backward(dz, dlog_p, raw, eps, backend=backend)
         return lambda *, backend: gaussian_latent_backward(dz, dlog_p, raw, eps, 1.0, backend=backend)
 
-    op = "pixel_head" if pixels else "gaussian_latent"
-    shape, size, tests = f"{N}x{L}x{H}x{H}", 4 * N * L * H * H, f"tests/ops/test_{op}.py"
-    return [
-        Case(op, shape, 4 * size, 0, forward, tests),
-        Case(f"{op}_backward", shape, 7 * size, 0, backward, tests),
-    ]
+    op, counted = ("pixel_head", work.pixel_head) if pixels else ("gaussian_latent", work.gaussian_latent)
+    return both(op, f"{N}x{L}x{H}x{H}", counted(N * L * H * H), forward, backward)
 
 
 def power_iteration_cases(B: int, M: int, K: int, iterations: int = 4) -> list[Case]:
@@ -337,8 +306,8 @@ def power_iteration_cases(B: int, M: int, K: int, iterations: int = 4) -> list[C
         weight, u, v = _normal(device, B, M, K), _normal(device, B, M), _normal(device, B, K)
         return lambda *, backend: power_iteration(weight, u, v, iterations=iterations, eps=1e-3, backend=backend)
 
-    flops, tests = 4 * B * M * K * iterations, "tests/ops/test_power_iteration.py"
-    return [Case("power_iteration", f"{B}x{M}x{K}, {iterations} times", 4 * B * M * K, flops, make, tests)]
+    counted = work.power_iteration(B, M, K, iterations)
+    return [Case("power_iteration", f"{B}x{M}x{K}, {iterations} times", counted, make)]
 
 
 def _table(one: int, four: int) -> tuple[Case, ...]:
@@ -380,8 +349,6 @@ def _table(one: int, four: int) -> tuple[Case, ...]:
 
 
 CASES, GPU_CASES = _table(1, 4), _table(16, 16)
-CACHES, MOST_BUFFERS = 4, 32  # tensors of a GPU's case: so many times the cache in all, but no more sets of them
-GRAPH_BYTES, MOST_CALLS = 10**9, 128  # what a replay moves at least, some 0.3 ms, and in how many calls at most
 
 
 def backends_of(op: str, device: torch.device, without: Sequence[str] = ()) -> list[str]:
@@ -394,72 +361,6 @@ def has_kernel(op: str, device: torch.device) -> bool:
     """Whether there is something to hold beside the op's reference on such devices, present here or not."""
     kinds = {"cpp"} if device.type == "cpu" else {"triton", "cuda"}
     return not kinds.isdisjoint(_backend.OP_BACKENDS[op])
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Something to time that makes `calls` calls, and how it is launched."""
-
-    call: Callable[[], object]
-    calls: int = 1
-    launched: str = EAGER
-
-
-def measure_case(
-    case: Case, device: torch.device, *, rounds: int | None = None, without: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """A row per backend that can run the case, measured in turns; {"refused": why} for one that failed on a GPU."""
-    facts = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "bytes": case.bytes_moved, "flops": case.flops}
-    backends, on_gpu = backends_of(case.op, device, without), device.type == "cuda"
-    rows: dict[str, dict[str, Any]] = {name: {**facts, "candidate": name, "backend": name} for name in backends}
-    runs = [case.make(device) for _ in range(buffers_of(case, cache_bytes(device)) if on_gpu else 1)]
-    timed: dict[str, Timed] = {}
-    for name in backends:
-        try:
-            timed[name] = _graph(case, runs, name, device) if on_gpu else Timed(_bound(runs[0], name))
-        except Exception as error:  # the others may do without it
-            rows[name] |= {"refused": f"{type(error).__name__}: {error}", "failed": True}
-    if not timed:
-        return rows
-    steps = {name: entry.call for name, entry in timed.items()}
-    samples = take_turns(steps, device, rounds=rounds, seconds=0.1 if on_gpu else 0.5)
-    for name, entry in timed.items():
-        each = [_shared(taken, entry.calls) for taken in samples[name]]
-        rows[name] |= {"launched": entry.launched, "calls": entry.calls, "buffers": len(runs), **summary(each)}
-    return rows
-
-
-def cache_bytes(device: torch.device) -> int:
-    """The GPU's last cache."""
-    return int(torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-def buffers_of(case: Case, cache: int) -> int:
-    """Number of tensor sets rotated on a GPU, so that none is still cached when it is reused."""
-    return min(math.ceil(CACHES * cache / case.bytes_moved), MOST_BUFFERS)
-
-
-def _graph(case: Case, runs: Sequence[Run], backend: str, device: torch.device) -> Timed:
-    """Enough calls for a replay to be longer than its launch, captured, on one set of tensors after another."""
-    calls = max(len(runs), min(math.ceil(GRAPH_BYTES / case.bytes_moved), MOST_CALLS))
-
-    def together() -> None:
-        results: deque[object] = deque(maxlen=len(runs))  # held, for the next call's to be other memory
-        for index in range(calls):
-            results.append(runs[index % len(runs)](backend=backend))
-
-    call = captured(together, device)
-    call()
-    return Timed(call, calls, launched_by(call, device))
-
-
-def _shared(taken: Sample, calls: int) -> Sample:
-    """Of one of the calls."""
-    return Sample(taken.wall_s / calls, taken.user_s / calls, taken.system_s / calls, taken.page_faults // calls)
-
-
-def _bound(run: Run, backend: str) -> Callable[[], object]:
-    return lambda: run(backend=backend)
 
 
 def cases_of(ops: Sequence[str] | None, device: torch.device | None = None) -> list[Case]:

@@ -1,32 +1,22 @@
-"""What each GPU kernel does on a named shape of a model, counted: the table that `kernel_report` prints.
+"""What each CUDA kernel does on a named shape of a model: the rows that `gpu.kernels` prints.
 
-A new kernel adds its rows here. Counts are of what the kernel executes, halos and ragged tiles included; of memory,
-what must cross the device's bus at least once.
+A new kernel adds its rows here: the work of its op by `benchmarks.work`, with what its tiles repeat, halos and ragged
+edges included, in place of the least arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from benchmarks import work
+from benchmarks.work import Work
 from vaebm_fast.config import PRESETS, NoiseLayout
 
 
 @dataclass(frozen=True)
-class Work:
-    """Totals of one launch. An fp32 multiply-add is 2 FLOP; `special` are exponentials, reciprocals and tanh."""
-
-    memory_bytes: float
-    fp32_flop: float = 0
-    tensor_flop: float = 0
-    special: float = 0
-    integer: float = 0
-    shared_bytes: float = 0
-
-
-@dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel. `symbol`: its C++ name as `kernel_report.short_name` shortens it."""
+    """One compiled kernel. `symbol`: its C++ name as `gpu.kernels.short_name` shortens it."""
 
     label: str
     symbol: str
@@ -44,14 +34,9 @@ def kernels() -> list[Kernel]:
 def _noise() -> Iterator[Kernel]:
     N, preset = 16, PRESETS["celeba_256"]
     D = NoiseLayout(preset.nvae.latent_shapes, (3, 256, 256)).dim
-    counters = N * -(-D // 4)
-    shape = f"noise of celeba_256, N = {N}"
-    words = Work(memory_bytes=4.0 * N * D, integer=120 * counters)
-    normals = Work(memory_bytes=4.0 * N * D, integer=150 * counters, fp32_flop=90 * counters, special=2 * counters)
-    moved = Work(memory_bytes=12.0 * N * D, integer=150 * counters, fp32_flop=110 * counters, special=2 * counters)
-    yield Kernel("philox_words", "philox_words_kernel", 256, shape, words)
-    yield Kernel("philox_normal", "philox_normal_kernel", 256, shape, normals)
-    yield Kernel("langevin_update", "langevin_update_kernel", 256, shape, moved)
+    for count in (work.philox_words, work.philox_normal, work.langevin_update):
+        op = count.__name__
+        yield Kernel(op, f"{op}_kernel", 256, f"noise of celeba_256, N = {N}", count(N, D))
 
 
 @dataclass(frozen=True)
@@ -106,14 +91,14 @@ def _depthwise() -> Iterator[Kernel]:
                     work=_depthwise_work(window, N, H, W, channels, bytes_each),
                 )
         for forward in (True, False):
-            numel = float(N * 32 * 32 * 96)
-            special = 2 * (49 * numel if forward else numel)
+            numel, each = float(N * 32 * 32 * 96), work.depthwise_swish(N, 96, 32 * 32, 7, bytes_each=bytes_each)
+            special = 2 * (49 * numel if forward else numel)  # forward every tap activates its pixel again
             yield Kernel(
                 label=f"depthwise_swish any {dtype.lower()}{'' if forward else ', backward'}",
                 symbol=f"depthwise_swish_any_window_kernel<{dtype}, {str(forward).lower()}>",
                 threads=128,
                 shape=f"32 x 32 x 96, K = 7, N = {N}",
-                work=Work((2 if forward else 3) * bytes_each * numel, fp32_flop=2 * 49 * numel, special=special),
+                work=replace(each.forward if forward else each.backward, special=special),
             )
 
 
@@ -127,11 +112,10 @@ def _depthwise_work(w: DepthwiseWindow, N: int, H: int, W: int, C: int, bytes_ea
     steps = -(-H // rows) * (rows + w.in_flight - 1 + w.shift)
     threads = tiles * steps * 128.0 * per_word  # one channel of one step of one thread each
     staged = tiles * steps * w.stride * w.columns(w.width) * 32.0 * per_word
-    cells = float(N * H * W * C)
-    source = cells * (w.stride * w.stride)
-    target = cells * (w.phases * w.phases)
-    return Work(
-        memory_bytes=bytes_each * (source + target + (0 if w.forward else cells)),
+    cells, upsample = N * H * W * C, w.phases == 2 or w.stride == 2
+    least = work.depthwise_swish(N, C, H * W, 1, upsample=upsample, bytes_each=bytes_each)
+    return replace(
+        least.forward if w.forward else least.backward,
         fp32_flop=2 * threads * w.taps * w.phases * w.taps * w.cells,
         special=2 * (staged if w.forward else cells),
         shared_bytes=4 * (staged + threads * w.stride * w.columns(w.cells)),
@@ -166,8 +150,9 @@ def _inverted_residual_work(N: int, H: int, W: int, C: int, hidden: int, backwar
     window = 64 * 256 + 8 * 256 * 16 + 2 * 64 * 128
     h2 = 64 * (256 if backward else 128)
     weights = 8 * ((products - 1) * 64 * C + 7 * 512 + 256)  # each warp reads all
-    return Work(
-        memory_bytes=2.0 * N * H * W * ((3 if backward else 2) * C + hidden),
+    least = work.inverted_residual(N, C, hidden, H * W, 5)
+    return replace(
+        least.backward if backward else least.forward,
         tensor_flop=2 * blocks * products * 128 * C * hidden,
         fp32_flop=2 * 25 * blocks * 128 * hidden,
         special=blocks * 3 * 128 * hidden,

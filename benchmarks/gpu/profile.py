@@ -1,15 +1,14 @@
-"""Which kernels dominate a chain step of the frozen pair on a GPU?
+"""Which kernels take the time of a chain step of the frozen pair on a GPU?
 
 One eager step under torch.profiler gives the kernels by their total time; the time of the captured step beside their
 sum gives the gaps between launches.
 
-    python -m benchmarks.profile_step PRESET N BACKEND [--dtype bfloat16] [--results FOLDER]
+    python -m benchmarks profile PRESET N BACKEND [--dtype bfloat16] [--results FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.captured import captured, launched_by
 from benchmarks.environment import RESULTS, environment
-from benchmarks.pair import plain_model
+from benchmarks.step.pair import plain_model
 from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.config import PRESETS
 from vaebm_fast.ops.langevin_update import langevin_update
+from vaebm_fast.runtime.files import write
 
 REPLAYS = 20
 LISTED = 30  # kernels of the printed table
@@ -93,7 +93,7 @@ def profile_step(preset: str, batch: int, backend: Any, dtype: torch.dtype) -> d
 def summary(
     preset: str, batch: int, backend: str, dtype: str, launched: str, eager_ms: float, replay_ms: float, rows: list[Row]
 ) -> dict[str, Any]:
-    """What the JSON holds: the kernels, their sum, and the part of a replay in which none runs."""
+    """The kernels, their sum, and the part of a replay in which none runs."""
     summed_ms = sum(float(row["time_ms"]) for row in rows)
     return {
         "preset": preset,
@@ -124,8 +124,14 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Profile one pair, print its table, write its JSON."""
+def document(found: dict[str, Any], ran: dict[str, Any]) -> str:
+    """The table as a Markdown file, with what it ran on."""
+    facts = ", ".join(f"{name} {value}" for name, value in ran.items())
+    return f"```\n{table(found)}\n```\n\n{facts}.\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Profile one pair; print and write its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=list(PRESETS))
     parser.add_argument("batch", type=int)
@@ -137,10 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"torch {torch.__version__} sees no GPU; a profile needs one.")
     found = profile_step(options.preset, options.batch, options.backend, getattr(torch, options.dtype))
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"profile_{options.preset}_{options.batch}_{options.backend}_{options.dtype}.json"
-    path.write_text(json.dumps({"environment": environment(), **found}, indent=2) + "\n")
+    path = options.results / f"profile_{options.preset}_{options.batch}_{options.backend}_{options.dtype}.md"
+    write(path, document(found, environment()))
     print(table(found), flush=True)
-
-
-if __name__ == "__main__":
-    main()

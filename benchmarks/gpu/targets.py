@@ -1,7 +1,5 @@
 """Are the design's GPU targets met? Computed only from results of `make gpu`.
 
-    python -m benchmarks.targets [--results FOLDER]
-
 A table per GPU. A step is a row of `pair*_cuda.json`, a chain or the sampling job one of `chain_*_cuda.json`. What is
 asked of a batch of 16 or more is taken from the smallest such batch that was measured; of several frozen pairs the
 fastest counts. A ratio is of rows of one file, that is of one run.
@@ -9,17 +7,15 @@ fastest counts. A ratio is of rows of one file, that is of one run.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chains import BARE, COLD, JOB
-from benchmarks.environment import RESULTS
-from benchmarks.pair import COMPILED_BF16, PLAIN
-from benchmarks.report import Row
+from benchmarks.results_file import Row
+from benchmarks.step.chain_candidates import BARE, COLD, JOB
+from benchmarks.step.pair import COMPILED_BF16, PLAIN
 
 Contents = Sequence[dict[str, Any]]  # of the result files of one GPU
 Find = Callable[[Contents], "Found | None"]
@@ -160,14 +156,3 @@ def verdict(results: Path) -> str:
         commits = ", ".join(sorted({content["environment"]["commit"] for content in own}))
         tables.append(f"{gpu}, commit {commits}\n\n" + "\n".join(lines))
     return "\n\n".join(tables) or f"{results} holds no pair*_cuda.json and no chain_*_cuda.json: nothing was measured."
-
-
-def main() -> None:
-    """Print the verdict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    print(verdict(parser.parse_args().results))
-
-
-if __name__ == "__main__":
-    main()

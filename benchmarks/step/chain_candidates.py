@@ -1,4 +1,4 @@
-"""The chains that `sampling` times, each as a function that gives the seconds of some blocks."""
+"""The chains that `chains` times, each as a function that gives the seconds of some blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.captured import EAGER, GRAPH, launched_by
 from benchmarks.measure import synchronize
-from benchmarks.torch_compile import compiled
+from benchmarks.step.torch_compile import compiled
 from vaebm_fast import VAEBM
 from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
 from vaebm_fast.config import ChainConfig, NoiseLayout, Potential

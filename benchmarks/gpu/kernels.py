@@ -1,33 +1,37 @@
-"""GPU kernels' resources and minimum times, computed without a GPU.
+"""What resources do the GPU kernels take, and what is their minimum time? Computed without a GPU.
 
 Compiles every csrc/cuda/*.cu for sm_80 and sm_90a, and every launch of a Triton kernel (`triton_aot`) for sm_80 and
 sm_90, reads registers, shared memory and spills; computes how many blocks fit on an SM; divides the counted work
-(`kernel_work`, `triton_work`) by the peak rates of an A100 and an H200. The prediction is a floor: the time of the
+(`cuda_work`, `triton_work`) by the peak rates of an A100 and an H200. The prediction is a floor: the time of the
 busiest unit alone, which the table names.
 
-    python -m benchmarks.kernel_report      prints the tables, and writes docs/kernel_tables.md
+    python -m benchmarks kernels                    prints the tables, and writes docs/kernel_tables.md
+    python -m benchmarks kernels --launches PART    prints the resources of Triton launches with PART in their name
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.kernel_work import Kernel, Work, kernels
+from benchmarks.gate import REPOSITORY
+from benchmarks.gpu.cuda_work import Kernel, kernels
+from benchmarks.work import Work
+from vaebm_fast.runtime.files import write
 
 if TYPE_CHECKING:
-    from benchmarks.triton_work import Row
+    from benchmarks.gpu.triton_work import Row
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENT = REPOSITORY / "docs" / "kernel_tables.md"
 HEAD = """# What the GPU kernels need
 
-Written by `python -m benchmarks.kernel_report`, for [kernels.md](kernels.md). [gpu.md](gpu.md) has measured times. Here
+Written by `python -m benchmarks kernels`, for [kernels.md](kernels.md). [gpu.md](gpu.md) has measured times. Here
 times are floors, computed from counted work and the peak rates of an A100 SXM 80 GB (2.04 TB/s, 19.5 TFLOP/s fp32) and
 an H200 (4.8 TB/s, 66.9 TFLOP/s fp32). A floor is the time of the busiest unit alone; launches, latency, caches that do
 not hold and instructions that are not arithmetic are left out. Work and floors are of one launch at the shape beside
@@ -112,7 +116,7 @@ def compile_kernels(architecture: str) -> dict[str, Resources]:
 
 def compile_launches(launches: list[Row], device: Device) -> dict[str, Resources]:
     """Label -> Resources of launches of Triton kernels."""
-    from benchmarks.triton_aot import compile_launch
+    from benchmarks.gpu.triton_aot import compile_launch
 
     architecture = int(re.sub(r"\D", "", device.architecture))
     compiled = [compile_launch(row.kernel.label, row.launch, architecture) for row in launches]
@@ -169,8 +173,21 @@ def prediction_table(rows: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    from benchmarks import triton_work  # here, because the rest works without Triton
+def main(arguments: Sequence[str]) -> None:
+    """Write and print the tables, or print some launches."""
+    from benchmarks.gpu import triton_aot, triton_work  # here, because the rest works without Triton
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--launches", metavar="PART", help="print these launches, rare windows included, write nothing")
+    part = parser.parse_args(arguments).launches
+    if part is not None:
+        for row in triton_aot.report(part):
+            print(
+                f"{row.name:<58} sm_{row.architecture} {row.num_warps:2} warps {row.registers:4} registers "
+                f"{row.shared:7} B shared {row.spills:4} B spilled",
+                flush=True,
+            )
+        return
 
     launches = list(triton_work.rows(without=triton_work.RARE))
     reports = {
@@ -181,8 +198,4 @@ def main() -> None:
     for kind, (rows, compiled) in reports.items():
         document += f"\n## {kind}\n\n{resource_table(rows, compiled)}\n\n{prediction_table(rows)}\n"
     print(document)
-    DOCUMENT.write_text(document, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    write(DOCUMENT, document)

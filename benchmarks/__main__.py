@@ -1,0 +1,46 @@
+"""One runner for all benchmarks: `python -m benchmarks NAME`, with --help behind a name for its options."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+MODULES = {
+    "ops": "benchmarks.ops.bench_ops",
+    "pair": "benchmarks.step.bench_pair",
+    "chains": "benchmarks.step.chains",
+    "training": "benchmarks.training",
+    "loaders": "benchmarks.loaders",
+    "gpu": "benchmarks.gpu.stages",
+    "profile": "benchmarks.gpu.profile",
+    "tune": "benchmarks.gpu.tune",
+    "kernels": "benchmarks.gpu.kernels",
+    "report": "benchmarks.report",
+}
+
+
+def usage() -> str:
+    """The names, each with the question that its module asks first."""
+    lines = ["usage: python -m benchmarks NAME [options]", ""]
+    for name, module in MODULES.items():
+        question = str(importlib.import_module(module).__doc__).splitlines()[0]
+        lines.append(f"  {name:10}{question}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark that the first argument names; returns the exit code, 2 for a name that there is not."""
+    name, *others = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in MODULES:
+        print(f"No benchmark is named {name!r}; there are {', '.join(MODULES)}.", file=sys.stderr)
+        return 2
+    sys.argv[0] = f"python -m benchmarks {name}"  # for the usage line of its --help
+    return int(importlib.import_module(MODULES[name]).main(others) or 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

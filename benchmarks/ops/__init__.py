@@ -1,0 +1,1 @@
+"""Single ops beside their references: the cases, and how they are timed."""

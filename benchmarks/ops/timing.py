@@ -1,0 +1,94 @@
+"""Times the cases of `ops.cases` on one device, all backends of a case in turns.
+
+On a GPU a call is shorter than its launch, and its tensors stay in the cache for the next. So many calls, on tensors of
+their own that are several times the cache in all, are captured there into a graph, and its replay is timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.captured import EAGER, captured, launched_by
+from benchmarks.measure import Sample, summary, take_turns
+from benchmarks.ops.cases import Case, Run, backends_of
+
+CACHES, MOST_BUFFERS = 4, 32  # tensors of a GPU's case: so many times the cache in all, but no more sets of them
+GRAPH_BYTES, MOST_CALLS = 10**9, 128  # what a replay moves at least, some 0.3 ms, and in how many calls at most
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Something to time that makes `calls` calls, and how it is launched."""
+
+    call: Callable[[], object]
+    calls: int = 1
+    launched: str = EAGER
+
+
+def measure_case(
+    case: Case, device: torch.device, *, rounds: int | None = None, without: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """A row per backend that can run the case, measured in turns; {"refused": why} for one that failed on a GPU."""
+    facts = {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "bytes": case.work.memory_bytes,
+        "flops": case.work.flop,
+    }
+    backends, on_gpu = backends_of(case.op, device, without), device.type == "cuda"
+    rows: dict[str, dict[str, Any]] = {name: {**facts, "candidate": name, "backend": name} for name in backends}
+    runs = [case.make(device) for _ in range(buffers_of(case, cache_bytes(device)) if on_gpu else 1)]
+    timed: dict[str, Timed] = {}
+    for name in backends:
+        try:
+            timed[name] = _graph(case, runs, name, device) if on_gpu else Timed(_bound(runs[0], name))
+        except Exception as error:  # the others may do without it
+            rows[name] |= {"refused": f"{type(error).__name__}: {error}", "failed": True}
+    if not timed:
+        return rows
+    steps = {name: entry.call for name, entry in timed.items()}
+    samples = take_turns(steps, device, rounds=rounds, seconds=0.1 if on_gpu else 0.5)
+    for name, entry in timed.items():
+        each = [_shared(taken, entry.calls) for taken in samples[name]]
+        rows[name] |= {"launched": entry.launched, "calls": entry.calls, "buffers": len(runs), **summary(each)}
+    return rows
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The GPU's last cache."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def buffers_of(case: Case, cache: int) -> int:
+    """Number of tensor sets rotated on a GPU, so that none is still cached when it is reused."""
+    return min(math.ceil(CACHES * cache / case.work.memory_bytes), MOST_BUFFERS)
+
+
+def _graph(case: Case, runs: Sequence[Run], backend: str, device: torch.device) -> Timed:
+    """Enough calls for a replay to be longer than its launch, captured, on one set of tensors after another."""
+    calls = max(len(runs), min(math.ceil(GRAPH_BYTES / case.work.memory_bytes), MOST_CALLS))
+
+    def together() -> None:
+        results: deque[object] = deque(maxlen=len(runs))  # held, for the next call's to be other memory
+        for index in range(calls):
+            results.append(runs[index % len(runs)](backend=backend))
+
+    call = captured(together, device)
+    call()
+    return Timed(call, calls, launched_by(call, device))
+
+
+def _shared(taken: Sample, calls: int) -> Sample:
+    """Of one of the calls."""
+    return Sample(taken.wall_s / calls, taken.user_s / calls, taken.system_s / calls, taken.page_faults // calls)
+
+
+def _bound(run: Run, backend: str) -> Callable[[], object]:
+    return lambda: run(backend=backend)

@@ -1,0 +1,1 @@
+"""A chain step of the whole pair, and whole chains and sampling jobs."""
