@@ -22,15 +22,15 @@ test: $(BUILT) ## Run the tests
 
 # CASES: PRESET:N of the whole pair, instead of the default ones. COMPILE: cases that include torch.compile.
 bench: $(BUILT) ## Measure the ops and the whole pair on this machine; results in benchmarks/results
-	@$(BIN)/python -m pytest --benchmark-columns=median,rounds benchmarks/bench_ops.py benchmarks/bench_pair.py \
-		$(addprefix --compile ,$(COMPILE)) $(addprefix --case ,$(CASES))
-	@$(BIN)/python -m benchmarks.report
+	@$(BIN)/python -m benchmarks ops
+	@$(BIN)/python -m benchmarks pair $(addprefix --compile ,$(COMPILE)) $(addprefix --case ,$(CASES))
+	@$(BIN)/python -m benchmarks report
 
 # Installs nothing: GPU_PYTHON brings torch for CUDA, Triton, pytest and pytest-benchmark. GPU_OPTIONS: such as
 # --stage tune, for stages that ran out of time.
 GPU_PYTHON ?= python3
 gpu: ## On a GPU machine: build in place, tests, sanitisers and benchmarks within nine minutes
-	@$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
+	@$(GPU_PYTHON) -m benchmarks gpu $(GPU_OPTIONS)
 
 lint: $(INSTALLED) ## Check style, formatting and types
 	@$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -89,10 +89,13 @@ def energy_iterations(
         if index == 0:
             trainer.initialize()
         x = trainer.images(index).contiguous()
-        call = partial(_potential_and_grad, trainer, training.chain.potential)
-        sampler = LangevinSampler(OtherPair(trainer.model, call), **asdict(training.chain), capture=False)
+        other = OtherPair(trainer.model, trainer.model.potential_and_grad)
+        sampler = LangevinSampler(other, **asdict(training.chain), capture=False)
         chains = sampler.run(trainer.chain_seeds(index), stream=Stream.TRAIN_CHAIN)
-        return trainer.update(x, chains.images.contiguous())
+        with torch.no_grad():
+            mean = training.use_mean_negatives
+            images = chains.images if mean else trainer.model.image(*sampler.noise_layout.split(chains.eps))
+        return trainer.update(x, images.contiguous())
 
     return _next_step(step)
 
@@ -103,10 +106,6 @@ def _energy_training(preset: Preset, batch: int, steps: int | None) -> EnergyTra
         return training
     step_size = training.chain.step_sizes[0] if training.chain.steps else 1e-6
     return replace(training, chain=replace(training.chain, steps=steps, step_size=step_size))
-
-
-def _potential_and_grad(trainer: EnergyTrainer, potential: Any, eps_z: Any, eps_x: Any) -> Any:
-    return trainer.model.potential_and_grad(eps_z, eps_x, potential)
 
 
 def _loader(preset: Preset, batch: int) -> TorchLoader:

@@ -179,9 +179,10 @@ def main(arguments: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launches", metavar="PART", help="print these launches, rare windows included, write nothing")
-    part = parser.parse_args(arguments).launches
-    if part is not None:
-        for row in triton_aot.report(part):
+    parser.add_argument("--without", action="append", default=[], metavar="PART", help="none with this in their name")
+    options = parser.parse_args(arguments)
+    if options.launches is not None:
+        for row in triton_aot.report(options.launches, tuple(options.without)):
             print(
                 f"{row.name:<58} sm_{row.architecture} {row.num_warps:2} warps {row.registers:4} registers "
                 f"{row.shared:7} B shared {row.spills:4} B spilled",

@@ -30,10 +30,10 @@ BARE, COLD, JOB = "bare chain, frozen", "bare chain, frozen, capture included", 
 
 @dataclass(frozen=True)
 class OtherPair:
-    """A chain model whose energy and gradient another computes; official potential, temperature 1."""
+    """A chain model whose U and gradient another function computes, at temperature 1."""
 
     model: VAEBM | FrozenVAEBM
-    call: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Sequence[Tensor]]]
+    call: Callable[[Sequence[Tensor], Tensor, Potential], tuple[Tensor, Sequence[Tensor]]]
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +49,7 @@ class OtherPair:
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
     ) -> tuple[Tensor, list[Tensor]]:
         """By `call`; a chain keeps U of all steps, over which torch.compile's next replay would write."""
-        u, gradients = self.call(eps_z, eps_x)
+        u, gradients = self.call(eps_z, eps_x, potential)
         return u.clone(), list(gradients)
 
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor:
@@ -127,7 +127,7 @@ class Bench:
     def plain(self, *, nhwc: bool) -> Timed:
         """The plain modules, eagerly in float32."""
         modules = channels_last(copy.deepcopy(self.model)) if nhwc else self.model
-        pair = OtherPair(modules, partial(official, modules))
+        pair = OtherPair(modules, modules.potential_and_grad)
         return Timed(self._other(pair), self._other_blocks, "plain modules", "float32", EAGER)
 
     def compiled(self) -> Timed:
@@ -135,7 +135,7 @@ class Bench:
         modules, noise = channels_last(copy.deepcopy(self.model)), self.sampler().start(range(self.batch))
         call, compile_s = compiled(modules, *self.sampler().noise_layout.split(noise), is_bf16=self.dtype == "bfloat16")
         print(f"compiled in {compile_s:.0f} s", file=sys.stderr, flush=True)
-        pair = OtherPair(self.frozen if self.on_gpu else modules, call)
+        pair = OtherPair(self.frozen if self.on_gpu else modules, lambda eps_z, eps_x, _: call(eps_z, eps_x))
         launched = GRAPH if self.on_gpu else EAGER
         return Timed(self._other(pair), self._other_blocks, "torch.compile", self.dtype, launched)
 
@@ -149,11 +149,6 @@ class Bench:
         if self.on_gpu:
             LangevinSampler(pair, **{**settings, "steps": min(self.chain.steps, 1)}).run(range(self.batch))
         return partial(time_of_chain, LangevinSampler(pair, **settings), self.batch, self._other_blocks)
-
-
-def official(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """U and its gradient by the plain modules."""
-    return model.potential_and_grad(eps_z, eps_x, "official")
 
 
 def time_of_chain(sampler: LangevinSampler, batch: int, blocks: int) -> float:

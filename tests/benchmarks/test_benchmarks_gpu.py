@@ -188,7 +188,7 @@ def test_a_chain_that_fails_is_told_and_the_others_are_measured(
     def fail(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.")
 
-    monkeypatch.setattr(chain_candidates, "official", fail)
+    monkeypatch.setattr(chain_candidates.OtherPair, "potential_and_grad", fail)
     rows = chains.measure("digits", OFFICIAL, batch=2, blocks=2, rounds=1, plain=True, compile=False, job=False)
     bare, plain = rows
     assert bare["over_bare_chain"] == 1 and plain["over_bare_chain"] is None
@@ -199,7 +199,7 @@ def test_a_chain_keeps_each_steps_energy_though_the_compiled_step_writes_over_it
     model = pair.plain_model("digits", torch.device("cpu"), nhwc=False)
     u = torch.zeros(2)  # where every replay of torch.compile's graph leaves it
 
-    def replayed(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    def replayed(eps_z: Sequence[Tensor], eps_x: Tensor, potential: str) -> tuple[Tensor, Sequence[Tensor]]:
         return u.add_(1), [torch.zeros_like(eps) for eps in (*eps_z, eps_x)]
 
     other = chain_candidates.OtherPair(model, replayed)

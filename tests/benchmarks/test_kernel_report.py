@@ -71,7 +71,7 @@ def test_every_kernel_has_one_row_and_the_windows_are_those_of_the_kernels() -> 
 
 
 def test_the_document_holds_this_prediction() -> None:
-    assert prediction_table(kernels()) in DOCUMENT.read_text(encoding="utf-8"), "Run python -m benchmarks.gpu.kernels."
+    assert prediction_table(kernels()) in DOCUMENT.read_text(encoding="utf-8"), "Run python -m benchmarks kernels."
 
 
 def test_the_document_holds_the_prediction_for_every_triton_launch() -> None:
@@ -80,7 +80,7 @@ def test_the_document_holds_the_prediction_for_every_triton_launch() -> None:
 
     rows = [row.kernel for row in triton_work.rows(without=triton_work.RARE)]
     assert len({row.label for row in rows}) == len(rows)
-    assert prediction_table(rows) in DOCUMENT.read_text(encoding="utf-8"), "Run python -m benchmarks.gpu.kernels."
+    assert prediction_table(rows) in DOCUMENT.read_text(encoding="utf-8"), "Run python -m benchmarks kernels."
 
 
 def test_work_of_a_triton_product_is_that_of_its_matrices() -> None:
