@@ -325,7 +325,7 @@ def test_arguments_of_a_run_that_do_not_fit_are_refused() -> None:
     for shape in ((1, 26), (2, 25)):
         with pytest.raises(ValueError, match=r"start has shape .*; 2 seeds of this model need \(2, 26\)\."):
             sampler.run([1, 2], start=torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"nonfinite is 'ignore'; it is one of raise, redo\."):
+    with pytest.raises(ValueError, match=r"nonfinite is 'ignore'; it must be one of raise, redo\."):
         sampler.run([1], nonfinite="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"trace_every is 0; it must be at least 1\."):
         sampler.run([1], trace_every=0)

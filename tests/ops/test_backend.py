@@ -86,7 +86,7 @@ def test_a_missing_backend_says_how_to_get_it(compiled: pytest.MonkeyPatch) -> N
 
 
 def test_an_unknown_backend_is_named_together_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'cudnn' is not known; it is auto, reference, cpp, triton, cuda"):
+    with pytest.raises(ValueError, match=r"'cudnn' is not known; it must be one of auto, reference, cpp, triton, cuda"):
         choose("philox_normal", CPU, "cudnn")
 
 

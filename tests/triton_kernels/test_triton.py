@@ -66,7 +66,8 @@ def compiled_ahead(ahead: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
 def compiling(matching: str, without: tuple[str, ...], *arguments: Any) -> Any:
     """A case of a test that begins with (matching, without) and needs these kernels compiled for both architectures."""
     options = [f"--without={part}" for part in without]
-    mark = pytest.mark.ahead("-m", "benchmarks", "kernels", "--launches", matching, *options, TRITON_CACHE_DIR=str(CACHE))
+    command = ("-m", "benchmarks", "kernels", "--launches", matching, *options)
+    mark = pytest.mark.ahead(*command, TRITON_CACHE_DIR=str(CACHE))
     return pytest.param(matching, without, *arguments, marks=mark, id=matching)
 
 

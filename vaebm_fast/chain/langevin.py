@@ -258,7 +258,7 @@ class LangevinSampler:
         Synchronises with the device once, at the end. Raises ValueError for invalid arguments.
         """
         if nonfinite not in ON_NON_FINITE:
-            raise ValueError(f"nonfinite is {nonfinite!r}; it is one of {', '.join(ON_NON_FINITE)}.")
+            raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(ON_NON_FINITE)}.")
         if trace_every is not None and trace_every < 1:
             raise ValueError(f"trace_every is {trace_every}; it must be at least 1.")
         keys = self._keys(seeds)

@@ -132,7 +132,7 @@ def choose(op: str, device: torch.device, backend: str) -> str:
         usable = (name for name in _PREFERENCE.get(device.type, ()) if why_not(op, device, name) is None)
         return next(usable, "reference")
     if backend not in BACKENDS:
-        raise UserError(f"Backend {backend!r} is not known; it is auto, {', '.join(BACKENDS)}.")
+        raise UserError(f"Backend {backend!r} is not known; it must be one of auto, {', '.join(BACKENDS)}.")
     reason = why_not(op, device, backend)
     if reason is not None:
         raise BackendError(f"{op} cannot run with backend={backend!r}: {reason}.")

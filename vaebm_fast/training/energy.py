@@ -30,6 +30,7 @@ from vaebm_fast.training.guard import DivergenceGuard
 from vaebm_fast.training.losses import finite, weight_norm
 from vaebm_fast.training.replay import ReplayRing
 from vaebm_fast.training.spectral import SpectralRegulariser
+from vaebm_fast.training.state import Stateful, StateOfParts
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def clip_by_second_moment(optimizer: torch.optim.Adam) -> None:
             torch.clamp(parameter.grad, -bound, bound, out=parameter.grad)
 
 
-class EnergyUpdate:
+class EnergyUpdate(StateOfParts):
     """One Adam step on mean E(data) - mean E(negatives) + alpha_s * spectral, with entry-wise clipping.
 
     `averaged` follows the weights: averaged <- ema_decay * averaged + (1 - ema_decay) * weights after each step.
@@ -107,24 +108,16 @@ class EnergyUpdate:
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self._learning_rate
 
-    def state_dict(self) -> dict[str, Any]:
-        """All state that the next step depends on."""
+    def _parts(self) -> dict[str, Stateful | None]:
         return {
-            "energy": self.energy.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "spectral": self.spectral.state_dict(),
+            "energy": self.energy,
+            "averaged": self.averaged,
+            "optimizer": self.optimizer,
+            "spectral": self.spectral,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`'s state."""
-        self.energy.load_state_dict(state["energy"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.spectral.load_state_dict(state["spectral"])
 
-
-class EnergyTrainer:
+class EnergyTrainer(StateOfParts):
     """Trains an energy network with a frozen NVAE; each step draws negatives by chains at the current energy.
 
     The chains run on the compiled pair; its energy network is refolded after each update. Raises ValueError
@@ -257,20 +250,8 @@ class EnergyTrainer:
             stacklevel=3,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """All state that the next step depends on."""
-        return {
-            "update": self.update.state_dict(),
-            "guard": self._guard.state_dict(),
-            "buffer": self.buffer.state_dict() if self.buffer is not None else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`'s state."""
-        self.update.load_state_dict(state["update"])
-        self._guard.load_state_dict(state["guard"])
-        if self.buffer is not None:
-            self.buffer.load_state_dict(state["buffer"])
+    def _parts(self) -> dict[str, Stateful | None]:
+        return {"update": self.update, "guard": self._guard, "buffer": self.buffer}
 
     def sample_images(self) -> Tensor:
         """Mean images of 16 chains with the averaged network, uint8 [16, H, W, C]."""

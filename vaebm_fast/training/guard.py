@@ -9,17 +9,10 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from typing import Any, Protocol
+from typing import Any
 
 from vaebm_fast.runtime.errors import UserError
-
-
-class Trainable(Protocol):
-    """An object that can be rolled back."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from vaebm_fast.training.state import Stateful
 
 
 class DivergedError(UserError, RuntimeError):
@@ -33,7 +26,7 @@ class DivergenceGuard:
     mean of |gap| over about ten steps, which tolerates single spikes; a non-finite gap always counts as divergence.
     """
 
-    def __init__(self, trainee: Trainable, *, max_gap: float, max_rollbacks: int, interval: int = 50) -> None:
+    def __init__(self, trainee: Stateful, *, max_gap: float, max_rollbacks: int, interval: int = 50) -> None:
         self._trainee, self._max_gap, self._max_rollbacks, self._interval = trainee, max_gap, max_rollbacks, interval
         self._snapshots: deque[dict[str, Any]] = deque(maxlen=2)
         self._mean_gap = 0.0

@@ -25,6 +25,7 @@ from vaebm_fast.runtime.signals import noted
 from vaebm_fast.training.guard import DivergedError
 from vaebm_fast.training.losses import finite
 from vaebm_fast.training.progress import Progress
+from vaebm_fast.training.state import Stateful
 
 Scalars = Mapping[str, Tensor | float]
 DrawSamples = Callable[[Tensor, Path], None]  # uint8 [N, H, W, C], and the PNG file to write
@@ -48,7 +49,7 @@ class RunOptions:
                 raise UserError(f"{name} is {getattr(self, name)}; it is a number of steps and must be at least 1.")
 
 
-class Trainee(Protocol):
+class Trainee(Stateful, Protocol):
     """One training stage."""
 
     total_steps: int
@@ -58,10 +59,6 @@ class Trainee(Protocol):
 
     def step(self, step: int) -> Scalars:
         """Run step number `step` (from 0) and return its scalars."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def sample_images(self) -> Tensor:
         """A few samples from fixed noise, uint8 [N, H, W, C]."""

@@ -31,9 +31,10 @@ from vaebm_fast.training.losses import (
     weight_norm,
 )
 from vaebm_fast.training.spectral import SpectralRegulariser
+from vaebm_fast.training.state import Stateful, StateOfParts
 
 
-class VAEUpdate:
+class VAEUpdate(StateOfParts):
     """One AdaMax step on reconstruction + kl_coeff * balanced KL + wdn * (spectral + BN)."""
 
     def __init__(
@@ -79,19 +80,8 @@ class VAEUpdate:
             "learning_rate": rate,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """All state that the next step depends on."""
-        return {
-            "vae": self.vae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "spectral": self.spectral.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`'s state."""
-        self.vae.load_state_dict(state["vae"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.spectral.load_state_dict(state["spectral"])
+    def _parts(self) -> dict[str, Stateful | None]:
+        return {"vae": self.vae, "optimizer": self.optimizer, "spectral": self.spectral}
 
 
 class VAETrainer:
