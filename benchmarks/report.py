@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.environment import RESULTS
 from benchmarks.gate import REPOSITORY
 from benchmarks.results_file import Row
-from vaebm_fast.runtime.files import write
+from vaebm_fast.runtime.files import replacing, write
 
 README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks report -->", "<!-- benchmarks: end -->"
@@ -231,7 +231,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
     axis.set_ylabel("chain steps per second,\nplain modules = 1")
     axis.legend(fontsize="small")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
 
