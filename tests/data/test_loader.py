@@ -23,6 +23,7 @@ from vaebm_fast.data import (
     batches_per_epoch,
     digits,
     open_source,
+    to_input,
 )
 from vaebm_fast.data.images import Pixels
 from vaebm_fast.runtime.errors import UserError
@@ -208,3 +209,19 @@ def test_batches_are_read_ahead_by_a_thread_per_core_and_are_the_same(
     assert torch.equal(loader.batch(0), TorchLoader(digits(), 100, workers=1, **options).batch(0))
     assert len(source.crops) >= 1 and all(source.crops)
     source.barrier.abort()  # releases the reads that still wait
+
+
+def test_a_closed_loader_has_no_threads() -> None:
+    loader = TorchLoader(digits(), 100, workers=2)
+    loader.batch(0)
+    threads = set(loader._pool._threads)
+    assert threads and all(thread.is_alive() for thread in threads)
+    loader.close()
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_bits_that_a_pixel_does_not_have_are_refused(bits: int) -> None:
+    images = torch.zeros(1, 2, 2, 1, dtype=torch.uint8)
+    with pytest.raises(UserError, match=f"bits is {bits}; it must be 1 to 8"):
+        to_input(images, bits, "cpu")
