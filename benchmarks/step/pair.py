@@ -34,7 +34,7 @@ from benchmarks.work import STEPS
 from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.ops._backend import Backend, backend_for, why_absent
+from vaebm_fast.ops._backend import Backend, why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
 
 PLAIN, NHWC, COMPILED = "plain", "plain NHWC", "plain NHWC, torch.compile"
@@ -86,7 +86,7 @@ def why_not(candidate: str, device: torch.device) -> str | None:
         return "half precision is for GPUs"
     if candidate == COMPILED and device.type == "cuda":
         return f"on a GPU {COMPILED_BF16!r} is the baseline"
-    return why_absent(backend) or why_absent(backend_for("pointwise", backend))
+    return why_absent(backend)
 
 
 def build(candidate: str, preset: str, batch: int, device: torch.device, model: VAEBM | None = None) -> Candidate:

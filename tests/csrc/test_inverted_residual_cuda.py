@@ -17,7 +17,7 @@ from vaebm_fast import reference
 from vaebm_fast.frozen import cells
 from vaebm_fast.frozen.cells import freeze_cell
 from vaebm_fast.models.layers import Cell
-from vaebm_fast.ops._backend import why_not
+from vaebm_fast.ops._backend import Backend, OpBackends, why_not
 from vaebm_fast.ops.inverted_residual import (
     BlockWeights,
     PackedBlock,
@@ -190,9 +190,9 @@ def test_a_frozen_cell_runs_on_the_kernels(
     y = live(leaf)
     (dx,) = torch.autograd.grad(y, leaf, dy.double())
 
-    def run(backend: Any) -> tuple[Tensor, Tensor]:
+    def run(backend: Backend) -> tuple[Tensor, Tensor]:
         leaf = x.clone().requires_grad_()
-        y = freeze_cell("cell", live, torch.bfloat16, backend)(leaf)
+        y = freeze_cell("cell", live, torch.bfloat16, OpBackends.of(backend))(leaf)
         return y, torch.autograd.grad(y, leaf, dy)[0]
 
     plain_y, plain_dx = run("reference")

@@ -34,6 +34,7 @@ from vaebm_fast.config import CELL_PLANS, POTENTIALS, EnergyBlock, EnergyConfig,
 from vaebm_fast.frozen import FrozenVAEBM, energy, fold, freeze
 from vaebm_fast.frozen.part import tensors_of
 from vaebm_fast.models import EnergyNetwork
+from vaebm_fast.ops._backend import OpBackends
 from vaebm_fast.runtime import extension
 
 
@@ -275,7 +276,7 @@ def test_a_pooled_skip_is_one_convolution_where_pooling_is_slow(monkeypatch: pyt
     network = EnergyNetwork(EnergyConfig(16, 3, 8, parse_blocks("1-1d 1-2 2-3d"))).double()
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     monkeypatch.setattr(energy, "pools_in_convolution", lambda device: True)
-    frozen = energy.FrozenEnergy(network, torch.float64, "reference")
+    frozen = energy.FrozenEnergy(network, torch.float64, OpBackends.of("reference"))
     skips = [part.weights.skip for part in frozen.parts[1:-1]]
     assert [isinstance(skip, fold.Conv) for skip in skips] == [True, False, True]
     torch.testing.assert_close(frozen(x), network(x))

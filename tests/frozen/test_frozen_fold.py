@@ -26,9 +26,11 @@ from vaebm_fast.frozen.units import (
 )
 from vaebm_fast.models.energy import EnergyResidualBlock
 from vaebm_fast.models.layers import SE, Cell, DownSkip, WNConv2d
+from vaebm_fast.ops._backend import OpBackends
 
 SIDES = list(itertools.product((1, 2, 3, 5), repeat=2))
 EXACT = 1e-12
+REFERENCE = OpBackends.of("reference")
 
 
 @pytest.fixture(autouse=True)
@@ -164,8 +166,8 @@ def test_a_gate_takes_its_branch_and_skip_at_once() -> None:
     gate, s, skip = SE(20), torch.randn(2, 20, 3, 3), torch.randn(2, 20, 3, 3)
     first, _, second, _ = gate.se
     weights = SqueezeExcite(*(t.detach() for t in (first.weight, first.bias, second.weight, second.bias)))
-    assert error(gate_and_add(s, skip, weights, "reference"), skip + gate(s)) < EXACT
-    assert error(gate_and_add(s.clone(), skip, None, "reference"), skip + s) < EXACT
+    assert error(gate_and_add(s, skip, weights, REFERENCE), skip + gate(s)) < EXACT
+    assert error(gate_and_add(s.clone(), skip, None, REFERENCE), skip + s) < EXACT
 
 
 PRIMITIVES = [
@@ -182,7 +184,7 @@ def test_a_frozen_cell_is_the_cell(primitives: tuple[str, ...], resample: str, u
     out_channels = {"none": 8, "up": 4, "down": 16}[resample]
     cell = disturb(Cell(primitives, 8, out_channels, resample=resample, use_se=use_se))
     assert isinstance(cell, Cell)
-    frozen = freeze_cell("cell", cell, torch.float64, "reference")
+    frozen = freeze_cell("cell", cell, torch.float64, REFERENCE)
     for sides in [(2, 4)] if resample == "down" else [(1, 1), (2, 3), (5, 4)]:
         x = torch.randn(2, 8, *sides, requires_grad=True)
         actual, expected = frozen(x), cell(x)
@@ -195,7 +197,7 @@ def test_a_frozen_cell_is_the_cell(primitives: tuple[str, ...], resample: str, u
 @pytest.mark.parametrize("out_channels, downsample", [(4, False), (8, False), (4, True), (8, True)])
 def test_a_frozen_energy_block_is_the_block(out_channels: int, downsample: bool) -> None:
     block = EnergyResidualBlock(4, out_channels, downsample=downsample)
-    frozen = FrozenBlock("block", block, torch.float64, "reference")
+    frozen = FrozenBlock("block", block, torch.float64, REFERENCE)
     for sides in [(2, 2), (6, 3), (5, 4)]:
         u = torch.randn(2, 4, *sides)  # what flows between frozen blocks is 1.1 times the live activation
         assert error(frozen(u), 1.1 * block(u / 1.1)) < EXACT
@@ -205,4 +207,4 @@ def test_a_dilated_convolution_behind_an_upsampling_is_refused() -> None:
     cell = disturb(Cell(("res_bnswish5", "res_bnswish"), 8, 4, resample="up", use_se=False))
     assert isinstance(cell, Cell)
     with pytest.raises(ValueError, match="vae.dec_tower.3 upsamples before a dilated convolution"):
-        freeze_cell("vae.dec_tower.3", cell, torch.float64, "reference")
+        freeze_cell("vae.dec_tower.3", cell, torch.float64, REFERENCE)

@@ -15,7 +15,7 @@ import torch
 from vaebm_fast import reference
 from vaebm_fast.chain.noise import draw_tensor, seed_tensor
 from vaebm_fast.ops import _backend
-from vaebm_fast.ops._backend import OP_BACKENDS, choose, report
+from vaebm_fast.ops._backend import OP_BACKENDS, Backend, choose, report, resolve
 from vaebm_fast.ops.philox_normal import philox_normal
 from vaebm_fast.runtime import extension
 
@@ -83,6 +83,71 @@ def test_a_missing_backend_says_how_to_get_it(compiled: pytest.MonkeyPatch) -> N
     compiled.setattr(extension, "_why_missing", "the compiled part has not been built; `pip install` builds it")
     with pytest.raises(RuntimeError, match=r"cpp'.*has not been built; `pip install` builds it"):
         philox_normal(seed_tensor([0]), draw_tensor(0), stream=0, numel=4, backend="cpp")
+
+
+def one_for_all(backend: Backend) -> dict[str, Backend]:
+    """Every op that each pair runs, on one backend."""
+    ops: dict[str, Backend] = dict.fromkeys(
+        (
+            "depthwise_swish", "pointwise", "bilinear_upsample", "energy_epilogue", "energy_head", "se_gate_residual",
+            "gaussian_latent", "pixel_head",
+        ),
+        backend,
+    )  # fmt: skip
+    return ops
+
+
+PAIRS: dict[Backend, dict[str, Backend]] = {
+    "reference": one_for_all("reference"),
+    "cpp": one_for_all("cpp") | {"bilinear_upsample": "reference"},
+    "triton": one_for_all("triton") | {"residual_tail": "triton"},
+    "cuda": one_for_all("triton") | {"depthwise_swish": "cuda", "pointwise": "cuda", "inverted_residual": "cuda"},
+}
+
+
+@pytest.mark.parametrize("backend", PAIRS)
+def test_a_pair_has_one_backend_per_op_and_no_fused_op_that_it_runs_as_its_parts(
+    backend: Backend, compiled: pytest.MonkeyPatch
+) -> None:
+    compiled.setattr(_backend, "_is_installed", lambda package: True)
+    backends = resolve(backend, CPU if backend == "cpp" else CUDA, torch.float32)
+    assert backends.name == backend and dict(backends.by_op) == PAIRS[backend]
+    assert all(backends[op] == PAIRS[backend][op] for op in PAIRS[backend])
+    assert [op for op in OP_BACKENDS if op in backends] == [op for op in OP_BACKENDS if op in PAIRS[backend]]
+    with pytest.raises(TypeError):
+        backends.by_op["pointwise"] = "reference"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend"),
+    [
+        (CPU, torch.float32, "cpp"),
+        (CPU, torch.bfloat16, "reference"),
+        (CUDA, torch.float32, "reference"),
+        (torch.device("meta"), torch.float32, "cpp"),  # as on a CPU, to be counted
+    ],
+    ids=str,
+)
+def test_an_auto_pair_is_compiled_only_in_float32_and_never_on_a_gpu(
+    device: torch.device, dtype: torch.dtype, backend: Backend, compiled: pytest.MonkeyPatch
+) -> None:
+    assert resolve("auto", device, dtype) == resolve(backend, device, dtype)
+    compiled.setattr(extension, "_why_missing", "the compiled part has not been built")
+    assert resolve("auto", device, dtype).name == "reference"
+
+
+def test_a_pair_that_cannot_run_here_is_refused(compiled: pytest.MonkeyPatch) -> None:
+    compiled.setattr(_backend, "_is_installed", lambda package: package != "triton")
+    with pytest.raises(RuntimeError, match=r"^depthwise_swish cannot run with backend='triton': Triton is not"):
+        resolve("triton", CUDA, torch.float32)
+    with pytest.raises(RuntimeError, match=r"^energy_epilogue cannot run with backend='triton': Triton is not"):
+        resolve("cuda", CUDA, torch.float32)
+    with pytest.raises(RuntimeError, match=r"^depthwise_swish cannot run with backend='cpp': it runs on cpu tensors"):
+        resolve("cpp", CUDA, torch.float32)
+    with pytest.raises(ValueError, match=r"^A frozen pair with backend='cpp' takes float32, not torch.bfloat16"):
+        resolve("cpp", CPU, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^Backend 'cudnn' is not known; it is auto, reference, cpp, triton, cuda"):
+        resolve("cudnn", CPU, torch.float32)  # type: ignore[arg-type]
 
 
 def test_an_unknown_backend_is_named_together_with_the_known_ones() -> None:

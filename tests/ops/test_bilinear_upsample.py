@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.kernels import assert_as_accurate, nhwc, strided
 from vaebm_fast import reference
-from vaebm_fast.frozen import units
 from vaebm_fast.frozen.cells import freeze_cell
 from vaebm_fast.models.layers import Cell
+from vaebm_fast.ops._backend import OpBackends
 from vaebm_fast.ops.bilinear_upsample import bilinear_upsample, bilinear_upsample_backward
 
 SHAPES = [(1, 1, 1, 1), (1, 2, 1, 5), (2, 3, 2, 3), (2, 3, 3, 1), (1, 5, 16, 31)]
@@ -142,7 +142,7 @@ def test_an_empty_batch_is_taken() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_on_a_cpu_a_frozen_pair_upsamples_by_pytorch(backend: Any) -> None:
-    y = units.upsample_skip(nhwc(1, 2, 3, 4).requires_grad_(), backend)
+    y = bilinear_upsample(nhwc(1, 2, 3, 4).requires_grad_(), backend=OpBackends.of(backend)["bilinear_upsample"])
     assert y.grad_fn is not None and y.grad_fn.name() == "UpsampleBilinear2DBackward0"
 
 
@@ -153,7 +153,7 @@ def test_a_frozen_cell_upsamples_its_skip_by_the_op(backend: Any) -> None:
         cell = Cell(["res_bnswish", "res_bnswish"], 8, 8, resample="up", use_se=False).eval()
         x = torch.empty(2, 8, 4, 6, dtype=torch.bfloat16).requires_grad_()
     with Called() as called:
-        y = freeze_cell("cell", cell, torch.bfloat16, backend)(x)
+        y = freeze_cell("cell", cell, torch.bfloat16, OpBackends.of(backend))(x)
         torch.autograd.grad(y, x, torch.empty_like(y))
     assert {"bilinear_upsample", "bilinear_upsample_backward"} <= called.names
     assert not any(name.startswith("upsample") for name in called.names)

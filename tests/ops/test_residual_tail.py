@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers.kernels import nhwc
 from vaebm_fast import reference
 from vaebm_fast.frozen import units
+from vaebm_fast.ops._backend import OpBackends
 from vaebm_fast.ops.depthwise_swish import depthwise_swish
 from vaebm_fast.ops.pointwise import pack_pointwise
 from vaebm_fast.ops.residual_tail import residual_tail, residual_tail_backward
@@ -64,7 +65,7 @@ def test_the_parts_make_the_op(has_gate: bool, upsample: bool) -> None:
     h, skip, depthwise, depthwise_bias, project, project_bias, *gate = given.values()
     parts = units.Depthwise(depthwise, depthwise_bias), units.Pointwise(pack_pointwise(project, "cpp"), project_bias)
     se = units.SqueezeExcite(*gate) if has_gate else None
-    y = units.depthwise_project_and_add(h, skip, *parts, se, "cpp", upsample=upsample)
+    y = units.depthwise_project_and_add(h, skip, *parts, se, OpBackends.of("cpp"), upsample=upsample)
     _, s, *_ = saved(given, upsample)
     expected = reference.residual_tail(**given, upsample=upsample) if has_gate else skip + s
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)

@@ -23,6 +23,7 @@ from vaebm_fast import reference
 from vaebm_fast.frozen import units
 from vaebm_fast.frozen.cells import freeze_cell
 from vaebm_fast.models.layers import Cell
+from vaebm_fast.ops._backend import OpBackends
 from vaebm_fast.ops.residual_tail import residual_tail, residual_tail_backward
 from vaebm_fast.triton_kernels import pointwise as pointwise_kernels
 from vaebm_fast.triton_kernels import residual_tail as kernels
@@ -130,7 +131,7 @@ def test_a_frozen_cell_runs_the_op_where_it_has_a_gate(resample: str, use_se: bo
     with pytest.MonkeyPatch.context() as patch:
         run = units.residual_tail
         patch.setattr(units, "residual_tail", lambda *args, **kwargs: ran.append(True) or run(*args, **kwargs))
-        frozen = freeze_cell("cell", cell, torch.float32, "triton")
+        frozen = freeze_cell("cell", cell, torch.float32, OpBackends.of("triton"))
         x32 = x.detach().float().contiguous(memory_format=torch.channels_last).requires_grad_()
         y = frozen(x32)
     (dx32,) = torch.autograd.grad(y, x32, dy.float())

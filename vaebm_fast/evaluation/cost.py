@@ -25,7 +25,7 @@ from vaebm_fast.frozen.cells import FUSED_SIDE, freeze_cell
 from vaebm_fast.frozen.part import tensors_of
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import Cell, InvertedResidual
-from vaebm_fast.ops._backend import Backend, why_absent
+from vaebm_fast.ops._backend import Backend, OpBackends, why_absent
 
 META = torch.device("meta")
 BF16_BYTES = 2
@@ -345,7 +345,7 @@ def _cell_shape(cell: Cell, x: Tensor, y: Tensor) -> CellShape:
 
 def _cell_bytes(cell: Cell, shape: torch.Size, batch: int) -> int:
     """Bytes moved by a frozen cell's forward and backward pass, including weights."""
-    frozen = freeze_cell("cell", cell, torch.bfloat16, "reference")
+    frozen = freeze_cell("cell", cell, torch.bfloat16, OpBackends.of("reference"))
     x = torch.empty(batch, *shape[1:], dtype=torch.bfloat16, device=META).to(memory_format=torch.channels_last)
 
     def run() -> None:

@@ -26,7 +26,6 @@ from vaebm_fast.frozen.units import (
     interleave,
     swish_group_conv,
     swish_group_conv_phases,
-    upsample_skip,
 )
 from vaebm_fast.models.layers import (
     RESIDUAL_SCALE,
@@ -38,7 +37,8 @@ from vaebm_fast.models.layers import (
     DownSkip,
     InvertedResidual,
 )
-from vaebm_fast.ops._backend import Backend
+from vaebm_fast.ops._backend import OpBackends
+from vaebm_fast.ops.bilinear_upsample import bilinear_upsample
 from vaebm_fast.ops.depthwise_swish import pack_depthwise
 from vaebm_fast.ops.inverted_residual import (
     BlockWeights,
@@ -80,44 +80,45 @@ class ActivatedConvsWeights(NamedTuple):
 
 
 def freeze_cell(
-    name: str, cell: Cell, dtype: torch.dtype, backend: Backend
+    name: str, cell: Cell, dtype: torch.dtype, backends: OpBackends
 ) -> InvertedResidualCell | ActivatedConvsCell:
     """The frozen form of `cell`; `name` appears in error messages."""
     if isinstance(cell._ops[0], InvertedResidual):
-        return InvertedResidualCell(name, cell, cell._ops[0], dtype, backend)
-    return ActivatedConvsCell(name, cell, dtype, backend)
+        return InvertedResidualCell(name, cell, cell._ops[0], dtype, backends)
+    return ActivatedConvsCell(name, cell, dtype, backends)
 
 
 class InvertedResidualCell(Part[InvertedResidualWeights]):
     """s = W2 swish(Wd * swish(W1 x + b1) + bd) + b2; y = skip(x) + gate(s) s.
 
-    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish. Backend "cuda" computes s in
-    one kernel if `inverted_residual` supports this dtype and these channels and the image side is at least FUSED_SIDE.
+    An "up" cell expands at low resolution: nearest x2 commutes with BN, the 1x1 and swish. A pair that runs
+    `inverted_residual` computes s by that one kernel if it supports this dtype and these channels and the image side is
+    at least FUSED_SIDE.
     """
 
-    def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend) -> None:
-        super().__init__(name, slots(cell), dtype, partial(_fold_inverted_residual, cell, op, dtype, backend))
-        self._resample, self._backend = _resample(cell), backend
+    def __init__(self, name: str, cell: Cell, op: InvertedResidual, dtype: torch.dtype, backends: OpBackends) -> None:
+        super().__init__(name, slots(cell), dtype, partial(_fold_inverted_residual, cell, op, dtype, backends))
+        self._resample, self._backends = _resample(cell), backends
 
     def __call__(self, x: Tensor) -> Tensor:
-        w, skip = self.weights, _run_skip(x, self.weights.skip, self._backend)
+        w, skip = self.weights, _run_skip(x, self.weights.skip, self._backends)
         if w.whole is not None and x.shape[2] >= FUSED_SIDE:
-            s, _ = inverted_residual(x, w.whole, backend=self._backend)
-            return gate_and_add(s, skip, w.se, self._backend)
-        h, up = w.expand(x, self._backend), self._resample == "up"
+            s, _ = inverted_residual(x, w.whole, backend=self._backends["inverted_residual"])
+            return gate_and_add(s, skip, w.se, self._backends)
+        h, up = w.expand(x, self._backends), self._resample == "up"
         if isinstance(w.depthwise, Depthwise):
-            return depthwise_project_and_add(h, skip, w.depthwise, w.project, w.se, self._backend, upsample=up)
+            return depthwise_project_and_add(h, skip, w.depthwise, w.project, w.se, self._backends, upsample=up)
         if up:
             phases = swish_group_conv_phases(h, w.depthwise)
-            s = interleave([w.project(phase, self._backend, activation="swish") for phase in phases])
+            s = interleave([w.project(phase, self._backends, activation="swish") for phase in phases])
         else:
             h = swish_group_conv(h, w.depthwise, stride=2 if self._resample == "down" else 1)
-            s = w.project(h, self._backend, activation="swish")
-        return gate_and_add(s, skip, w.se, self._backend)
+            s = w.project(h, self._backends, activation="swish")
+        return gate_and_add(s, skip, w.se, self._backends)
 
 
 def _fold_inverted_residual(
-    cell: Cell, op: InvertedResidual, dtype: torch.dtype, backend: Backend
+    cell: Cell, op: InvertedResidual, dtype: torch.dtype, backends: OpBackends
 ) -> InvertedResidualWeights:
     resample = _resample(cell)
     norm, expand, depthwise, project, last = list(op.conv)[-5:]
@@ -126,18 +127,19 @@ def _fold_inverted_residual(
     end = fold.scaled(fold.then_affine(fold.convolution(project), fold.batch_norm(last.bn)), RESIDUAL_SCALE)
     middle: Depthwise | Conv = _fold_conv_norm(depthwise)
     whole = None
-    if backend != "reference" and middle.weight.shape[1] == 1 and resample != "down":  # what compiled kernels run
+    is_compiled = backends["depthwise_swish"] != "reference"
+    if is_compiled and middle.weight.shape[1] == 1 and resample != "down":  # what compiled kernels run
         assert middle.bias is not None
         middle = Depthwise(pack_depthwise(middle.weight), middle.bias)
-        if backend == "cuda" and dtype == torch.bfloat16 and resample == "none":
+        if "inverted_residual" in backends and dtype == torch.bfloat16 and resample == "none":
             whole = _pack_whole(start, middle, end)
     elif resample == "up":
         middle = Conv(fold.nearest_phases(middle.weight), middle.bias)
     return InvertedResidualWeights(
-        expand=Pointwise.of(start, backend),
+        expand=Pointwise.of(start, backends),
         depthwise=middle,
-        project=Pointwise.of(end, backend),
-        skip=_fold_skip(cell, backend),
+        project=Pointwise.of(end, backends),
+        skip=_fold_skip(cell, backends),
         se=_fold_se(cell),
         whole=whole,
     )
@@ -159,12 +161,12 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
     transposed convolution.
     """
 
-    def __init__(self, name: str, cell: Cell, dtype: torch.dtype, backend: Backend) -> None:
-        self._ops, self._resample, self._backend = _activated_convs(cell), _resample(cell), backend
+    def __init__(self, name: str, cell: Cell, dtype: torch.dtype, backends: OpBackends) -> None:
+        self._ops, self._resample, self._backends = _activated_convs(cell), _resample(cell), backends
         if self._resample == "up" and self._ops[0].primitive == "res_bnswish5":
             raise UserError(f"{name} upsamples before a dilated convolution; freezing does not support this.")
         self._activations = [F.elu if op.primitive in ("res_elu", "res_bnelu") else F.silu for op in self._ops]
-        super().__init__(name, slots(cell), dtype, partial(_fold_activated_convs, cell, backend))
+        super().__init__(name, slots(cell), dtype, partial(_fold_activated_convs, cell, backends))
 
     def __call__(self, x: Tensor) -> Tensor:
         w, s = self.weights, x
@@ -177,14 +179,14 @@ class ActivatedConvsCell(Part[ActivatedConvsWeights]):
             else:
                 live = op.conv_0
                 s = F.conv2d(s, conv.weight, conv.bias, live.stride, live.padding, live.dilation)
-        return gate_and_add(s, _run_skip(x, w.skip, self._backend), w.se, self._backend)
+        return gate_and_add(s, _run_skip(x, w.skip, self._backends), w.se, self._backends)
 
 
 def _activated_convs(cell: Cell) -> list[ActivatedConv]:
     return [op for op in cell._ops if isinstance(op, ActivatedConv)]
 
 
-def _fold_activated_convs(cell: Cell, backend: Backend) -> ActivatedConvsWeights:
+def _fold_activated_convs(cell: Cell, backends: OpBackends) -> ActivatedConvsWeights:
     ops = _activated_convs(cell)
     norms, convs = [_fold_norm(op) for op in ops], [fold.convolution(op.conv_0) for op in ops]
     for index, norm in enumerate(norms[1:]):
@@ -192,7 +194,7 @@ def _fold_activated_convs(cell: Cell, backend: Backend) -> ActivatedConvsWeights
     convs[-1] = fold.scaled(convs[-1], RESIDUAL_SCALE)
     if _resample(cell) == "up":
         convs[0] = Conv(fold.nearest_transposed(convs[0].weight), convs[0].bias)
-    return ActivatedConvsWeights(norms[0], tuple(convs), _fold_skip(cell, backend), _fold_se(cell))
+    return ActivatedConvsWeights(norms[0], tuple(convs), _fold_skip(cell, backends), _fold_se(cell))
 
 
 def _resample(cell: Cell) -> str:
@@ -215,7 +217,7 @@ def _fold_norm(op: ActivatedConv) -> Affine | None:
     return fold.batch_norm(op.bn.bn if op.primitive == "res_bnelu" else op.bn_act)
 
 
-def _fold_skip(cell: Cell, backend: Backend) -> Pointwise | Conv | None:
+def _fold_skip(cell: Cell, backends: OpBackends) -> Pointwise | Conv | None:
     """The skip's 1x1 (a Conv if it has a stride); None for an identity."""
     if isinstance(cell.skip, nn.Identity):
         return None
@@ -224,15 +226,15 @@ def _fold_skip(cell: Cell, backend: Backend) -> Pointwise | Conv | None:
     assert isinstance(cell.skip, nn.Sequential)
     conv = cell.skip[1]
     assert isinstance(conv, nn.Conv2d)
-    return Pointwise.of(fold.convolution(conv), backend)
+    return Pointwise.of(fold.convolution(conv), backends)
 
 
-def _run_skip(x: Tensor, skip: Pointwise | Conv | None, backend: Backend) -> Tensor:
+def _run_skip(x: Tensor, skip: Pointwise | Conv | None, backends: OpBackends) -> Tensor:
     if skip is None:
         return x
     if isinstance(skip, Conv):
         return F.conv2d(F.silu(x), skip.weight, skip.bias, stride=2)
-    return upsample_skip(skip(x, backend), backend)
+    return bilinear_upsample(skip(x, backends), backend=backends["bilinear_upsample"])
 
 
 def _fold_se(cell: Cell) -> SqueezeExcite | None:

@@ -22,7 +22,7 @@ from vaebm_fast.frozen.part import Part, slots
 from vaebm_fast.frozen.units import Pointwise
 from vaebm_fast.models.energy import EnergyNetwork, EnergyResidualBlock
 from vaebm_fast.models.layers import WNConv2d
-from vaebm_fast.ops._backend import Backend, backend_for
+from vaebm_fast.ops._backend import OpBackends
 from vaebm_fast.ops.energy_epilogue import energy_epilogue
 from vaebm_fast.ops.energy_head import energy_head
 
@@ -72,13 +72,13 @@ def pools_in_convolution(device: torch.device) -> bool:
 class FrozenStem(Part[StemWeights]):
     """u = swish(conv1(x)) of images x in [0, 1]."""
 
-    def __init__(self, conv: WNConv2d, dtype: torch.dtype, backend: Backend) -> None:
+    def __init__(self, conv: WNConv2d, dtype: torch.dtype, backends: OpBackends) -> None:
         super().__init__("energy.conv1", slots(conv), dtype, partial(_fold_stem, conv))
-        self._backend = backend_for("energy_epilogue", backend)
+        self._backends = backends
 
     def __call__(self, x: Tensor) -> Tensor:
-        conv = self.weights.conv
-        return energy_epilogue(F.conv2d(x, conv.weight, padding=1), shift=conv.bias, backend=self._backend)
+        conv, backend = self.weights.conv, self._backends["energy_epilogue"]
+        return energy_epilogue(F.conv2d(x, conv.weight, padding=1), shift=conv.bias, backend=backend)
 
 
 def _fold_stem(conv: WNConv2d) -> StemWeights:
@@ -88,27 +88,26 @@ def _fold_stem(conv: WNConv2d) -> StemWeights:
 class FrozenBlock(Part[BlockWeights]):
     """u -> swish([pool] (conv2(swish(conv1 u)) + skip(u))); every 1/1.1 is in a weight or in the skip's scale."""
 
-    def __init__(self, name: str, block: EnergyResidualBlock, dtype: torch.dtype, backend: Backend) -> None:
-        super().__init__(name, slots(block), dtype, partial(_fold_block, block, backend))
-        self._downsample = block.downsample
-        self._backend, self._epilogue = backend, backend_for("energy_epilogue", backend)
+    def __init__(self, name: str, block: EnergyResidualBlock, dtype: torch.dtype, backends: OpBackends) -> None:
+        super().__init__(name, slots(block), dtype, partial(_fold_block, block, backends))
+        self._downsample, self._backends = block.downsample, backends
 
     def before_activation(self, u: Tensor) -> Terms:
         """The terms whose sum the block's last swish activates."""
-        w = self.weights
-        h = energy_epilogue(F.conv2d(u, w.conv1.weight, padding=1), shift=w.conv1.bias, backend=self._epilogue)
+        w, backend = self.weights, self._backends["energy_epilogue"]
+        h = energy_epilogue(F.conv2d(u, w.conv1.weight, padding=1), shift=w.conv1.bias, backend=backend)
         y = F.conv2d(h, w.conv2.weight, stride=2 if self._downsample else 1, padding=1)
         if w.skip is None:
             return Terms(y, u, ACTIVATION_SCALE, w.conv2.bias)
         if isinstance(w.skip, Conv):
             return Terms(y, F.conv2d(u, w.skip.weight, stride=2), 1.0, w.conv2.bias)
-        return Terms(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, self._backend), 1.0, w.conv2.bias)
+        return Terms(y, w.skip(F.avg_pool2d(u, 2) if self._downsample else u, self._backends), 1.0, w.conv2.bias)
 
     def __call__(self, u: Tensor) -> Tensor:
-        return energy_epilogue(*self.before_activation(u), backend=self._epilogue)
+        return energy_epilogue(*self.before_activation(u), backend=self._backends["energy_epilogue"])
 
 
-def _fold_block(block: EnergyResidualBlock, backend: Backend) -> BlockWeights:
+def _fold_block(block: EnergyResidualBlock, backends: OpBackends) -> BlockWeights:
     conv1, conv2 = (fold.of_scaled(fold.convolution(c), ACTIVATION_SCALE) for c in (block.conv1, block.conv2))
     if block.downsample:
         conv2 = Conv(fold.pooled(conv2.weight), conv2.bias)
@@ -118,19 +117,19 @@ def _fold_block(block: EnergyResidualBlock, backend: Backend) -> BlockWeights:
     skip = fold.of_scaled(fold.convolution(block.skip[0]), ACTIVATION_SCALE)
     if block.downsample and pools_in_convolution(skip.weight.device):
         return BlockWeights(conv1, conv2, Conv(fold.pooled(skip.weight), skip.bias))
-    return BlockWeights(conv1, conv2, Pointwise.of(skip, backend))
+    return BlockWeights(conv1, conv2, Pointwise.of(skip, backends))
 
 
 class FrozenHead(Part[HeadWeights]):
     """E [N] = linear(sum_hw swish(t) / 1.1), t the last block's pre-activation; in float32 or float64."""
 
-    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
+    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backends: OpBackends) -> None:
         linear, dtype = energy.linear, torch.promote_types(dtype, torch.float32)
         super().__init__("energy.linear", slots(linear), dtype, partial(_fold_head, linear))
-        self._backend = backend_for("energy_head", backend)
+        self._backends = backends
 
     def __call__(self, terms: Terms) -> Tensor:
-        return energy_head(*terms, *self.weights, backend=self._backend)
+        return energy_head(*terms, *self.weights, backend=self._backends["energy_head"])
 
 
 def _fold_head(linear: nn.Linear) -> HeadWeights:
@@ -140,15 +139,15 @@ def _fold_head(linear: nn.Linear) -> HeadWeights:
 class FrozenEnergy:
     """E(x) [N] for images x [N, C, H, W] in [0, 1]; differentiable only in x."""
 
-    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backend: Backend) -> None:
+    def __init__(self, energy: EnergyNetwork, dtype: torch.dtype, backends: OpBackends) -> None:
         self._dtype = dtype
-        self._stem = FrozenStem(energy.conv1, dtype, backend)
+        self._stem = FrozenStem(energy.conv1, dtype, backends)
         self._blocks = [
-            FrozenBlock(f"energy.blocks.{index}", block, dtype, backend)
+            FrozenBlock(f"energy.blocks.{index}", block, dtype, backends)
             for index, block in enumerate(energy.blocks)
             if isinstance(block, EnergyResidualBlock)
         ]
-        self._head = FrozenHead(energy, dtype, backend)
+        self._head = FrozenHead(energy, dtype, backends)
 
     @property
     def parts(self) -> list[Part[Any]]:

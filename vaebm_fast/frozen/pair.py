@@ -20,7 +20,7 @@ from vaebm_fast.frozen.memory import reused_memory
 from vaebm_fast.frozen.part import Part, StaleWeightsError, require_finite
 from vaebm_fast.models.nvae import NVAE
 from vaebm_fast.models.vaebm import VAEBM
-from vaebm_fast.ops._backend import Backend, backend_for, choose, dtypes, require_dtype, why_not
+from vaebm_fast.ops._backend import Backend, resolve
 from vaebm_fast.ops.pixel_head import pixel_head
 from vaebm_fast.runtime.errors import UserError
 
@@ -55,11 +55,12 @@ class FrozenNVAE:
             raise UserError(f"dtype is {dtype}; a frozen pair takes {', '.join(map(str, DTYPES))}.")
         self._vae, self._model = vae, within or vae
         self.device = _require_foldable(self._vae, self._model)
-        self.backend = choose_backend(backend, self.device, dtype)
+        self._backends = resolve(backend, self.device, dtype)
+        self.backend = self._backends.name
         self.dtype = dtype
         self.noise_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         with reused_memory(self, self.device):
-            self._decoder = FrozenDecoder(vae, dtype, self.backend)
+            self._decoder = FrozenDecoder(vae, dtype, self._backends)
         self._parts: list[Part[Any]] = self._decoder.parts
         require_finite(self._parts)
 
@@ -136,7 +137,7 @@ class FrozenVAEBM(FrozenNVAE):
     def __init__(self, model: VAEBM, dtype: torch.dtype, backend: Backend) -> None:
         super().__init__(model.vae, dtype, backend, within=model)
         with reused_memory(self, self.device):
-            self._energy = FrozenEnergy(model.energy, dtype, self.backend)
+            self._energy = FrozenEnergy(model.energy, dtype, self._backends)
         self._parts += self._energy.parts
         require_finite(self._energy.parts)
 
@@ -145,7 +146,7 @@ class FrozenVAEBM(FrozenNVAE):
         self._check(eps_z, eps_x)
         with reused_memory(self, self.device):
             logits, _ = self._decoder(_nhwc(eps_z), temperature, with_log_p=False)
-            return pixel_head(logits, eps_x, with_log_p=False, backend=backend_for("pixel_head", self.backend))[0]
+            return pixel_head(logits, eps_x, with_log_p=False, backend=self._backends["pixel_head"])[0]
 
     def potential_and_grad(
         self,
@@ -175,8 +176,7 @@ class FrozenVAEBM(FrozenNVAE):
     def _energy_or_official(self, noise: Sequence[Tensor], temperature: float, *, official: bool) -> Tensor:
         """E(x), or E(x) - log p(z) - log p(x|z), [N]."""
         logits, log_p_z = self._decoder(noise[:-1], temperature, with_log_p=official)
-        backend = backend_for("pixel_head", self.backend)
-        x, log_p_x = pixel_head(logits, noise[-1], with_log_p=official, backend=backend)
+        x, log_p_x = pixel_head(logits, noise[-1], with_log_p=official, backend=self._backends["pixel_head"])
         u = self._energy(x)
         return u if log_p_z is None or log_p_x is None else u - log_p_z - log_p_x
 
@@ -187,17 +187,8 @@ def _nhwc(noise: Sequence[Tensor]) -> list[Tensor]:
 
 
 def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend of a pair frozen with `backend`: "auto" is "cpp" if available for this device and dtype.
-
-    Raises ValueError and RuntimeError as `freeze` does.
-    """
-    if backend == "auto":
-        is_compiled = dtype in dtypes("cpp") and why_not("pointwise", device, "cpp") is None
-        return "cpp" if is_compiled else "reference"
-    for op in ("depthwise_swish", "energy_epilogue"):  # one op with a CUDA C++ kernel, one without
-        chosen = choose(op, device, backend_for(op, backend))
-        require_dtype("A frozen pair", chosen, dtype)
-    return backend
+    """`FrozenNVAE.backend` of a pair frozen with `backend`; raises as `freeze` does."""
+    return resolve(backend, device, dtype).name
 
 
 def _require_foldable(vae: NVAE, model: nn.Module) -> torch.device:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaebm_fast.frozen.fold import Conv
-from vaebm_fast.ops._backend import OP_BACKENDS, Backend, backend_for
-from vaebm_fast.ops.bilinear_upsample import bilinear_upsample
+from vaebm_fast.ops._backend import OpBackends
 from vaebm_fast.ops.depthwise_swish import depthwise_swish
 from vaebm_fast.ops.energy_epilogue import energy_epilogue
 from vaebm_fast.ops.pointwise import PointwiseWeight, pack_pointwise, pointwise
@@ -45,14 +44,15 @@ class Pointwise(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def of(cls, conv: Conv, backend: Backend) -> Pointwise:
-        """`conv`, a 1x1, for `backend`."""
-        return cls(pack_pointwise(conv.weight, backend), conv.bias)
+    def of(cls, conv: Conv, backends: OpBackends) -> Pointwise:
+        """`conv`, a 1x1, for the backend of `pointwise`."""
+        return cls(pack_pointwise(conv.weight, backends["pointwise"]), conv.bias)
 
     def __call__(
-        self, x: Tensor, backend: Backend, residual: Tensor | None = None, *, activation: Activation = "none"
+        self, x: Tensor, backends: OpBackends, residual: Tensor | None = None, *, activation: Activation = "none"
     ) -> Tensor:
         """W f(x) + b + residual, f the activation."""
+        backend = backends["pointwise"]
         if backend == "cuda" and not self._suits_cublas(activation):
             backend = "triton"
         return pointwise(x, self.weight, self.bias, residual, activation=activation, backend=backend)
@@ -86,17 +86,11 @@ def interleave(phases: list[Tensor]) -> Tensor:
     return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def upsample_skip(x: Tensor, backend: Backend) -> Tensor:
-    """Bilinear x2, corners aligned; backend "cpp" uses PyTorch's, which is deterministic on a CPU."""
-    backend = "reference" if backend == "cpp" else backend_for("bilinear_upsample", backend)
-    return bilinear_upsample(x, backend=backend)
-
-
-def gate_and_add(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backend: Backend) -> Tensor:
+def gate_and_add(s: Tensor, skip: Tensor, se: SqueezeExcite | None, backends: OpBackends) -> Tensor:
     """skip + gate(s) * s, or skip + s without a gate. s includes the cell's 0.1; the gate's weights divide by it."""
     if se is None:
         return s.add_(skip)
-    return se_gate_residual(s, skip, *se, backend=backend_for("se_gate_residual", backend))
+    return se_gate_residual(s, skip, *se, backend=backends["se_gate_residual"])
 
 
 def depthwise_project_and_add(
@@ -105,23 +99,20 @@ def depthwise_project_and_add(
     depthwise: Depthwise,
     project: Pointwise,
     se: SqueezeExcite | None,
-    backend: Backend,
+    backends: OpBackends,
     *,
     upsample: bool,
 ) -> Tensor:
-    """skip + gate(s) * s, s = W2 swish(Wd * swish(h) + bd) + b2: one op if the backend has it, otherwise its parts."""
-    if backend == "cuda":
-        h = depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
-        activated = energy_epilogue(h, backend=backend_for("energy_epilogue", backend))  # swish: cuBLAS cannot fuse it
-        if se is None:
-            return project(activated, backend, skip)
-        return gate_and_add(project(activated, backend), skip, se, backend)
-    if se is not None and backend in OP_BACKENDS["residual_tail"]:
+    """skip + gate(s) * s, s = W2 swish(Wd * swish(h) + bd) + b2: one op if the pair runs it, otherwise its parts."""
+    if se is not None and "residual_tail" in backends:
         project_weight, project_bias = project.weight.forward, project.bias
         assert project_bias is not None
         weights = (*depthwise, project_weight, project_bias, *se)
-        return residual_tail(h, skip, *weights, upsample=upsample, backend=backend)
-    h = depthwise_swish(h, *depthwise, upsample=upsample, backend=backend)
+        return residual_tail(h, skip, *weights, upsample=upsample, backend=backends["residual_tail"])
+    h = depthwise_swish(h, *depthwise, upsample=upsample, backend=backends["depthwise_swish"])
+    activation: Activation = "swish"
+    if backends["pointwise"] == "cuda":  # cuBLAS cannot fuse the activation
+        h, activation = energy_epilogue(h, backend=backends["energy_epilogue"]), "none"
     if se is None:
-        return project(h, backend, skip, activation="swish")
-    return gate_and_add(project(h, backend, activation="swish"), skip, se, backend)
+        return project(h, backends, skip, activation=activation)
+    return gate_and_add(project(h, backends, activation=activation), skip, se, backends)

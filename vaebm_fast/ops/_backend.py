@@ -2,6 +2,7 @@
 
 Every op has `reference` (plain PyTorch, any device). `auto` picks the best implementation for the tensors' device that
 is available on this machine. A backend requested by name either runs or raises an error that says how to get it.
+`resolve` selects the backend of every op of a frozen pair at once.
 """
 
 from __future__ import annotations
@@ -139,9 +140,55 @@ def choose(op: str, device: torch.device, backend: str) -> str:
     return backend
 
 
-def backend_for(op: str, backend: Backend) -> Backend:
-    """The backend of `op` in a network frozen for `backend`: "cuda" means "triton" for ops without a CUDA kernel."""
-    return "triton" if backend == "cuda" and "cuda" not in OP_BACKENDS[op] else backend
+# A frozen pair runs these ops on one backend only; on every other it runs their parts.
+_FUSED: Mapping[str, Backend] = MappingProxyType({"inverted_residual": "cuda", "residual_tail": "triton"})
+# Runs the other ops that a pair's backend does not implement. "cpp" lacks only the bilinear upsampling; PyTorch's is
+# deterministic on a CPU.
+_SUBSTITUTES: Mapping[str, Backend] = MappingProxyType({"cpp": "reference", "cuda": "triton"})
+
+
+@dataclass(frozen=True)
+class OpBackends:
+    """The backend of each op in a frozen pair; `name` is the backend of the pair as a whole.
+
+    `op in backends`: whether the pair runs the op; False for a fused op that it runs as its parts.
+    """
+
+    name: Backend
+    by_op: Mapping[str, Backend]
+
+    @classmethod
+    def of(cls, name: Backend) -> OpBackends:
+        """The ops of a pair frozen for `name`, not "auto"; does not check that they can run here, as `resolve` does.
+
+        Autograd runs the backward of an op on the backend of its forward.
+        """
+        by_op = {
+            op: name if name in backends else _SUBSTITUTES.get(name, name)
+            for op, backends in _WITH_GRADIENT.items()
+            if _FUSED.get(op, name) == name
+        }
+        return cls(name, MappingProxyType(by_op))
+
+    def __getitem__(self, op: str) -> Backend:
+        return self.by_op[op]
+
+    def __contains__(self, op: str) -> bool:
+        return op in self.by_op
+
+
+def resolve(backend: Backend, device: torch.device, dtype: torch.dtype) -> OpBackends:
+    """The backend of each op in a pair frozen with `backend`: "auto" is "cpp" if available for this device and dtype.
+
+    Raises ValueError for an unknown name or a dtype that the backend does not take, RuntimeError for a missing backend.
+    """
+    if backend == "auto":
+        is_compiled = dtype in dtypes("cpp") and why_not("pointwise", device, "cpp") is None
+        backend = "cpp" if is_compiled else "reference"
+    backends = OpBackends.of(backend)
+    for op in ("depthwise_swish", "energy_epilogue"):  # one op with a CUDA C++ kernel, one without
+        require_dtype("A frozen pair", choose(op, device, backends[op]), dtype)
+    return backends
 
 
 @dataclass(frozen=True)
