@@ -66,7 +66,7 @@ def builds_cuda() -> bool:
 
 def extension(with_cuda: bool) -> Extension:
     csrc = Path("csrc")
-    sources = [csrc / "ops.cpp", *csrc.glob("cpu/*.cpp")]
+    sources = [csrc / "module.cpp", *csrc.glob("cpu/*.cpp")]
     if with_cuda:
         sources += [*csrc.glob("cuda/*.cpp"), *csrc.glob("cuda/*.cu")]
         if not torch.cuda.is_available():

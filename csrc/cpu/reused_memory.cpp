@@ -130,7 +130,8 @@ class ReusedMemory final : public c10::Allocator {
   size_t owned_ = 0, used_ = 0, most_used_ = 0;  // bytes in large blocks: all, handed out, most ever handed out
 };
 
-// Counts nested and concurrent uses; the last to end restores torch's allocator.
+// From begin to the matching end, CPU tensors use blocks that are kept when freed. Counts nested and concurrent uses;
+// the last to end restores torch's allocator.
 void reuse_memory(bool begin) {
   static std::mutex mutex;
   static int64_t users = 0;
@@ -144,12 +145,14 @@ void reuse_memory(bool begin) {
   if (!begin && --users == 0) c10::SetCPUAllocator(before);
 }
 
+// Frees the kept blocks; returns their bytes.
 int64_t release_memory() { return ReusedMemory::instance().release(); }
 
 }  // namespace
 }  // namespace vf
 
-TORCH_LIBRARY_IMPL(vaebm_fast, CompositeExplicitAutograd, m) {
-  m.impl("reuse_memory", &vf::reuse_memory);
-  m.impl("release_memory", &vf::release_memory);
+TORCH_LIBRARY_FRAGMENT(vaebm_fast, m) {
+  constexpr auto key = c10::DispatchKey::CompositeExplicitAutograd;
+  m.def("reuse_memory(bool begin) -> ()", torch::dispatch(key, &vf::reuse_memory));
+  m.def("release_memory() -> int", torch::dispatch(key, &vf::release_memory));
 }

@@ -37,13 +37,35 @@ def test_every_op_has_a_reference_of_the_same_name() -> None:
         assert callable(getattr(reference, op))
 
 
-def test_the_table_names_the_compiled_ops_and_no_others() -> None:
+def schemas(namespace: str) -> dict[str, str]:
+    """The schemas of a namespace's ops on tensors, by name."""
+    found = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith(f"{namespace}::")]
+    on_tensors = [s for s in found if any(str(argument.type) == "Tensor" for argument in s.arguments)]
+    return {s.name.partition("::")[2]: str(s).partition("::")[2] for s in on_tensors}
+
+
+def test_the_table_names_the_ops_of_each_namespace_and_no_others() -> None:
+    csrc, triton = schemas("vaebm_fast"), schemas("vaebm_triton")
+    assert set(csrc) == {op for op, backends in OP_BACKENDS.items() if {"cpp", "cuda"} & set(backends)}
+    assert set(triton) == {op for op, backends in OP_BACKENDS.items() if "triton" in backends}
+    assert all(csrc[op] == triton[op] for op in csrc.keys() & triton.keys())
+
+
+def test_every_compiled_kernel_has_a_schema() -> None:
+    assert not [found for found in torch._C._dispatch_find_dangling_impls() if "vaebm_" in found]
+
+
+def test_a_compiled_kernel_that_does_not_fit_its_schema_is_an_error_at_import() -> None:
     if not extension.is_available():
         pytest.skip(str(extension.why_missing()))
-    schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("vaebm_fast::")]
-    on_tensors = {s.name for s in schemas if any(str(argument.type) == "Tensor" for argument in s.arguments)}
-    compiled = {op for op, backends in OP_BACKENDS.items() if {"cpp", "cuda"} & set(backends)}
-    assert on_tensors == {f"vaebm_fast::{op}" for op in compiled}
+    program = (
+        "from torch.library import Library\ndefine = Library.define\n"
+        "Library.define = lambda library, schema: define(library, schema.replace('int it', 'bool it'))\n"
+        "import vaebm_fast"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "vaebm_fast::power_iteration" in done.stderr and "doesn't match the expected function schema" in done.stderr
 
 
 def test_auto_picks_the_best_backend_of_the_device(compiled: pytest.MonkeyPatch) -> None:
@@ -146,7 +168,9 @@ def test_a_pair_that_cannot_run_here_is_refused(compiled: pytest.MonkeyPatch) ->
         resolve("cpp", CUDA, torch.float32)
     with pytest.raises(ValueError, match=r"^A frozen pair with backend='cpp' takes float32, not torch.bfloat16"):
         resolve("cpp", CPU, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"^Backend 'cudnn' is not known; it is auto, reference, cpp, triton, cuda"):
+    with pytest.raises(
+        ValueError, match=r"^Backend 'cudnn' is not known; it must be one of auto, reference, cpp, triton, cuda"
+    ):
         resolve("cudnn", CPU, torch.float32)  # type: ignore[arg-type]
 
 

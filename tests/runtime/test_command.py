@@ -13,8 +13,8 @@ from vaebm_fast.chain.langevin import NonFiniteChainError
 from vaebm_fast.checkpoint import CheckpointError, load_nvae
 from vaebm_fast.config import NVAEConfig
 from vaebm_fast.data import open_source
-from vaebm_fast.frozen import choose_backend
 from vaebm_fast.ops import _backend
+from vaebm_fast.ops._backend import resolve
 from vaebm_fast.runtime import command
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
 from vaebm_fast.sampling import SamplingError
@@ -39,7 +39,7 @@ def ended(body: Callable[[], object]) -> int:
     [
         lambda: _backend.choose("philox_normal", CPU, "cuda"),
         lambda: _backend.choose("philox_normal", CPU, "tpu"),
-        lambda: choose_backend("triton", CPU, torch.float32),
+        lambda: resolve("triton", CPU, torch.float32),
         lambda: NVAEConfig(image_size=33),
         lambda: open_source("no/such/folder", image_size=8, image_channels=1),
         lambda: Seeds.parse("5-3"),

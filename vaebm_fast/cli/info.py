@@ -15,7 +15,6 @@ import tyro
 
 from vaebm_fast import __version__, checkpoint
 from vaebm_fast.cli._options import EnergyArch, ImageSize, Switch, aligned
-from vaebm_fast.frozen import choose_backend
 from vaebm_fast.ops import _backend
 
 # optional packages; name: (module, package, purpose)
@@ -67,7 +66,7 @@ def environment() -> dict[str, Any]:
         "parts": {name: {"present": reason is None, "needs": reason} for name, reason in missing.items()},
         "auto": {
             device: {
-                "frozen pair": choose_backend("auto", torch.device(device), torch.float32),
+                "frozen pair": resolve("auto", torch.device(device), torch.float32).name,
                 **{report.op: report.backend for report in _backend.report(torch.device(device))},
             }
             for device in ("cpu", "cuda")[: 1 + bool(gpus)]

@@ -186,11 +186,6 @@ def _nhwc(noise: Sequence[Tensor]) -> list[Tensor]:
     return [eps if eps.stride(1) == 1 else eps.contiguous(memory_format=torch.channels_last) for eps in noise]
 
 
-def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
-    """`FrozenNVAE.backend` of a pair frozen with `backend`; raises as `freeze` does."""
-    return resolve(backend, device, dtype).name
-
-
 def _require_foldable(vae: NVAE, model: nn.Module) -> torch.device:
     """Raise ValueError unless the live weights of `model`, which contains `vae`, can be folded; return their device."""
     training = [name for name, module in vae.named_modules() if module.training]

@@ -1,8 +1,8 @@
-"""Registers the ops with torch: schemas of the Triton kernels, and the fakes and gradients of all compiled backends.
+"""Defines the ops in torch: the only schema of each, its fake, its gradient and its Triton kernels.
 
-torch.ops.vaebm_fast holds the C++ and CUDA kernels; csrc/ops.cpp defines its schemas. torch.ops.vaebm_triton holds the
-same ops in Triton. It is a separate namespace because under TRITON_INTERPRET=1 its kernels also run on CPU tensors,
-which torch.ops.vaebm_fast dispatches to C++. The first call imports Triton.
+torch.ops.vaebm_fast holds the C++ and CUDA kernels, which csrc registers for these schemas. torch.ops.vaebm_triton
+holds the same ops in Triton. It is a separate namespace because under TRITON_INTERPRET=1 its kernels also run on CPU
+tensors, which torch.ops.vaebm_fast dispatches to C++. The first call imports Triton.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch.library import Library
 
 from vaebm_fast.ops._backend import OP_BACKENDS, is_interpreting
-from vaebm_fast.runtime import extension
 
-_library = torch.library.Library("vaebm_triton", "DEF")
+# `_backend` has loaded the compiled extension. In the other order, a kernel that does not fit its schema would end the
+# process while the extension loads; in this order `define` raises.
+_CSRC, _TRITON = Library("vaebm_fast", "DEF"), Library("vaebm_triton", "DEF")
 
 
 def ops_of(backend: str) -> Any:
@@ -25,34 +28,32 @@ def ops_of(backend: str) -> Any:
     return torch.ops.vaebm_triton if backend == "triton" else torch.ops.vaebm_fast
 
 
-def define(op: str, arguments: str, backward: str | None = None, *, module: str | None = None) -> None:
-    """Define the Triton ops `op` and, given `backward`, `op`_backward, with the schemas of csrc/ops.cpp.
+def define(schema: str, fake: Callable[..., Any], *, module: str | None = None) -> None:
+    """Define an op, such as "scale(Tensor x, float by) -> Tensor", in the namespaces of its backends in OP_BACKENDS.
 
-    Functions of the same names in `vaebm_fast.triton_kernels.<module>` (default: <op>) implement them.
+    fake: the fake (meta) implementation; it gets all arguments by position. A function of the op's name in
+    `vaebm_fast.triton_kernels.<module>` (default: the name without _backward) implements it in Triton.
+    Raises RuntimeError if the C++ or CUDA kernel of this name has another signature.
     """
-    for name, schema in ((op, arguments), (f"{op}_backward", backward)):
-        if schema is None:
-            continue
-        _library.define(name + schema)
-        for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
-            _library.impl(name, _run(module or op, name), key)
+    op = schema.partition("(")[0]
+    for library in _libraries(op):
+        library.define(schema)
+        torch.library.register_fake(f"{library.ns}::{op}", fake, lib=library)
+        if library is _TRITON:
+            for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
+                library.impl(op, _run(module or op.removesuffix("_backward"), op), key)
 
 
-def register_fake(op: str, fake: Callable[..., Any]) -> None:
-    """Register the fake (meta) implementation of `op` in every namespace that has it."""
-    for namespace in _namespaces(op):
-        torch.library.register_fake(f"{namespace}::{op}", fake)
+def like(x: Tensor, *shape: int) -> Tensor:
+    """An empty channels_last tensor with dtype and device of x, for fakes; of this shape, or that of x."""
+    return torch.empty(shape or x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def register(
-    op: str,
-    *,
-    fake: Callable[..., Any],
-    fake_backward: Callable[..., Any],
-    save: Callable[..., None],
-    backward: Callable[..., Any],
-) -> None:
-    """Register fakes and gradient of `op` in each namespace; `backward(ops, ctx, *gradients)` gets the namespace."""
+def register_gradient(op: str, *, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register the gradient of `op` in its namespaces, and an error as that of `op`_backward.
+
+    `save(ctx, inputs, output)` stores what `backward(ops, ctx, *gradients)` reads; `ops` is the namespace.
+    """
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
@@ -60,25 +61,21 @@ def register(
     def refuse(ctx: Any, *gradients: Any) -> NoReturn:
         raise RuntimeError(f"{op} is differentiable once; backend='reference' has further derivatives.")
 
-    for namespace in _namespaces(op):
-        name, ops = f"{namespace}::{op}", getattr(torch.ops, namespace)
-        torch.library.register_fake(name, fake)
-        torch.library.register_fake(f"{name}_backward", fake_backward)
-        torch.library.register_autograd(name, partial(backward, ops), setup_context=save)
-        torch.library.register_autograd(f"{name}_backward", refuse, setup_context=save_nothing)
+    for library in _libraries(op):
+        name, ops = f"{library.ns}::{op}", getattr(torch.ops, library.ns)
+        torch.library.register_autograd(name, partial(backward, ops), setup_context=save, lib=library)
+        torch.library.register_autograd(f"{name}_backward", refuse, setup_context=save_nothing, lib=library)
 
 
-def _namespaces(op: str) -> list[str]:
-    """The namespaces that define `op` here, from its row in OP_BACKENDS."""
+def _libraries(op: str) -> list[Library]:
     backends = OP_BACKENDS[op]
-    in_csrc = extension.is_available() and not {"cpp", "cuda"}.isdisjoint(backends)
-    return ["vaebm_fast"] * in_csrc + ["vaebm_triton"] * ("triton" in backends)
+    return [_CSRC] * ("cpp" in backends or "cuda" in backends) + [_TRITON] * ("triton" in backends)
 
 
 def _run(module: str, name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         kernels = importlib.import_module(f"vaebm_fast.triton_kernels.{module}")
-        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
             return getattr(kernels, name)(*args)  # Triton launches on the current device
 
     return run

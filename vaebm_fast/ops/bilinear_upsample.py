@@ -49,20 +49,21 @@ def bilinear_upsample_backward(dy: Tensor, *, backend: Backend = "auto") -> Tens
     return dx
 
 
-_register.define("bilinear_upsample", "(Tensor x) -> Tensor", "(Tensor dy) -> Tensor")
-
-
 def _fake(x: Tensor) -> Tensor:
     N, C, H, W = x.shape
-    return torch.empty((N, C, 2 * H, 2 * W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return _register.like(x, N, C, 2 * H, 2 * W)
 
 
 def _fake_backward(dy: Tensor) -> Tensor:
     N, C, H, W = dy.shape
-    return torch.empty((N, C, H // 2, W // 2), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    return _register.like(dy, N, C, H // 2, W // 2)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+_register.define("bilinear_upsample(Tensor x) -> Tensor", _fake)
+_register.define("bilinear_upsample_backward(Tensor dy) -> Tensor", _fake_backward)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pass  # the gradient depends only on dy
 
 
@@ -71,4 +72,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor) -> Tensor:
     return dx
 
 
-_register.register("bilinear_upsample", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("bilinear_upsample", save=_save, backward=_backward)

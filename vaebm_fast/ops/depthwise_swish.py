@@ -96,33 +96,29 @@ def _check_like(h: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name} is {other.dtype} but h is {h.dtype}; convert one of them.")
 
 
+def _fake(h: Tensor, *others: Any) -> Tensor:
+    (N, C, H, W), (*_, upsample) = h.shape, others
+    scale = 2 if upsample else 1
+    return _register.like(h, N, C, scale * H, scale * W)
+
+
+_register.define("depthwise_swish(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor", _fake)
 _register.define(
-    "depthwise_swish",
-    "(Tensor h, Tensor weight, Tensor bias, bool upsample) -> Tensor",
-    "(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor",
+    "depthwise_swish_backward(Tensor dy, Tensor h, Tensor weight, bool upsample) -> Tensor",
+    lambda dy, h, *_: _register.like(h),
 )
 
 
-def _fake(h: Tensor, weight: Tensor, bias: Tensor, upsample: bool) -> Tensor:
-    scale = 2 if upsample else 1
-    N, C, H, W = h.shape
-    return torch.empty((N, C, scale * H, scale * W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
-
-
-def _fake_backward(dy: Tensor, h: Tensor, weight: Tensor, upsample: bool) -> Tensor:
-    return torch.empty(h.shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     h, weight, _, ctx.upsample = inputs
     ctx.save_for_backward(h, weight)
 
 
-def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise RuntimeError("depthwise_swish has no gradient for weight and bias; detach them.")
     h, weight = ctx.saved_tensors
     return ops.depthwise_swish_backward(dy, h, weight, ctx.upsample), None, None, None
 
 
-_register.register("depthwise_swish", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("depthwise_swish", save=_save, backward=_backward)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vaebm_fast import reference
@@ -63,18 +62,13 @@ def energy_epilogue_backward(
 
 
 _register.define(
-    "energy_epilogue",
-    "(Tensor y, Tensor? skip, float skip_scale, Tensor? shift) -> Tensor",
-    "(Tensor du, Tensor y, Tensor? skip, float skip_scale, Tensor? shift) -> Tensor",
+    "energy_epilogue(Tensor y, Tensor? skip, float skip_scale, Tensor? shift) -> Tensor",
+    lambda y, *_: _register.like(y),
 )
-
-
-def _fake(y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.channels_last)
-
-
-def _fake_backward(du: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.channels_last)
+_register.define(
+    "energy_epilogue_backward(Tensor du, Tensor y, Tensor? skip, float skip_scale, Tensor? shift) -> Tensor",
+    lambda du, y, *_: _register.like(y),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,4 +87,4 @@ def _backward(ops: Any, ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
     return dt, dskip, None, None
 
 
-_register.register("energy_epilogue", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("energy_epilogue", save=_save, backward=_backward)

@@ -76,22 +76,14 @@ def _check(y: Tensor, skip: Tensor | None, shift: Tensor | None, weight: Tensor)
 
 
 _register.define(
-    "energy_head",
-    "(Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight, Tensor bias) -> Tensor",
-    "(Tensor denergy, Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight) -> Tensor",
+    "energy_head(Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight, Tensor bias) -> Tensor",
+    lambda y, skip, skip_scale, shift, weight, bias: weight.new_empty(y.shape[0]),
 )
-
-
-def _fake(
-    y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, weight: Tensor, bias: Tensor
-) -> Tensor:
-    return weight.new_empty((y.shape[0],))
-
-
-def _fake_backward(
-    denergy: Tensor, y: Tensor, skip: Tensor | None, skip_scale: float, shift: Tensor | None, weight: Tensor
-) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.channels_last)
+_register.define(
+    "energy_head_backward(Tensor denergy, Tensor y, Tensor? skip, float skip_scale, Tensor? shift, Tensor weight) "
+    "-> Tensor",
+    lambda denergy, y, *_: _register.like(y),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -110,4 +102,4 @@ def _backward(ops: Any, ctx: Any, denergy: Tensor) -> tuple[Tensor | None, ...]:
     return dt, dskip, None, None, None, None
 
 
-_register.register("energy_head", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("energy_head", save=_save, backward=_backward)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vaebm_fast import reference
@@ -70,34 +69,35 @@ def _check(parameters: Tensor | None, eps: Tensor) -> None:
         check_tensor("parameters", parameters, (N, 2 * L, H, W), eps.device, parameters.dtype)
 
 
-_register.define(
-    "gaussian_latent",
-    "(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) -> (Tensor z, Tensor log_p)",
-    "(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
-    "-> (Tensor dparameters, Tensor deps)",
-)
-
-
-def _fake(parameters: Tensor | None, eps: Tensor, temperature: float, with_log_p: bool) -> tuple[Tensor, Tensor]:
-    z = torch.empty_like(eps, memory_format=torch.channels_last)
-    return z, eps.new_empty(eps.shape[0] if with_log_p else 0)
+def _fake(parameters: Tensor | None, eps: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, with_log_p = others
+    return _register.like(eps), eps.new_empty(eps.shape[0] if with_log_p else 0)
 
 
 def _fake_backward(
-    dz: Tensor, dlog_p: Tensor | None, parameters: Tensor | None, eps: Tensor, temperature: float
+    dz: Tensor, dlog_p: Tensor | None, parameters: Tensor | None, eps: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    deps = torch.empty_like(eps, memory_format=torch.channels_last)
-    if parameters is None:
-        return eps.new_empty(0), deps
-    return torch.empty_like(parameters, memory_format=torch.channels_last), deps
+    return eps.new_empty(0) if parameters is None else _register.like(parameters), _register.like(eps)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor | None, Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
+# log_p and dparameters are [0] where the public functions return None.
+_register.define(
+    "gaussian_latent(Tensor? parameters, Tensor eps, float temperature, bool with_log_p) -> (Tensor z, Tensor log_p)",
+    _fake,
+)
+_register.define(
+    "gaussian_latent_backward(Tensor dz, Tensor? dlog_p, Tensor? parameters, Tensor eps, float temperature) "
+    "-> (Tensor dparameters, Tensor deps)",
+    _fake_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     parameters, eps, ctx.temperature, ctx.with_log_p = inputs
     ctx.save_for_backward(parameters, eps)
 
 
-def _backward(ops: Any, ctx: Any, dz: Tensor, dlog_p: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+def _backward(ops: Any, ctx: Any, dz: Tensor, dlog_p: Tensor) -> tuple[Tensor | None, ...]:
     parameters, eps = ctx.saved_tensors
     weight = dlog_p if ctx.with_log_p else None
     op = ops.gaussian_latent_backward
@@ -105,4 +105,4 @@ def _backward(ops: Any, ctx: Any, dz: Tensor, dlog_p: Tensor) -> tuple[Tensor | 
     return None if parameters is None else dparameters, deps, None, None
 
 
-_register.register("gaussian_latent", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("gaussian_latent", save=_save, backward=_backward)

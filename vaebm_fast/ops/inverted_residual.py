@@ -201,15 +201,21 @@ def _require_cuda(op: str, x: Tensor, backend: Backend) -> None:
         raise ValueError(f"{op} with backend={backend!r} takes plain weights, not those of pack_inverted_residual.")
 
 
-def _fake(x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor, with_h2: bool) -> tuple[Tensor, Tensor]:
-    N, _, H, W = x.shape
-    shape = (N, CHUNK * weight.shape[0], H, W)
-    h2 = x.new_empty(shape).to(memory_format=torch.channels_last) if with_h2 else x.new_empty(0)
-    return torch.empty_like(x, memory_format=torch.channels_last), h2
+def _fake(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    (N, _, H, W), (*_, with_h2) = x.shape, others
+    hidden = CHUNK * weight.shape[0]
+    return _register.like(x), _register.like(x, N, hidden, H, W) if with_h2 else x.new_empty(0)
 
 
-def _fake_backward(ds: Tensor, x: Tensor, h2: Tensor, weight_t: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
+# weight, weight_t and bias are those of a PackedBlock. h2 is [0] without with_h2.
+_register.define(
+    "inverted_residual(Tensor x, Tensor weight, Tensor weight_t, Tensor bias, bool with_h2) -> (Tensor s, Tensor h2)",
+    _fake,
+)
+_register.define(
+    "inverted_residual_backward(Tensor ds, Tensor x, Tensor h2, Tensor weight_t) -> Tensor",
+    lambda ds, x, *_: _register.like(x),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -227,4 +233,4 @@ def _backward(ops: Any, ctx: Any, ds: Tensor, _: Any) -> tuple[Tensor | None, ..
     return ops.inverted_residual_backward(ds, *ctx.saved_tensors), *(None,) * 4
 
 
-_register.register("inverted_residual", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("inverted_residual", save=_save, backward=_backward)

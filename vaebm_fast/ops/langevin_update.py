@@ -71,23 +71,7 @@ def _check(
 
 
 _register.define(
-    "langevin_update",
-    "(Tensor(a!) eps, Tensor gradient, Tensor seeds, Tensor draw, Tensor(b!) nonfinite_at, int stream, "
+    "langevin_update(Tensor(a!) eps, Tensor gradient, Tensor seeds, Tensor draw, Tensor(b!) nonfinite_at, int stream, "
     "float step_size, bool prior) -> ()",
+    lambda *_: None,
 )
-
-
-def _fake(
-    eps: Tensor,
-    gradient: Tensor,
-    seeds: Tensor,
-    draw: Tensor,
-    nonfinite_at: Tensor,
-    stream: int,
-    step_size: float,
-    prior: bool,
-) -> None:
-    pass
-
-
-_register.register_fake("langevin_update", _fake)

@@ -6,6 +6,9 @@ defines it. `chain.noise` assigns the streams.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,14 +70,11 @@ def check_noise(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> None:
         raise ValueError(f"numel is {numel}; it must be within 0..2^34.")
 
 
-def _fake_words(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tensor:
-    return seeds.new_empty((seeds.shape[0], numel), dtype=torch.int32)
+def _fake(dtype: torch.dtype, seeds: Tensor, *others: Any) -> Tensor:
+    *_, numel = others
+    return seeds.new_empty((seeds.shape[0], numel), dtype=dtype)
 
 
-def _fake_normals(seeds: Tensor, draw: Tensor, stream: int, numel: int) -> Tensor:
-    return seeds.new_empty((seeds.shape[0], numel), dtype=torch.float32)
-
-
-for _op, _fake in (("philox_words", _fake_words), ("philox_normal", _fake_normals)):
-    _register.define(_op, "(Tensor seeds, Tensor draw, int stream, int numel) -> Tensor", module="philox_normal")
-    _register.register_fake(_op, _fake)
+for _op, _dtype in (("philox_words", torch.int32), ("philox_normal", torch.float32)):
+    _schema = f"{_op}(Tensor seeds, Tensor draw, int stream, int numel) -> Tensor"
+    _register.define(_schema, partial(_fake, _dtype), module="philox_normal")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vaebm_fast import reference
@@ -62,31 +61,25 @@ def _check(logits: Tensor, eps_x: Tensor) -> None:
     check_tensor("logits", logits, (N, 2 * C, H, W), eps_x.device, logits.dtype)
 
 
+# log_p is [0] where `pixel_head` returns None.
 _register.define(
-    "pixel_head",
-    "(Tensor logits, Tensor eps_x, bool with_log_p) -> (Tensor x, Tensor log_p)",
-    "(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)",
+    "pixel_head(Tensor logits, Tensor eps_x, bool with_log_p) -> (Tensor x, Tensor log_p)",
+    lambda logits, eps_x, with_log_p: (_register.like(eps_x), eps_x.new_empty(eps_x.shape[0] if with_log_p else 0)),
+)
+_register.define(
+    "pixel_head_backward(Tensor dx, Tensor? dlog_p, Tensor logits, Tensor eps_x) -> (Tensor dlogits, Tensor deps_x)",
+    lambda dx, dlog_p, logits, eps_x: (_register.like(logits), _register.like(eps_x)),
 )
 
 
-def _fake(logits: Tensor, eps_x: Tensor, with_log_p: bool) -> tuple[Tensor, Tensor]:
-    x = torch.empty_like(eps_x, memory_format=torch.channels_last)
-    return x, eps_x.new_empty(eps_x.shape[0] if with_log_p else 0)
-
-
-def _fake_backward(dx: Tensor, dlog_p: Tensor | None, logits: Tensor, eps_x: Tensor) -> tuple[Tensor, Tensor]:
-    dlogits = torch.empty_like(logits, memory_format=torch.channels_last)
-    return dlogits, torch.empty_like(eps_x, memory_format=torch.channels_last)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, eps_x, ctx.with_log_p = inputs
     ctx.save_for_backward(logits, eps_x)
 
 
-def _backward(ops: Any, ctx: Any, dx: Tensor, dlog_p: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ops: Any, ctx: Any, dx: Tensor, dlog_p: Tensor) -> tuple[Tensor | None, ...]:
     weight = dlog_p if ctx.with_log_p else None
     return *ops.pixel_head_backward(dx, weight, *ctx.saved_tensors), None
 
 
-_register.register("pixel_head", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("pixel_head", save=_save, backward=_backward)

@@ -190,26 +190,15 @@ def _check(x: Tensor, weight: PointwiseWeight, bias: Tensor | None, residual: Te
     refuse_weight_gradients("pointwise", *(tensor for tensor in (*weight, bias) if tensor is not None))
 
 
+# weight and weight_t: `forward` and `transposed` of a PointwiseWeight. x of the backward: None without activation.
 _register.define(
-    "pointwise",
-    "(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, str activation) -> Tensor",
-    "(Tensor dy, Tensor weight_t, int Cin, Tensor? x, str activation) -> Tensor",
+    "pointwise(Tensor x, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? residual, str activation) -> Tensor",
+    lambda x, weight, weight_t, *_: _register.like(x, x.shape[0], weight_t.shape[1], *x.shape[2:]),
 )
-
-
-def _like(x: Tensor, channels: int) -> Tensor:
-    N, _, H, W = x.shape
-    return torch.empty((N, channels, H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _fake(
-    x: Tensor, weight: Tensor, weight_t: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> Tensor:
-    return _like(x, weight_t.shape[1])
-
-
-def _fake_backward(dy: Tensor, weight_t: Tensor, Cin: int, x: Tensor | None, activation: str) -> Tensor:
-    return _like(dy, Cin)
+_register.define(
+    "pointwise_backward(Tensor dy, Tensor weight_t, int Cin, Tensor? x, str activation) -> Tensor",
+    lambda dy, weight_t, Cin, *_: _register.like(dy, dy.shape[0], Cin, *dy.shape[2:]),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -228,4 +217,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, dy if ctx.needs_input_grad[4] else None, None
 
 
-_register.register("pointwise", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("pointwise", save=_save, backward=_backward)

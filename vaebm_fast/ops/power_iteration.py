@@ -10,7 +10,6 @@ from torch import Tensor
 from vaebm_fast import reference
 from vaebm_fast.ops import _register
 from vaebm_fast.ops._backend import Backend, choose
-from vaebm_fast.runtime import extension
 
 
 def power_iteration(
@@ -62,14 +61,14 @@ def _check(weight: Tensor, u: Tensor, v: Tensor, iterations: int, eps: float) ->
         raise ValueError(f"eps is {eps}; it must be positive.")
 
 
-def _fake(weight: Tensor, u: Tensor, v: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), v.new_empty(v.shape)
+_register.define(
+    "power_iteration(Tensor weight, Tensor u, Tensor v, int iterations, float eps) -> (Tensor, Tensor)",
+    lambda weight, u, v, *_: (u.new_empty(u.shape), v.new_empty(v.shape)),
+)
 
 
 def _no_derivative(ctx: Any, du: Tensor, dv: Tensor) -> None:
     raise RuntimeError("power_iteration has no gradient; call it under torch.no_grad().")
 
 
-_register.register_fake("power_iteration", _fake)
-if extension.is_available():
-    torch.library.register_autograd("vaebm_fast::power_iteration", _no_derivative)
+torch.library.register_autograd("vaebm_fast::power_iteration", _no_derivative)

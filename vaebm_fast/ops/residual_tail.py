@@ -116,25 +116,23 @@ def _check_result(name: str, x: Tensor, h: Tensor, channels: int, upsample: bool
     check_tensor(name, x, (h.shape[0], channels, scale * h.shape[2], scale * h.shape[3]), h.device, h.dtype)
 
 
-_register.define(
-    "residual_tail",
-    "(Tensor h, Tensor skip, Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, "
-    "Tensor project_bias, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out, bool upsample) "
-    "-> (Tensor y, Tensor h2, Tensor s, Tensor hidden, Tensor gate)",
-    "(Tensor dy, Tensor h, Tensor h2, Tensor s, Tensor hidden, Tensor gate, Tensor depthwise_weight, "
-    "Tensor project_weight, Tensor weight_in, Tensor weight_out, bool upsample) -> Tensor",
-)
-
-
 def _fake(h: Tensor, skip: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (N, C, H, W), weight_in = skip.shape, others[4]
-    h2 = torch.empty((N, h.shape[1], H, W), dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
-    y, s = (torch.empty_like(skip, memory_format=torch.channels_last) for _ in range(2))
-    return y, h2, s, h.new_empty((N, weight_in.shape[0])), h.new_empty((N, C))
+    h2, hidden = _register.like(h, N, h.shape[1], H, W), h.new_empty((N, weight_in.shape[0]))
+    return _register.like(skip), h2, _register.like(skip), hidden, h.new_empty((N, C))
 
 
-def _fake_backward(dy: Tensor, h: Tensor, *others: Any) -> Tensor:
-    return torch.empty_like(h, memory_format=torch.channels_last)
+_register.define(
+    "residual_tail(Tensor h, Tensor skip, Tensor depthwise_weight, Tensor depthwise_bias, Tensor project_weight, "
+    "Tensor project_bias, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out, bool upsample) "
+    "-> (Tensor y, Tensor h2, Tensor s, Tensor hidden, Tensor gate)",
+    _fake,
+)
+_register.define(
+    "residual_tail_backward(Tensor dy, Tensor h, Tensor h2, Tensor s, Tensor hidden, Tensor gate, "
+    "Tensor depthwise_weight, Tensor project_weight, Tensor weight_in, Tensor weight_out, bool upsample) -> Tensor",
+    lambda dy, h, *_: _register.like(h),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -151,4 +149,4 @@ def _backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, .
     return dh, dy, *(None,) * 9
 
 
-_register.register("residual_tail", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("residual_tail", save=_save, backward=_backward)

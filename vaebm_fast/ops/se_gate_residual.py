@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vaebm_fast import reference
@@ -88,27 +87,22 @@ def _check(s: Tensor, weight_in: Tensor, weight_out: Tensor) -> None:
 
 
 _register.define(
-    "se_gate_residual",
-    "(Tensor s, Tensor skip, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out) "
+    "se_gate_residual(Tensor s, Tensor skip, Tensor weight_in, Tensor bias_in, Tensor weight_out, Tensor bias_out) "
     "-> (Tensor y, Tensor hidden, Tensor gate)",
-    "(Tensor dy, Tensor s, Tensor hidden, Tensor gate, Tensor weight_in, Tensor weight_out) -> Tensor",
+    lambda s, skip, weight_in, *_: (
+        _register.like(s),
+        s.new_empty((s.shape[0], weight_in.shape[0])),
+        s.new_empty(s.shape[:2]),
+    ),
+)
+_register.define(
+    "se_gate_residual_backward(Tensor dy, Tensor s, Tensor hidden, Tensor gate, Tensor weight_in, Tensor weight_out) "
+    "-> Tensor",
+    lambda dy, s, *_: _register.like(s),
 )
 
 
-def _fake(
-    s: Tensor, skip: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(s, memory_format=torch.channels_last)
-    return y, s.new_empty((s.shape[0], weight_in.shape[0])), s.new_empty(s.shape[:2])
-
-
-def _fake_backward(
-    dy: Tensor, s: Tensor, hidden: Tensor, gate: Tensor, weight_in: Tensor, weight_out: Tensor
-) -> Tensor:
-    return torch.empty_like(s, memory_format=torch.channels_last)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     s, _, weight_in, _, weight_out, _ = inputs
     _, hidden, gate = output
     ctx.mark_non_differentiable(hidden, gate)
@@ -116,11 +110,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Te
     ctx.save_for_backward(s, hidden, gate, weight_in, weight_out)
 
 
-def _backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
+def _backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if any(ctx.needs_input_grad[2:]):
         raise RuntimeError("se_gate_residual has no gradient for its weights; detach them.")
     ds = ops.se_gate_residual_backward(dy, *ctx.saved_tensors)
     return ds, dy, None, None, None, None
 
 
-_register.register("se_gate_residual", fake=_fake, fake_backward=_fake_backward, save=_save, backward=_backward)
+_register.register_gradient("se_gate_residual", save=_save, backward=_backward)

@@ -1,4 +1,4 @@
-"""Loads the compiled extension `vaebm_fast._C`, which registers `torch.ops.vaebm_fast`, if it is built.
+"""Loads the compiled extension `vaebm_fast._C`, which registers the kernels of `torch.ops.vaebm_fast`, if it is built.
 
 The package works without it, more slowly; this module records why it is missing. `vaebm_fast.ops` chooses backends.
 """
