@@ -66,7 +66,7 @@ def environment() -> dict[str, Any]:
         "parts": {name: {"present": reason is None, "needs": reason} for name, reason in missing.items()},
         "auto": {
             device: {
-                "frozen pair": resolve("auto", torch.device(device), torch.float32).name,
+                "frozen pair": _backend.resolve("auto", torch.device(device), torch.float32).name,
                 **{report.op: report.backend for report in _backend.report(torch.device(device))},
             }
             for device in ("cpu", "cuda")[: 1 + bool(gpus)]
