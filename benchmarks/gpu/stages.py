@@ -121,6 +121,7 @@ def stages(results: Path) -> list[Stage]:
         pair("pair, float32", 120, "pair_float32", CASES[0][:3], (*HALF, *OTHERS)),
         sanitiser("racecheck", 60),
         pair("pair, other sizes", 150, "pair_sizes", CASES[1], CANDIDATES),
+        fixed("training", 150, *BENCHMARK, "training", "--preset", "celeba_64", "--batch", "16", *into),
         fixed("tune", 600, *BENCHMARK, "tune"),
     ]
 
@@ -203,7 +204,9 @@ def _run(command: Command, limit_s: float, log: Path) -> dict[str, Any]:
 
 def measured_since(began: float, results: Path) -> list[Path]:
     """The result files in `results` that a stage has written since `began` (time.time())."""
-    found = sorted(path for name in ("ops", "pair*", "chain_*") for path in results.glob(f"{name}_cuda.json"))
+    found = sorted(
+        path for name in ("ops", "pair*", "chain_*", "training") for path in results.glob(f"{name}_cuda.json")
+    )
     return [path for path in found if path.stat().st_mtime >= began]
 
 

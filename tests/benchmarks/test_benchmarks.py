@@ -247,10 +247,16 @@ def test_gpu_stages_need_what_comes_before_them_and_are_understood(tmp_path: Pat
 
 
 def test_only_what_this_run_measured_is_shown(tmp_path: Path) -> None:
-    for name, changed in (("pair_cuda", 200.0), ("pair_sizes_cuda", 100.0), ("ops_cuda", 200.0), ("pair_cpu", 200.0)):
+    for name, changed in (
+        ("pair_cuda", 200.0),
+        ("pair_sizes_cuda", 100.0),
+        ("ops_cuda", 200.0),
+        ("training_cuda", 200.0),
+        ("pair_cpu", 200.0),
+    ):
         (tmp_path / f"{name}.json").touch()
         os.utime(tmp_path / f"{name}.json", (changed, changed))
-    assert [path.stem for path in gpu.measured_since(150.0, tmp_path)] == ["ops_cuda", "pair_cuda"]
+    assert [path.stem for path in gpu.measured_since(150.0, tmp_path)] == ["ops_cuda", "pair_cuda", "training_cuda"]
 
 
 def test_without_a_gpu_make_gpu_says_so() -> None:
