@@ -1,4 +1,4 @@
-"""Steps launched as one CUDA graph, as the sampler launches its chains, and how a call is launched."""
+"""Captures a step into a CUDA graph, as the sampler does with its chains, and reports how a step was launched."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Call = Callable[[], object]
 
 
 def captured(step: Call, device: torch.device) -> Call:
-    """`step` as a graph by `Graphs`: the first call runs it and warms up, the second captures it, others replay it.
+    """`step` under `Graphs`: the first call runs it eagerly as warm-up, the second captures it, later calls replay it.
 
-    What `step` reads and writes stays where it is; a replay copies one number each way besides, and allocates no more.
+    `step` must use tensors at fixed addresses. A replay also copies one number each way; it allocates nothing.
     """
     graphs, token = Graphs(), torch.zeros(1, device=device)
 
@@ -30,9 +30,9 @@ def captured(step: Call, device: torch.device) -> Call:
 
 
 def launched_by(capturing: Call, device: torch.device) -> str:
-    """How the work of `capturing` is launched: GRAPH, or EAGER with the reason if a GPU cannot capture it.
+    """How `capturing` launches its work: GRAPH, or EAGER with the reason why it cannot be captured.
 
-    `capturing` is called once: the second call of a function that `Graphs` is given.
+    Calls `capturing` once; it must be the second call of a function given to `Graphs`.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,7 +1,7 @@
-"""How pytest-benchmark runs what `pair` and `ops` measure: options, the gate, result files, and the table at the end.
+"""Runs `pair` and `ops` under pytest-benchmark: options, test gate, result files and tables.
 
-pytest-benchmark times one function after another; here candidates are interleaved, so that other load affects all
-equally. `measure` therefore times them, and a timer replays each candidate's times to pytest-benchmark.
+pytest-benchmark times functions one after another. Here `measure` times the candidates interleaved, so that other load
+affects all equally, and a timer replays each candidate's times to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vaebm_fast import PRESETS
 DEFAULT_CASES = ("cifar10:1", "cifar10:4", "cifar10:8", "celeba_64:1", "celeba_64:4", "celeba_64:16", "celeba_256:1")
 
 Rows = dict[str, Row]
-Take = Callable[[Keep], Rows]  # may hand rows over before it returns all of them
+Take = Callable[[Keep], Rows]  # may write rows before it returns all
 
 
 class Replay:
-    """A timer for pytest-benchmark that lets the times of `load` pass, one per pair of calls."""
+    """A timer for pytest-benchmark that replays the times given to `load`, one per pair of calls."""
 
     def __init__(self) -> None:
         self._ticks: Iterator[float] = iter(())
@@ -44,7 +44,7 @@ REPLAY = Replay()
 
 
 def replay(benchmark: Any, row: dict[str, Any], group: str) -> None:
-    """Give pytest-benchmark a row that was measured already."""
+    """Report a measured row to pytest-benchmark."""
     benchmark.group = group
     benchmark.extra_info.update({key: value for key, value in row.items() if key != "times_s"})
     REPLAY.load(row["times_s"])
@@ -67,10 +67,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cases in which torch.compile takes part; compiling takes minutes",
     )
     group.addoption("--op", action="append", metavar="NAME", help="ops to measure; all of them")
-    group.addoption("--without", action="append", default=[], metavar="BACKEND", help="left out, as its tests are red")
-    group.addoption("--rounds", type=int, help="rounds; by default as many as the length of a call allows")
-    group.addoption("--tested", action="store_true", help="the tests of this build passed just now: skip them")
-    group.addoption("--into", default="pair", metavar="NAME", help="the whole pair's result file; pair")
+    group.addoption("--without", action="append", default=[], metavar="BACKEND", help="leave out this backend")
+    group.addoption("--rounds", type=int, help="rounds; by default depends on the time of a call")
+    group.addoption("--tested", action="store_true", help="skip the tests: this build has just passed them")
+    group.addoption("--into", default="pair", metavar="NAME", help="name of the pair's result file; default: pair")
     group.addoption("--results", type=Path, default=RESULTS, help="folder of the JSON and Markdown files")
 
 
@@ -94,7 +94,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def candidates_of(
     text: str, compiled: list[str] | None, chosen: list[str] | None = None, without: Sequence[str] = ()
 ) -> list[str]:
-    """Those that run here, in the order chosen, none on a backend in `without`; torch.compile only where asked for."""
+    """The candidates that run here, in the given order, without the backends in `without`; torch.compile is opt-in."""
     device = measure.default_device()
     usable = [name for name in chosen or pair.CANDIDATES if pair.why_not(name, device) is None]
     usable = [name for name in usable if name not in pair.FROZEN or pair.FROZEN[name][0] not in without]
@@ -110,7 +110,7 @@ def _parsed(text: str) -> tuple[str, int]:
 
 @pytest.fixture(scope="session")
 def open_results(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], ResultsFile]]:
-    """Result files by name, each with the machine's ceilings; their tables are written when all is done."""
+    """Opens result files by name, each with the machine's ceilings; writes their tables at the end."""
     ceilings = cache(lambda: measure.ceilings(measure.default_device()))
     opened: dict[str, ResultsFile] = {}
 
@@ -128,10 +128,10 @@ def open_results(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str]
 
 @pytest.fixture(scope="session")
 def measured_once(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
-    """measured_once(file, what, tests, take, candidate): the candidate's row of a case, taken once for all of them.
+    """measured_once(file, what, tests, take, candidate): the candidate's row; measures a case once for all candidates.
 
-    `take` gets a function that puts a row into the file at once. Fails, and keeps the reason in the file, when one of
-    `tests` is red. A candidate that has a reason in place of a measurement is skipped, or fails where the row says so.
+    `take(keep)` measures the case and may call `keep` to write rows early. If one of `tests` fails, the benchmark fails
+    and the file records the reason. A refused candidate is skipped; it fails if its row says "failed".
     """
     is_tested = request.config.getoption("--tested")
     measured: dict[str, Rows] = {}
@@ -151,7 +151,7 @@ def measured_once(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any
 
         try:
             measured[what] = take(keep)
-        except Exception as error:  # shown for the first candidate; the others of the case are not tried again
+        except Exception as error:  # raised for the first candidate; the case is not measured again for the others
             refused[what] = f"{type(error).__name__}: {error}"
             file.refuse(what, refused[what])
             raise

@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, Any]:
     """Device, threads, versions, commit and date, as JSON values.
 
-    VAEBM_COMMIT overrides the commit, for a copy of the files that git does not know.
+    VAEBM_COMMIT overrides the commit, for copies without a git repository.
     """
     cuda = torch.cuda.is_available()
     return {
@@ -49,7 +49,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """What the variable VAEBM_COMMIT says; else the commit, with a plus where tracked files differ from it."""
+    """VAEBM_COMMIT if set; otherwise the commit, with a plus sign if tracked files differ from it."""
     told = os.environ.get("VAEBM_COMMIT")
     if told:
         return told

@@ -17,8 +17,8 @@ GPU_TESTS = "tests/test_gpu.py"
 def why_red(*files: str) -> str | None:
     """The last lines of pytest on these files if a test failed, else None.
 
-    In a process of its own: tests set threads and memory as they need. No test collected counts as failed. Where there
-    is a GPU the tests that use it decide.
+    Runs in a separate process, because tests change threads and memory settings. Collecting no test counts as failure.
+    With a GPU, the GPU tests decide.
     """
     chosen = (*files, GPU_TESTS, "-m", "gpu") if torch.cuda.is_available() else files
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]

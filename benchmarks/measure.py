@@ -1,7 +1,6 @@
 """Measurement core: interleaved candidates in one process, and the machine's ceilings.
 
-Plain functions of callables, for whoever runs them: pytest-benchmark's tests call them, and so can a script on a
-machine without it.
+Plain functions of callables, usable without pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ LONG_CALL_S = 3.0
 ROUNDS_OF_LONG_CALLS, FEWEST_ROUNDS, MOST_ROUNDS = 3, 5, 100
 MATRIX_SIDES = (1024, 2048, 3072)
 GPU_MATRIX_SIDES = (4096, 8192)
-COPY_ELEMENTS = 2**26  # float32: 256 MiB, far more than caches hold
-GPU_COPY_ELEMENTS = 2**29  # 2 GiB: milliseconds, beside which a launch is nothing
+COPY_ELEMENTS = 2**26  # float32: 256 MiB, far more than the caches
+GPU_COPY_ELEMENTS = 2**29  # 2 GiB: takes milliseconds, so the launch does not count
 
 
 class Sample(NamedTuple):
-    """One call: seconds on the clock, seconds of all threads in user and kernel code, page faults without disk.
+    """One call: wall-clock seconds, CPU seconds of all threads in user and kernel code, minor page faults.
 
-    Fresh memory faults page by page, in the kernel: much of what plain modules spend on large batches.
+    Fresh memory is mapped page by page in the kernel, which takes much of the plain modules' time on large batches.
     """
 
     wall_s: float
@@ -37,7 +36,7 @@ class Sample(NamedTuple):
 
 
 def sample(call: Callable[[], object], device: torch.device) -> Sample:
-    """Time one call, until its device is done."""
+    """Time one call, including synchronisation with the device."""
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     call()
     synchronize(device)
@@ -57,10 +56,10 @@ def take_turns(
     rounds: int | None = None,
     seconds: float = 2.0,
 ) -> dict[str, list[Sample]]:
-    """Samples of every candidate. In each round every candidate is called once, another one first each time.
+    """Samples of every candidate. Each round calls every candidate once, in rotating order.
 
-    So what else the machine does falls on all of them alike. One call each warms up. Without `rounds` these are as many
-    as make `seconds` of the slowest candidate, 5 to 100; 3 where its call takes more than 3 s.
+    Other load on the machine thus affects all alike. One call each warms up. By default there are as many rounds as the
+    slowest candidate needs for `seconds`, between 5 and 100, or 3 if one call takes more than 3 s.
     """
     slowest_s = max(sample(call, device).wall_s for call in candidates.values())
     rounds = rounds or rounds_for(slowest_s, seconds)
@@ -74,14 +73,14 @@ def take_turns(
 
 
 def rounds_for(call_s: float, seconds: float) -> int:
-    """How many rounds `take_turns` makes when its slowest candidate takes `call_s`."""
+    """Number of rounds of `take_turns` if the slowest candidate takes `call_s`."""
     if call_s > LONG_CALL_S:
         return ROUNDS_OF_LONG_CALLS
     return min(max(round(seconds / max(call_s, 1e-9)), FEWEST_ROUNDS), MOST_ROUNDS)
 
 
 def summary(samples: list[Sample]) -> dict[str, Any]:
-    """Median, 20th and 80th percentile of the clock, and medians of the rest, as JSON values."""
+    """Quantiles of the wall-clock time and medians of the other figures, as JSON values."""
     return {
         **quantiles([taken.wall_s for taken in samples]),
         "user_s": statistics.median(taken.user_s for taken in samples),
@@ -103,9 +102,9 @@ def quantiles(times_s: list[float]) -> dict[str, Any]:
 
 
 def ceilings(device: torch.device, *, sides: tuple[int, ...] | None = None) -> dict[str, float]:
-    """The best of several rates, as many threads as everything else here: matrix products and a large copy.
+    """The machine's best rates for matrix products and a large copy, with the current number of threads.
 
-    Products are float32; on a GPU with keys of their own TF32 and bfloat16 too.
+    Products are float32; on a GPU also TF32 and bfloat16, under separate keys.
     """
     on_gpu = device.type == "cuda"
     sides = sides or (GPU_MATRIX_SIDES if on_gpu else MATRIX_SIDES)
@@ -123,7 +122,7 @@ def ceilings(device: torch.device, *, sides: tuple[int, ...] | None = None) -> d
 
 
 def _matrix_gflops(device: torch.device, sides: tuple[int, ...], dtype: torch.dtype = torch.float32) -> float:
-    """Of random matrices: a GPU multiplies zeros faster because they draw less power."""
+    """Best rate over several sizes. Random matrices: a GPU multiplies zeros faster, because they draw less power."""
     best = 0.0
     for side in sides:
         a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
@@ -142,9 +141,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory that this process has held so far: resident on a CPU, torch's allocations on a GPU.
+    """Peak memory of this process: resident size on a CPU, torch's allocations on a GPU.
 
-    Linux alone says it of the process: getrusage's maximum begins with that of whoever started it.
+    Read from /proc (Linux), because getrusage's maximum includes that of the parent process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -153,5 +152,5 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

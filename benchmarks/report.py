@@ -1,11 +1,11 @@
-"""Tables, plot and README of all that was measured, from the JSON files in results/.
+"""Writes the tables, the plot and the README's part from the JSON files in results/.
 
     python -m benchmarks report [--results FOLDER] [--readme FILE]
 
-Ratios are of medians, above 1 where the row is faster. A percentage is of the ceiling that the same run measured with
-the same threads: matrix product for FLOP/s, on a GPU in what the row multiplies with; a large copy for bytes, which
-what fits in caches may exceed. The roofline is the larger of the two; the whole pair's bytes are the least that a step
-moves where every block is one kernel (`vaebm_fast.evaluation.cost`).
+Ratios are of medians; above 1 means that the row is faster. Percentages are of ceilings measured in the same run with
+the same threads: for FLOP/s a matrix product, on a GPU in the row's precision; for bytes a large copy, which data in
+caches may exceed. The roofline is the larger of the two. The whole pair's bytes are the minimum of a step in which every
+block is one kernel (`vaebm_fast.evaluation.cost`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Columns = dict[str, Callable[[Row], str]]
 
 
 def derived(content: dict[str, Any]) -> list[Row]:
-    """The rows with rates, ratios over the baselines of the same case (None without), and shares of the ceilings."""
+    """The rows with rates, ratios over the baselines of the same case (None if missing) and shares of the ceilings."""
     rows, ceilings = content["results"], content["ceilings"]
     medians_s = {(_case(row), row["candidate"]): row["median_s"] for row in rows}
 
@@ -52,7 +52,7 @@ def derived(content: dict[str, Any]) -> list[Row]:
 
 
 def _matrix_ceiling(row: Row, ceilings: dict[str, float]) -> float:
-    """GFLOP/s of a matrix product in what the row multiplies with; in float32 where nothing else was measured."""
+    """GFLOP/s of a matrix product in the row's precision, or in float32 if that was not measured."""
     products = str(row.get("products") or {"bfloat16": "bf16"}.get(row.get("dtype", ""), "float32"))
     key = "matrix_gflops" if products == "float32" else f"matrix_gflops_{products.split()[0]}"
     return ceilings.get(key, ceilings["matrix_gflops"])
@@ -76,7 +76,7 @@ def _digits(value: float) -> str:
 
 
 def _what_runs(row: Row) -> str:
-    """The candidate, and how it was launched where that is not the common way."""
+    """The candidate, with how it was launched unless eagerly."""
     launched = row.get("launched", "eager")
     return str(row["candidate"]) if launched == "eager" else f"{row['candidate']} ({launched})"
 
@@ -154,7 +154,7 @@ def markdown(rows: Sequence[Row], columns: Columns) -> str:
 
 
 def by_case(rows: Sequence[Row]) -> str:
-    """A line per preset and N: ms per image and step of every candidate, and what the fastest frozen one gains."""
+    """A line per preset and N: ms per image and step of every candidate, and the ratios of the fastest frozen one."""
     candidates = list(dict.fromkeys(row["candidate"] for row in rows))
     cases: dict[tuple[str, int], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: (row["preset"], row["batch"])):
@@ -174,7 +174,7 @@ def by_case(rows: Sequence[Row]) -> str:
 
 
 def describe(content: dict[str, Any]) -> str:
-    """One paragraph on what ran, where, and what it could reach at most; a line for each refusal."""
+    """One paragraph with the environment and the ceilings, then a line per refused figure."""
     facts = ", ".join(f"{name} {value}" for name, value in content["environment"].items())
     ceilings = content["ceilings"]
     reach = (
@@ -188,13 +188,13 @@ def describe(content: dict[str, Any]) -> str:
 
 
 def _products(ceilings: dict[str, float]) -> str:
-    """The rates of a matrix product, float32's first."""
+    """The matrix product's rates, float32 first."""
     rates = {key.removeprefix("matrix_gflops").lstrip("_"): value for key, value in ceilings.items() if "matrix" in key}
     return ", ".join(f"{rate:.0f} GFLOP/s{f' in {name}' if name else ''}" for name, rate in rates.items())
 
 
 def table(content: dict[str, Any]) -> str:
-    """All columns of a result file, and what ran."""
+    """The table of a result file with all columns, and its environment."""
     for key, columns in (("images_per_second", CHAIN), ("stage", TRAINING), ("source", LOADERS)):
         if any(key in row for row in content["results"]):
             return f"{content['question']}\n\n{markdown(content['results'], columns)}\n\n{describe(content)}\n"
@@ -204,7 +204,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def write_table(path: Path) -> str:
-    """Write the table of the result file at `path` beside it, with .md for .json; returns it."""
+    """Write the table of the result file at `path` beside it, with suffix .md; returns the table."""
     text = table(json.loads(path.read_text()))
     write(path.with_suffix(".md"), text)
     return text
@@ -237,7 +237,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
 
 def rewrite(readme: Path, block: str) -> None:
-    """Put `block` between the two marker lines of the file. Raises ValueError where these are not there once each."""
+    """Put `block` between the two marker lines of the file. Raises ValueError unless each occurs once, in order."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme} needs the line {BEGIN!r} once, and after it {END!r} once.")

@@ -15,7 +15,7 @@ Keep = Callable[[str, Row], None]  # takes a candidate's name and row as soon as
 
 
 class ResultsFile:
-    """`<name>_<device type>.json`: the question, what ran, the ceilings of the same run, rows, and what was refused."""
+    """`<name>_<device type>.json`: question, environment, ceilings of the same run, rows, and refused figures."""
 
     def __init__(self, name: str, question: str, ceilings: dict[str, float], folder: Path = RESULTS) -> None:
         ran = environment()
@@ -42,7 +42,7 @@ class ResultsFile:
             self.add(row)
 
     def refuse(self, what: str, reason: str) -> None:
-        """Record that nothing was measured, and the reason."""
+        """Record why a figure is missing."""
         self.content["refused"].append({"what": what, "reason": reason})
         self._write()
 

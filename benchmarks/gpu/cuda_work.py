@@ -1,7 +1,7 @@
 """What each CUDA kernel does on a named shape of a model: the rows that `gpu.kernels` prints.
 
-A new kernel adds its rows here: the work of its op by `benchmarks.work`, with what its tiles repeat, halos and ragged
-edges included, in place of the least arithmetic.
+A new kernel adds its rows here: the work of its op from `benchmarks.work`, with the arithmetic that its tiles execute,
+including halos and ragged edges.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def depthwise_windows(K: int) -> tuple[DepthwiseWindow, ...]:
 
 
 def _depthwise() -> Iterator[Kernel]:
-    """The middle of the cells of celeba_256 with most elements, per kind."""
+    """The middle of celeba_256's largest cell of each kind."""
     N, H, W, C = 16, 128, 128, 384
     for dtype, bytes_each in (("Bf16", 2), ("float", 4)):
         for K in (5, 3):
@@ -103,14 +103,14 @@ def _depthwise() -> Iterator[Kernel]:
 
 
 def _depthwise_work(w: DepthwiseWindow, N: int, H: int, W: int, C: int, bytes_each: int) -> Work:
-    """H, W: of the cells; channels are whole words, as in every model."""
+    """H, W: cells of the window's form; channels fill whole words, as in every model."""
     per_word = 4 // bytes_each
     tiles = N * -(-C // (32 * per_word)) * -(-W // w.width)
-    rows = 64  # of a band: the launcher's rule
+    rows = 64  # rows of a band: the launcher's rule
     while rows > 8 and tiles * -(-H // rows) < 1024:
         rows //= 2
     steps = -(-H // rows) * (rows + w.in_flight - 1 + w.shift)
-    threads = tiles * steps * 128.0 * per_word  # one channel of one step of one thread each
+    threads = tiles * steps * 128.0 * per_word  # channels of all steps of all threads
     staged = tiles * steps * w.stride * w.columns(w.width) * 32.0 * per_word
     cells, upsample = N * H * W * C, w.phases == 2 or w.stride == 2
     least = work.depthwise_swish(N, C, H * W, 1, upsample=upsample, bytes_each=bytes_each)
@@ -143,7 +143,7 @@ def inverted_residual_shared(C: int, backward: bool) -> int:
 
 
 def _inverted_residual_work(N: int, H: int, W: int, C: int, hidden: int, backward: bool) -> Work:
-    """A block has 8 x 16 pixels and works on 16 x 16, of which the window reads 12 x 20; forward it writes h2."""
+    """A block writes 8 x 16 pixels and computes 16 x 16; the window reads 12 x 20. The forward also writes h2."""
     blocks, products = float(N * -(-H // 8) * -(-W // 16)), 4 if backward else 3  # of [128 pixels, C] and [C, hidden]
     # What a chunk moves through shared memory and L1: operands, hidden values, the window, h2, weights.
     left = 2 * C * (256 + (128 if backward else 0))
@@ -183,11 +183,11 @@ def _power_iteration() -> Iterator[Kernel]:
 
 
 def power_iteration_strips(M: int) -> int:
-    """Of a matrix with M rows: the launcher's rule."""
+    """Strips of a matrix with M rows: the launcher's rule."""
     return -(-M // (32 if M > 1024 else 16 if M > 512 else 8))
 
 
 def _power_pass_work(B: int, M: int, K: int) -> Work:
-    """W and v read, t written, and the strips' sums, as a pass between two others does."""
+    """A pass between two others: reads W and v, writes t and the strips' sums."""
     weights, strips = float(B * M * K), B * power_iteration_strips(M)
     return Work(4 * (weights + (strips + B) * K + B * M), fp32_flop=4 * weights)

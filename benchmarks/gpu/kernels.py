@@ -1,9 +1,9 @@
 """What resources do the GPU kernels take, and what is their minimum time? Computed without a GPU.
 
-Compiles every csrc/cuda/*.cu for sm_80 and sm_90a, and every launch of a Triton kernel (`triton_aot`) for sm_80 and
-sm_90, reads registers, shared memory and spills; computes how many blocks fit on an SM; divides the counted work
-(`cuda_work`, `triton_work`) by the peak rates of an A100 and an H200. The prediction is a floor: the time of the
-busiest unit alone, which the table names.
+Compiles every csrc/cuda/*.cu for sm_80 and sm_90a and every launch of a Triton kernel (`triton_aot`) for sm_80 and
+sm_90; reads registers, shared memory and spills; computes the blocks per SM; and divides the counted work (`cuda_work`,
+`triton_work`) by the peak rates of an A100 and an H200. The result is a lower bound: the time of the busiest unit, which
+the table names.
 
     python -m benchmarks kernels                    prints the tables, and writes docs/kernel_tables.md
     python -m benchmarks kernels --launches PART    prints the resources of Triton launches with PART in their name
@@ -51,13 +51,13 @@ class Device:
     fp32_lanes: int  # of an SM
     memory_bytes_per_s: float
     tensor_flops: float  # bf16, dense
-    shared_kb: int  # of an SM; a block costs 1 KB of it besides its own
+    shared_kb: int  # per SM; each block takes 1 KB more than it asks for
     registers: int = 65536
     warps: int = 64
     blocks: int = 32
 
     def times_s(self, work: Work) -> dict[str, float]:
-        """How long each unit is busy with the work."""
+        """Seconds that each unit is busy."""
         clocks_per_s = self.sms * self.clock_hz
         return {
             "memory": work.memory_bytes / self.memory_bytes_per_s,
@@ -76,14 +76,14 @@ DEVICES = (A100, H200)
 
 @dataclass(frozen=True)
 class Resources:
-    """Of a compiled kernel; shared memory and spills in bytes."""
+    """Resources of a compiled kernel; shared memory and spills in bytes."""
 
     registers: int
     shared: int
     spilled: int
 
     def blocks_per_sm(self, device: Device, threads: int, dynamic_shared: int = 0) -> int:
-        """Blocks that an SM holds at once. Registers come by 256 a warp, and a block's warps sit on four schedulers."""
+        """Blocks resident on an SM. Registers are allocated by 256 per warp; warps are spread over four schedulers."""
         warps = -(-threads // 32)
         warps_by_registers = device.registers // (-(-32 * self.registers // 256) * 256) // 4 * 4
         shared = -(-(self.shared + dynamic_shared) // 128) * 128 + 1024
@@ -99,7 +99,7 @@ def short_name(demangled: str) -> str:
 
 
 def compile_kernels(architecture: str) -> dict[str, Resources]:
-    """short_name -> Resources of every kernel in csrc/cuda. Raises RuntimeError without nvcc, or where it fails."""
+    """{short_name: Resources} of every kernel in csrc/cuda. Raises RuntimeError if nvcc is missing or fails."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise RuntimeError("nvcc is not on the PATH; install the CUDA toolkit and add its bin folder to it.")
@@ -115,7 +115,7 @@ def compile_kernels(architecture: str) -> dict[str, Resources]:
 
 
 def compile_launches(launches: list[Row], device: Device) -> dict[str, Resources]:
-    """Label -> Resources of launches of Triton kernels."""
+    """{label: Resources} of Triton launches."""
     from benchmarks.gpu.triton_aot import compile_launch
 
     architecture = int(re.sub(r"\D", "", device.architecture))
@@ -124,7 +124,7 @@ def compile_launches(launches: list[Row], device: Device) -> dict[str, Resources
 
 
 def read_ptxas(report: str) -> dict[str, Resources]:
-    """short_name -> Resources from what `ptxas -v` printed."""
+    """{short_name: Resources} from the output of `ptxas -v`."""
     report = subprocess.run(["c++filt"], input=report, capture_output=True, text=True, check=True).stdout
     found = {}
     for entry in report.split("Compiling entry function '")[1:]:
@@ -175,7 +175,7 @@ def prediction_table(rows: list[Kernel]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Write and print the tables, or print some launches."""
-    from benchmarks.gpu import triton_aot, triton_work  # here, because the rest works without Triton
+    from benchmarks.gpu import triton_aot, triton_work  # lazy: the rest works without Triton
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launches", metavar="PART", help="print these launches, rare windows included, write nothing")

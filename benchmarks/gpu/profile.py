@@ -1,7 +1,7 @@
 """Which kernels take the time of a chain step of the frozen pair on a GPU?
 
-One eager step under torch.profiler gives the kernels by their total time; the time of the captured step beside their
-sum gives the gaps between launches.
+One eager step under torch.profiler gives each kernel's total time. The time of the captured step minus their sum gives
+the gaps between launches.
 
     python -m benchmarks profile PRESET N BACKEND [--dtype bfloat16] [--results FOLDER]
 """
@@ -28,7 +28,7 @@ from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.runtime.files import write
 
 REPLAYS = 20
-LISTED = 30  # kernels of the printed table
+LISTED = 30  # kernels in the table
 NAME_WIDTH = 90
 
 Row = dict[str, Any]
@@ -81,7 +81,7 @@ def profile_step(preset: str, batch: int, backend: Any, dtype: torch.dtype) -> d
         gradient = layout.join(gradients[:-1], gradients[-1])
         langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream=int(Stream.CHAIN), step_size=step_size)
 
-    step()  # compiles what is compiled late
+    step()  # compiles Triton kernels
     rows, eager_ms = kernel_rows(step), median_ms(step)
     replay = captured(step, device)
     replay()
@@ -111,7 +111,7 @@ def summary(
 
 
 def table(found: dict[str, Any]) -> str:
-    """The longest kernels with their share of the sum, and the totals above them."""
+    """A line of totals, then the longest kernels with their share of the sum."""
     lines = [
         f"{found['preset']}, N = {found['batch']}, {found['backend']}, {found['dtype']}, {found['launched']}: "
         f"replay {found['replay_ms']:.2f} ms, eager {found['eager_ms']:.2f} ms, kernels {found['summed_ms']:.2f} ms in "
@@ -125,7 +125,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def document(found: dict[str, Any], ran: dict[str, Any]) -> str:
-    """The table as a Markdown file, with what it ran on."""
+    """The table and the environment as Markdown."""
     facts = ", ".join(f"{name} {value}" for name, value in ran.items())
     return f"```\n{table(found)}\n```\n\n{facts}.\n"
 

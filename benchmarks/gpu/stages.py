@@ -2,13 +2,12 @@
 
     make gpu, or: python3 -m benchmarks gpu [--budget SECONDS] [--results FOLDER] [--logs FOLDER] [--stage NAME ...]
 
-Builds in place with the Python that runs this. Each stage is a process with its own time limit; a stage that fails or
-times out does not stop the others, except the build. Smoke tests run every op of a backend once: figures of a
-backend whose smoke tests are red are left out, and a pair or chain is only timed after its gradient has agreed with the
-plain modules'. All other tests mark what they find and withhold nothing. Every stage writes its results as it goes;
-gpu_run.json in the results folder says after each what became of it, and the logs folder keeps all that it printed. At
-the end the tables of all that was measured are printed, and which of the design's targets hold. What there was no time
-for goes on with --stage.
+Builds in place with the Python that runs this. Each stage is a process with a time limit; only a failed build stops the
+others. Smoke tests run every op of a backend once: a backend whose smoke tests fail is not measured. A pair or chain is
+timed only after its gradient has agreed with the plain modules'. Other failing tests are reported and withhold nothing.
+Every stage writes its results as it goes; gpu_run.json in the results folder records the outcome of each stage, the logs
+folder its output. At the end it prints the measured tables and which of the design's targets hold. --stage runs what a
+budget left out.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ from vaebm_fast.runtime.files import write
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 BENCHMARK = (sys.executable, "-m", "benchmarks")
-PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # compilation of kernels takes most of the time
+PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # compiling kernels takes most of the time
 SMOKE = ("-m", "gpu", "tests/test_gpu.py", "-k")
-SANITISED = (*SMOKE, "sanitised")  # cases that compute-sanitizer goes through in seconds
+SANITISED = (*SMOKE, "sanitised")  # cases that take seconds under compute-sanitizer
 LOGS = REPOSITORY / "build" / "gpu_logs"
-# The whole pair, most important first; the last stage of it may not get through all.
+# Cases of the pair, most important first; the last stage may not finish all.
 CASES = (
     ("celeba_256:16", "celeba_64:16", "cifar10:16", "celeba_256:1", "celeba_256:64"),
     ("celeba_256:4", "celeba_64:64", "cifar10:64", "celeba_64:4", "celeba_64:1", "cifar10:4", "cifar10:1"),
@@ -49,16 +48,16 @@ HALF = ("frozen, cuda, bf16", "frozen, triton, bf16")
 CANDIDATES = (*HALF, PLAIN, "frozen, cuda, bf16, eager", NHWC_BF16)
 OTHERS = (NHWC, *(name for name in FROZEN if name not in CANDIDATES))
 SMOKE_OF = {backend: f"smoke, {backend}" for backend in ("triton", "cuda")}
-NEEDED_BY = {"triton": ("triton",), "cuda": ("triton", "cuda")}  # a frozen pair on "cuda" has kernels of both
-COMPILED = ("celeba_64:16", "celeba_256:16")  # the faster to compile first
+NEEDED_BY = {"triton": ("triton",), "cuda": ("triton", "cuda")}  # a pair on "cuda" uses kernels of both
+COMPILED = ("celeba_64:16", "celeba_256:16")  # fastest to compile first
 
 Command = Sequence[str]
 
 
 class Stage(NamedTuple):
-    """A command, given the backends that may be measured, and the most seconds it may take.
+    """`command(sound)` is the command line, given the backends that may be measured; limit_s: its time limit.
 
-    needs: the stages that must have passed.
+    needs: stages that must have passed.
     """
 
     name: str
@@ -68,7 +67,7 @@ class Stage(NamedTuple):
 
 
 def stages(results: Path) -> list[Stage]:
-    """What is run, in this order."""
+    """All stages in order."""
     into = ("--results", str(results))
 
     def fixed(name: str, limit_s: float, *command: str, needs: tuple[str, ...] = ("build",)) -> Stage:
@@ -97,7 +96,7 @@ def stages(results: Path) -> list[Stage]:
         return Stage(name, lambda sound: (*command, "--backend", fastest_backend(results, preset, sound)), limit_s)
 
     def sanitiser(tool: str, limit_s: float) -> Stage:
-        uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # so that tensors lie apart, and overruns show
+        uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # separate allocations, so that overruns are seen
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, *SANITISED)
         return fixed(tool, limit_s, *uncached, *command)
 
@@ -127,9 +126,9 @@ def stages(results: Path) -> list[Stage]:
 
 
 def fastest_backend(results: Path, preset: str, sound: Collection[str]) -> str:
-    """The sound backend whose pair was fastest in bfloat16 at N = 16; "reference" where none is sound.
+    """The backend in `sound` whose pair was fastest in bfloat16 at N = 16.
 
-    Where none was measured, "cuda" before "triton".
+    If none was measured, "cuda" before "triton"; if none is sound, "reference".
     """
     paths = [path for name in ("pair", "pair_presets") if (path := results / f"{name}_cuda.json").exists()]
     rows = [row for path in paths for row in json.loads(path.read_text())["results"]]
@@ -143,7 +142,7 @@ def fastest_backend(results: Path, preset: str, sound: Collection[str]) -> str:
 def chosen(planned: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
     """The build, the smoke tests, then the named stages (all if no name is given).
 
-    Raises ValueError for a name that no stage has.
+    Raises ValueError for an unknown name.
     """
     unknown = sorted(set(names) - {stage.name for stage in planned})
     if unknown:
@@ -176,7 +175,7 @@ def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path
 
 
 def _run(command: Command, limit_s: float, log: Path) -> dict[str, Any]:
-    """Outcome, seconds and the last lines of one stage, all of whose output goes into `log`."""
+    """Run one stage with its output in `log`; returns outcome, seconds and last lines."""
     began = time.monotonic()
     variables = {**os.environ, "VAEBM_CUDA": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
     with log.open("w", errors="replace") as output:
@@ -203,7 +202,7 @@ def _run(command: Command, limit_s: float, log: Path) -> dict[str, Any]:
 
 
 def measured_since(began: float, results: Path) -> list[Path]:
-    """The result files in `results` that a stage has written since `began` (time.time())."""
+    """The result files in `results` written since `began` (time.time())."""
     found = sorted(
         path for name in ("ops", "pair*", "chain_*", "training") for path in results.glob(f"{name}_cuda.json")
     )

@@ -1,8 +1,8 @@
 """Are the design's GPU targets met? Computed only from results of `make gpu`.
 
-A table per GPU. A step is a row of `pair*_cuda.json`, a chain or the sampling job one of `chain_*_cuda.json`. What is
-asked of a batch of 16 or more is taken from the smallest such batch that was measured; of several frozen pairs the
-fastest counts. A ratio is of rows of one file, that is of one run.
+One table per GPU. Steps are rows of `pair*_cuda.json`, chains and sampling jobs of `chain_*_cuda.json`. Targets for
+batches of 16 or more use the smallest such batch that was measured, and the fastest frozen pair. Ratios are taken within
+one file, that is one run.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from benchmarks.results_file import Row
 from benchmarks.step.chain_candidates import BARE, COLD, JOB
 from benchmarks.step.pair import COMPILED_BF16, PLAIN
 
-Contents = Sequence[dict[str, Any]]  # of the result files of one GPU
+Contents = Sequence[dict[str, Any]]  # result files of one GPU
 Find = Callable[[Contents], "Found | None"]
 
 SMALLEST_BATCH = 16
-# Milliseconds per image and step of celeba_256 in bfloat16. The design names an A100 and an H200; an H100, which has an
-# H200's cores and slower memory, is held to the same.
+# Milliseconds per image and step, celeba_256, bfloat16. The design names A100 and H200; the H100, which has the H200's
+# cores and slower memory, gets the same target.
 STEP_MS = {"A100": 1.8, "H100": 0.6, "H200": 0.6}
 OVER_PLAIN, OVER_COMPILED, JOB_SHARE = 10.0, 2.0, 0.95
 
 
 @dataclass(frozen=True)
 class Found:
-    """A figure and the row that it is of."""
+    """A figure and the row that it comes from."""
 
     value: float
     row: Row
@@ -37,7 +37,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that is to be at most, or else at least, `bound`; `find` gives None where it was not measured."""
+    """A figure with an upper or lower `bound`; `find` returns None if it was not measured."""
 
     name: str
     find: Find
@@ -46,7 +46,7 @@ class Target:
     unit: str = ""
 
     def line(self, contents: Contents) -> str:
-        """Of the table."""
+        """The target's line of the table."""
         asked, found = f"{'<=' if self.is_upper else '>='} {self.bound:g}{self.unit}", self.find(contents)
         if found is None:
             return f"| {self.name} | {asked} | not measured | not measured |"
@@ -58,7 +58,7 @@ class Target:
 
 
 def targets(gpu: str) -> list[Target]:
-    """All of them; for a GPU that STEP_MS does not name, none in milliseconds."""
+    """All targets; those in milliseconds only for the GPUs in STEP_MS."""
     step_ms = next((ms for name, ms in STEP_MS.items() if name in gpu), None)
     asked: list[Target] = []
     if step_ms is not None:
@@ -78,7 +78,7 @@ def targets(gpu: str) -> list[Target]:
 
 
 def _is_frozen_step(row: Row) -> bool:
-    """In bfloat16; eager ones beside captured ones too, whichever is faster."""
+    """Whether the row is a frozen pair in bfloat16, captured or eager."""
     return str(row["candidate"]).startswith("frozen") and row.get("dtype") == "bfloat16"
 
 
@@ -87,7 +87,7 @@ def _is_bare(row: Row) -> bool:
 
 
 def _seconds(row: Row) -> float:
-    """Per image and step, of a step's row or a chain's."""
+    """Seconds per image and step of a step's or chain's row."""
     if "images_per_second" in row:
         return 1 / (row["images_per_second"] * row["steps"])
     return float(row["median_s"] / row["batch"])
@@ -98,7 +98,7 @@ def _rows(content: dict[str, Any], preset: str) -> list[Row]:
 
 
 def _best(rows: Iterable[Row]) -> Row | None:
-    """The fastest of the smallest batch."""
+    """The fastest row of the smallest batch."""
     return min(rows, key=lambda row: (row["batch"], _seconds(row)), default=None)
 
 
@@ -113,7 +113,7 @@ def _ms(is_fast: Callable[[Row], bool]) -> Find:
 
 
 def _ratio(preset: str, is_fast: Callable[[Row], bool], slow: str) -> Find:
-    """How much faster the fast row is than `slow` of the same batch and file; the smallest batch that has both."""
+    """Speed-up of the fast row over `slow`, for the smallest batch that has both in one file."""
 
     def find(contents: Contents) -> Found | None:
         found = []
@@ -129,7 +129,7 @@ def _ratio(preset: str, is_fast: Callable[[Row], bool], slow: str) -> Find:
 
 
 def _job_share(preset: str) -> Find:
-    """The job's rate over that of a bare chain that is captured anew, as the job's is."""
+    """The job's rate over that of a bare chain whose time includes the capture, as the job's does."""
 
     def find(contents: Contents) -> Found | None:
         for content in contents:
@@ -142,7 +142,7 @@ def _job_share(preset: str) -> Find:
 
 
 def verdict(results: Path) -> str:
-    """The tables for all GPUs that result files in the folder are of."""
+    """The tables for all GPUs with result files in the folder."""
     paths = sorted([*results.glob("pair*_cuda.json"), *results.glob("chain_*_cuda.json")])
     contents = [json.loads(path.read_text()) for path in paths]
     tables = []

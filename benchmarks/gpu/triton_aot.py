@@ -1,8 +1,8 @@
-"""What every Triton kernel compiles to, without a GPU: registers, shared memory and spills for sm_80 and sm_90.
+"""Compiles every Triton kernel ahead of time, without a GPU: registers, shared memory and spills for sm_80 and sm_90.
 
-The launchers are called with tensors of the meta device at the shapes of celeba_256, and each launch is compiled
-instead of run, with the very arguments, constants and alignments that it would have there. `python -m
-benchmarks kernels --launches PART` prints them; TRITON_CACHE_DIR says where compiled kernels are kept.
+Calls the launchers with meta tensors at the shapes of celeba_256 and compiles each launch instead of running it, with
+the same arguments, constants and alignments as on a GPU. `python -m benchmarks kernels --launches PART` prints the
+results; TRITON_CACHE_DIR is the folder of compiled kernels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Compiled(NamedTuple):
-    """One launch for one architecture; shared memory and spills in bytes, the latter per thread; its PTX."""
+    """A launch compiled for one architecture: resources (shared memory in bytes, spills in bytes per thread) and PTX."""
 
     name: str
     architecture: int
@@ -54,7 +54,7 @@ class Compiled(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch that was asked for."""
+    """A recorded launch."""
 
     kernel: JITFunction[Any]
     args: tuple[Any, ...]
@@ -63,7 +63,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Kernels launched inside are not run but noted."""
+    """Context that records kernel launches instead of running them."""
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -78,7 +78,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def specialised(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton's own launcher makes of these arguments: the kernel for their types, constants and alignments."""
+    """The kernel specialised to the arguments' types, constants and alignments, as by Triton's launcher."""
     kernel, backend = launch.kernel, make_backend(target)
     kwargs = {**launch.kwargs, "debug": False}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -88,7 +88,7 @@ def specialised(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str,
 
 
 def compile_launch(name: str, launch: Launch, architecture: int) -> Compiled:
-    """What Triton's own launcher would compile for these arguments on that architecture."""
+    """Compile a launch for an architecture, as Triton's launcher would."""
     target = GPUTarget("cuda", architecture, 32)
     source, options = specialised(launch, target)
     compiled = triton.compile(source, target=target, options=options)
@@ -98,7 +98,7 @@ def compile_launch(name: str, launch: Launch, architecture: int) -> Compiled:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack and local memory) per thread; a kernel that spills nothing has neither."""
+    """(registers, bytes of stack and local memory) per thread; the bytes are 0 unless it spills."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -139,10 +139,7 @@ def _depthwise(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
-    """Each configuration of the table once forward, as a projection, and once backward, as its gradient.
-
-    And the head of a prior, which has an ELU in front.
-    """
+    """Each configuration once forward, as a projection, and once backward, as its gradient; the ELU before a prior's head."""
     new = partial(_empty, dtype)
     x, y, weight = new(16, 64, 128, 128), new(16, 40, 128, 128), new(40, 64)
     yield "pointwise 64->40 elu", partial(pointwise.pointwise, x, weight, weight.T, new(40), None, "elu")
@@ -158,7 +155,7 @@ def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _residual_tail(dtype: torch.dtype) -> Iterator[Case]:
-    """Both ways in the blocks of most cells; forward where swish(h2) is stored beside h2, and in narrow blocks."""
+    """Most cells both ways; forward also with swish(h2) stored, and with narrow blocks."""
     new, precisions = partial(_empty, dtype), ("highest", "high") if dtype == torch.float32 else ("highest",)
     for hidden, C, side, precision in (
         (6144, 1024, 8, "highest"),
@@ -190,7 +187,7 @@ def _with_precision(precision: str, call: Callable[[], object]) -> None:
 
 
 def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
-    """Noise, and what is made of it before a network sees it, is float32 beside networks in bfloat16 too."""
+    """Element-wise ops. Noise and latents are float32 even if the networks are bfloat16."""
     new, noise = partial(_empty, dtype), partial(_empty, torch.float32)
     y = new(16, 256, 64, 64)
     yield "energy_epilogue", partial(energy_epilogue.energy_epilogue, y, y, 1.0, new(256))
@@ -218,7 +215,7 @@ def _element_wise(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _noise() -> Iterator[Case]:
-    """float32 whatever the networks' dtype."""
+    """Noise ops, always float32."""
     N, D, stream = 16, 1_942_528, 0
     seeds, draw = _empty(torch.int64, N), _empty(torch.int64)
     yield "philox_words", partial(philox_normal.philox_words, seeds, draw, stream, D)

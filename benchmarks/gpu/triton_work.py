@@ -18,14 +18,14 @@ from benchmarks.gpu.cuda_work import Kernel
 from benchmarks.gpu.triton_aot import Launch, cases, recorded_launches
 from benchmarks.work import SPECIALS, BothWays, Work
 
-RARE = ("7x7", "11x11")  # windows that no published decoder has
+RARE = ("7x7", "11x11")  # windows of no published decoder
 
 Arguments = dict[str, Any]
 Count = Callable[[Arguments], dict[str, float]]
 
 
 class Row(NamedTuple):
-    """A launch by its name, which is also the symbol of its kernel row."""
+    """A launch and its kernel row, whose symbol is its name."""
 
     kernel: Kernel
     launch: Launch
@@ -60,9 +60,9 @@ def _shape(arguments: Arguments) -> str:
 
 
 def _depthwise(a: Arguments) -> dict[str, float]:
-    """Taps of the sliding window of the form at hand; swish of each source pixel once per strip that reads it.
+    """Taps of the sliding window; swish of each source pixel once per strip that reads it.
 
-    And of each pixel of the target where swish(target) is stored too.
+    Also of each target pixel if swish(target) is stored.
     """
     K, strip, backward = a["K"], a["STRIP"], a["BACKWARD"]
     stride = 2 if a["UPSAMPLE"] and backward else 1
@@ -77,13 +77,15 @@ def _depthwise(a: Arguments) -> dict[str, float]:
 
 
 def _pointwise(a: Arguments) -> dict[str, float]:
-    """tf32 takes tensor cores twice as long as halves do, so its products count twice.
+    """TF32 products count twice: tensor cores take twice as long as for half precision.
 
-    And each element of an operand that a block reads is rounded by an addition and a mask of integers.
+    In TF32 each operand element that a block reads is rounded by an integer addition and a mask.
     """
     x, y = a["x"], a["y"]
     flop = 2.0 * y.numel() * a["INNER"]
-    reads = x.numel() * triton.cdiv(y.shape[1], a["BLOCK_N"])  # each activates x again; a slope is taken once
+    reads = x.numel() * triton.cdiv(
+        y.shape[1], a["BLOCK_N"]
+    )  # each block activates x again; the slope is computed once
     activations = y.numel() if a["slope_of"] is not None else reads
     special = float(SPECIALS[a["ACTIVATION"]]) * activations
     if x.element_size() == 4 and a["PRECISION"] == "ieee":
@@ -96,12 +98,12 @@ def _pointwise(a: Arguments) -> dict[str, float]:
 
 
 def _noise(count: Callable[[int, int], Work], of: str) -> Count:
-    """All work of `count` for N x D noise, the shape of an argument."""
+    """All work of `count` for noise [N, D], the shape of an argument."""
     return lambda a: asdict(count(*a[of].shape))
 
 
 def _specials(count: Callable[[int], BothWays], of: str, per: int = 1) -> Count:
-    """The special functions of `count`, which takes elements: of an argument, or a part of it (`per`)."""
+    """The special functions of `count` for the elements of an argument, divided by `per`."""
     return lambda a: {"special": count(a[of].numel() // per).forward.special}
 
 

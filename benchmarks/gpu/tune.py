@@ -1,11 +1,11 @@
 """Which configuration of a Triton kernel is fastest on this GPU? Writes the answer into the kernels' sources.
 
-Every candidate runs at the shapes of celeba_256 that its entry of a table stands for, 16 images; the one with the
-smallest sum of median times wins. The baseline is the configuration in the source, which only goes for one that is
-faster by more than MARGIN. `python -m benchmarks tune [pointwise ...]` tunes these tables, by default all, one
-after another, as later ones use what earlier ones found. It writes each between its marks, with what it was measured
-on, after every entry, so an interrupted run keeps its results; no other line changes, and the same winners
-give the same file. Half precision, in which chains run, comes first.
+    python -m benchmarks tune [pointwise ...]
+
+Times every candidate at the shapes of celeba_256 that its table entry covers, with 16 images; the smallest sum of median
+times wins. A candidate replaces the configuration in the source only if it is faster by more than MARGIN. Tables are
+tuned in order, because later ones use the results of earlier ones; half precision comes first. After every entry the
+table is written between its marks, with the GPU's name, so an interrupted run keeps its results. No other line changes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from vaebm_fast.runtime.files import write
 from vaebm_fast.triton_kernels import depthwise_swish, pointwise, residual_tail
 
 Calls = list[Callable[[], object]]
-Clock = Callable[[Calls], float]  # the time of all of them, in milliseconds
+Clock = Callable[[Calls], float]  # total time in milliseconds
 
 BEGIN, END = "# tune_triton: begin", "# tune_triton: end"
-HALF = (2, "half")  # the last of a key: bytes of an element, or what products are in
+HALF = (2, "half")  # last element of a key: bytes per element, or precision of products
 MARGIN = 0.02
 BATCH = 16
-# (hidden, C, H) of celeba_256's cells; of those that upsample, before they do
+# (hidden, C, H) of celeba_256's cells; H before upsampling
 CELLS = ((6144, 1024, 8), (3072, 512, 16), (1536, 256, 32), (768, 128, 64), (384, 64, 128))
 # (Cin, Cout, H) by shape class
 PRODUCTS = {
@@ -45,9 +45,9 @@ PRODUCTS = {
 
 
 class Tuner(NamedTuple):
-    """A table in a kernel's source, {key: what the launcher takes for it}, and how its entries are chosen.
+    """A table in a kernel's source, {key: the launcher's configuration}, and how its entries are chosen.
 
-    `calls(key, device)` is what an entry is timed by; nothing where it is left as it is.
+    `calls(key, device)`: the calls that time an entry; none if the entry is not tuned.
     """
 
     module: ModuleType
@@ -57,7 +57,7 @@ class Tuner(NamedTuple):
 
 
 def time_ms(calls: Calls) -> float:
-    """Sum of the median times; infinite where a block asks for more than the GPU has."""
+    """Sum of the median times; infinite if a block needs more resources than the GPU has."""
     try:
         return sum(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median") for call in calls)
     except (OutOfResources, PTXASError):
@@ -67,9 +67,9 @@ def time_ms(calls: Calls) -> float:
 def tune(
     tuner: Tuner, clock: Clock, device: torch.device, keep: Callable[[list[Any]], None] = lambda timed: None
 ) -> None:
-    """Leave the winners in the module's table, and print them with both times.
+    """Put the winners into the module's table and print them with both times.
 
-    After each `keep` is called with the keys that were timed so far.
+    After each entry calls `keep` with the keys timed so far.
     """
     timed: list[Any] = []
     table = getattr(tuner.module, tuner.table)
@@ -97,8 +97,8 @@ def write_table(
 ) -> None:
     """Write the module's table between its marks in `source`, by default the module's own file.
 
-    timed: the keys that were; all others are marked. By default all were. Raises ValueError where the marks are not
-    there, once each and in order.
+    timed: the keys that were timed; others are marked "not timed". Default: all. Raises ValueError unless each mark
+    occurs once, in order.
     """
     source = source or Path(str(tuner.module.__file__))
     text = source.read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def write_table(
 
 
 def _literal(value: Any) -> str:
-    """As the source spells it."""
+    """The value as Python source."""
     if isinstance(value, str):
         return json.dumps(value)
     if isinstance(value, tuple):
@@ -125,7 +125,7 @@ def _literal(value: Any) -> str:
 
 
 def depthwise_calls(key: tuple[int, bool, bool, int], device: torch.device) -> Calls:
-    """Of the 5x5 entries: wider windows are in no published decoder."""
+    """Calls for the 5x5 entries; no published decoder has other windows."""
     K, upsample, backward, itemsize = key
     if K != 5:
         return []
@@ -148,7 +148,7 @@ def pointwise_calls(key: tuple[str, str], device: torch.device) -> Calls:
         assert pointwise.shape_class(BATCH * side * side, Cin, Cout) == shape_class, (Cin, Cout, side)
         x, weight, bias = new(BATCH, Cin, side, side), new(Cout, Cin), new(Cout)
         forward = partial(pointwise.pointwise, x, weight, weight.T, bias, None, "swish")
-        # the gradient of a layer from Cout to Cin channels is a product of these sizes too
+        # the gradient of a layer from Cout to Cin channels has the same sizes
         weight_t, activated = new(Cin, Cout).T, new(BATCH, Cout, side, side)
         backward = partial(pointwise.pointwise_backward, x, weight_t, Cout, activated, "swish")
         calls += [partial(_with_precision, precision, call) for call in (forward, backward)]
@@ -156,7 +156,7 @@ def pointwise_calls(key: tuple[str, str], device: torch.device) -> Calls:
 
 
 def residual_tail_calls(key: tuple[int, str], device: torch.device) -> Calls:
-    """The forward of the cell with so many channels; the backward does not ask the table."""
+    """Forward of the cell with this many channels; the backward does not use the table."""
     width, precision = key
     ((hidden, C, side),) = (cell for cell in CELLS if cell[1] == width)
     new = _randoms(torch.bfloat16 if precision == "half" else torch.float32, device)
@@ -177,7 +177,7 @@ def _with_precision(precision: str, call: Callable[[], object]) -> object:
 
 
 def _randoms(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
-    """Normals of a size, images with NHWC memory."""
+    """A function that makes normal tensors, images in NHWC memory."""
 
     def new(*size: int) -> Tensor:
         x = torch.randn(size, dtype=dtype, device=device)
@@ -187,13 +187,13 @@ def _randoms(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
 
 
 def _strips() -> tuple[depthwise_swish.Config, ...]:
-    """One to four elements of a block for each thread."""
+    """Configurations with one to four elements per thread."""
     sizes = map(depthwise_swish.Config._make, product((2, 4, 8), (1, 2, 4, 8), (32, 64, 128), (True,), (2, 4, 8)))
     return tuple(size for size in sizes if 1 <= size.BLOCK_X * size.BLOCK_C / (32 * size.num_warps) <= 4)
 
 
 def _blocks() -> tuple[pointwise.Config, ...]:
-    """32 to 128 sums of a block for each thread: fewer leave the tensor cores waiting, more do not fit."""
+    """Configurations with 32 to 128 sums per thread: fewer leave the tensor cores idle, more do not fit."""
     sizes = map(pointwise.Config._make, product((64, 128), (32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)))
     return tuple(size for size in sizes if 32 <= size.BLOCK_M * size.BLOCK_N / (32 * size.num_warps) <= 128)
 

@@ -38,7 +38,7 @@ from vaebm_fast.reference import Activation
 
 
 class Run(Protocol):
-    """The op on tensors that are there already."""
+    """Runs the op on allocated tensors."""
 
     def __call__(self, *, backend: Any) -> object: ...
 
@@ -76,7 +76,7 @@ def both(op: str, shape: str, counted: BothWays, forward: Make, backward: Make, 
 
 
 def depthwise_cases(N: int, C: int, H: int, K: int = 5, *, upsample: bool = False) -> list[Case]:
-    """Forward and backward of the depthwise on an H x H image; upsampled, the result has twice the side."""
+    """Depthwise convolution of an H x H image; upsampled, the result has twice the side."""
     scale = 2 if upsample else 1
 
     def tensors(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,7 +108,7 @@ def philox_normal_cases(N: int, D: int) -> list[Case]:
 
 
 def langevin_update_cases(N: int, D: int) -> list[Case]:
-    """A step of N chains, noise included, over the state that the last call left."""
+    """A step of N chains including its noise; each call continues from the previous state."""
 
     def make(device: torch.device) -> Run:
         eps, gradient = _normal(device, N, D), _normal(device, N, D)
@@ -128,7 +128,7 @@ def _normal(device: torch.device, *size: int) -> Tensor:
 
 
 def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, activation: Activation = "none") -> list[Case]:
-    """Forward with bias and backward."""
+    """A 1x1 convolution; the forward has a bias."""
 
     def tensors(device: torch.device) -> tuple[Tensor, dict[str, Any], Tensor]:
         w = _normal(device, Cout, Cin) / Cin**0.5
@@ -150,7 +150,7 @@ def pointwise_cases(N: int, Cin: int, Cout: int, H: int, *, activation: Activati
 
 
 def bilinear_upsample_cases(N: int, C: int, H: int) -> list[Case]:
-    """From H x H pixels to twice the side, and back."""
+    """Upsampling of H x H pixels by 2."""
 
     def forward(device: torch.device) -> Run:
         x = _normal(device, N, C, H, H)
@@ -164,10 +164,10 @@ def bilinear_upsample_cases(N: int, C: int, H: int) -> list[Case]:
 
 
 def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> list[Case]:
-    """A whole block forward, with h2 for the backward, and backward; bfloat16."""
+    """A whole block in bfloat16; the forward returns h2 for the backward."""
 
     def weights(device: torch.device) -> BlockWeights:
-        """Such that every stage is of the order of one."""
+        """Weights that keep every stage of the order of one."""
         scaled = (
             2 * _normal(device, hidden, C) / C**0.5,
             _normal(device, hidden),
@@ -205,7 +205,7 @@ def inverted_residual_cases(N: int, C: int, hidden: int, H: int, K: int = 5) -> 
 
 
 def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
-    """With a skip and a shift, each way."""
+    """With a skip and a shift."""
 
     def forward(device: torch.device) -> Run:
         (y, skip), shift = (_normal(device, N, C, H, H) for _ in range(2)), _normal(device, C)
@@ -219,7 +219,7 @@ def energy_epilogue_cases(N: int, C: int, H: int) -> list[Case]:
 
 
 def energy_head_cases(N: int, C: int, H: int) -> list[Case]:
-    """With a skip and a shift, each way."""
+    """With a skip and a shift."""
 
     def forward(device: torch.device) -> Run:
         y, skip = (_normal(device, N, C, H, H) for _ in range(2))
@@ -235,7 +235,7 @@ def energy_head_cases(N: int, C: int, H: int) -> list[Case]:
 
 
 def se_gate_residual_cases(N: int, C: int, H: int) -> list[Case]:
-    """Gates of a sixteenth of the channels."""
+    """Gates with C / 16 hidden channels, at least 4."""
     hidden = max(C // 16, 4)
 
     def weights(device: torch.device) -> list[Tensor]:
@@ -256,7 +256,7 @@ def se_gate_residual_cases(N: int, C: int, H: int) -> list[Case]:
 
 
 def residual_tail_cases(N: int, hidden: int, C: int, H: int, K: int = 5, *, upsample: bool = False) -> list[Case]:
-    """Behind the expansion to `hidden` channels on H x H pixels; the result has C, on twice the side if upsampled."""
+    """From `hidden` channels of H x H pixels to C channels, with twice the side if upsampled."""
     side, squeezed = 2 * H if upsample else H, max(C // 16, 4)
     sizes = ((K, K, hidden), (hidden,), (C, hidden), (C,), (squeezed, C), (squeezed,), (C, squeezed), (C,))
 
@@ -280,7 +280,7 @@ def residual_tail_cases(N: int, hidden: int, C: int, H: int, K: int = 5, *, upsa
 
 
 def heads_cases(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
-    """Latents, or pixels, with log p each way."""
+    """Latent heads, or pixel heads, with log p."""
 
     def forward(device: torch.device) -> Run:
         raw, eps = _normal(device, N, 2 * L, H, H), _normal(device, N, L, H, H)
@@ -300,7 +300,7 @@ def heads_cases(N: int, L: int, H: int, *, pixels: bool = False) -> list[Case]:
 
 
 def power_iteration_cases(B: int, M: int, K: int, iterations: int = 4) -> list[Case]:
-    """A training step's iterations on convolutions of one shape; each reads W from a cache at best."""
+    """A training step's power iterations on B convolutions of one shape."""
 
     def make(device: torch.device) -> Run:
         weight, u, v = _normal(device, B, M, K), _normal(device, B, M), _normal(device, B, K)
@@ -311,7 +311,7 @@ def power_iteration_cases(B: int, M: int, K: int, iterations: int = 4) -> list[C
 
 
 def _table(one: int, four: int) -> tuple[Case, ...]:
-    """All cases, with so many images where a CPU takes one, and where it takes four."""
+    """All cases. one, four: batch sizes in place of 1 and 4, the CPU's."""
     return (
         *pointwise_cases(one, 64, 384, 128),  # celeba_256: expand and project of its highest latents, of its lowest
         *pointwise_cases(one, 384, 64, 128, activation="swish"),
@@ -352,19 +352,19 @@ CASES, GPU_CASES = _table(1, 4), _table(16, 16)
 
 
 def backends_of(op: str, device: torch.device, without: Sequence[str] = ()) -> list[str]:
-    """Who can run the op on this device here, its reference among them; none of `without`."""
+    """Backends that can run the op on this device, including the reference, except `without`."""
     known = [name for name in _backend.OP_BACKENDS[op] if name not in without]
     return [name for name in known if _backend.why_not(op, device, name) is None]
 
 
 def has_kernel(op: str, device: torch.device) -> bool:
-    """Whether there is something to hold beside the op's reference on such devices, present here or not."""
+    """Whether the op has a kernel for this kind of device, installed or not."""
     kinds = {"cpp"} if device.type == "cpu" else {"triton", "cuda"}
     return not kinds.isdisjoint(_backend.OP_BACKENDS[op])
 
 
 def cases_of(ops: Sequence[str] | None, device: torch.device | None = None) -> list[Case]:
-    """A device's cases of these ops, by default a CPU's of all. Raises ValueError for an op that has none."""
+    """Cases of these ops for a device; default: all ops, on a CPU. Raises ValueError for an op without cases."""
     cases = GPU_CASES if device is not None and device.type == "cuda" else CASES
     known = {case.op for case in cases}
     unknown = sorted(set(ops or ()) - known)

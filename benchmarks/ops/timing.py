@@ -1,7 +1,7 @@
 """Times the cases of `ops.cases` on one device, all backends of a case in turns.
 
-On a GPU a call is shorter than its launch, and its tensors stay in the cache for the next. So many calls, on tensors of
-their own that are several times the cache in all, are captured there into a graph, and its replay is timed.
+On a GPU a call is shorter than its launch, and the next call would find its tensors in the cache. So a graph captures
+many calls on rotated sets of tensors, several times the cache in total, and its replay is timed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from benchmarks.captured import EAGER, captured, launched_by
 from benchmarks.measure import Sample, summary, take_turns
 from benchmarks.ops.cases import Case, Run, backends_of
 
-CACHES, MOST_BUFFERS = 4, 32  # tensors of a GPU's case: so many times the cache in all, but no more sets of them
-GRAPH_BYTES, MOST_CALLS = 10**9, 128  # what a replay moves at least, some 0.3 ms, and in how many calls at most
+CACHES, MOST_BUFFERS = 4, 32  # rotated tensors: multiple of the GPU's cache, and the most sets
+GRAPH_BYTES, MOST_CALLS = 10**9, 128  # a replay moves at least this, about 0.3 ms, in at most so many calls
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Something to time that makes `calls` calls, and how it is launched."""
+    """A callable that makes `calls` calls of an op, and how it is launched."""
 
     call: Callable[[], object]
     calls: int = 1
@@ -34,7 +34,7 @@ class Timed:
 def measure_case(
     case: Case, device: torch.device, *, rounds: int | None = None, without: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """A row per backend that can run the case, measured in turns; {"refused": why} for one that failed on a GPU."""
+    """A row per backend that can run the case, measured in turns; {"refused": why} for a backend that failed."""
     facts = {
         "op": case.op,
         "shape": case.shape,
@@ -49,7 +49,7 @@ def measure_case(
     for name in backends:
         try:
             timed[name] = _graph(case, runs, name, device) if on_gpu else Timed(_bound(runs[0], name))
-        except Exception as error:  # the others may do without it
+        except Exception as error:  # other backends may still run
             rows[name] |= {"refused": f"{type(error).__name__}: {error}", "failed": True}
     if not timed:
         return rows
@@ -62,17 +62,17 @@ def measure_case(
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The GPU's last cache."""
+    """Size of the GPU's L2 cache."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def buffers_of(case: Case, cache: int) -> int:
-    """Number of tensor sets rotated on a GPU, so that none is still cached when it is reused."""
+    """Number of tensor sets to rotate, so that none is still cached when it is reused."""
     return min(math.ceil(CACHES * cache / case.work.memory_bytes), MOST_BUFFERS)
 
 
 def _graph(case: Case, runs: Sequence[Run], backend: str, device: torch.device) -> Timed:
-    """Enough calls for a replay to be longer than its launch, captured, on one set of tensors after another."""
+    """A captured graph of enough calls that a replay takes longer than its launch, on rotated tensors."""
     calls = max(len(runs), min(math.ceil(GRAPH_BYTES / case.work.memory_bytes), MOST_CALLS))
 
     def together() -> None:
@@ -86,7 +86,7 @@ def _graph(case: Case, runs: Sequence[Run], backend: str, device: torch.device) 
 
 
 def _shared(taken: Sample, calls: int) -> Sample:
-    """Of one of the calls."""
+    """The sample of one of `calls` calls."""
     return Sample(taken.wall_s / calls, taken.user_s / calls, taken.system_s / calls, taken.page_faults // calls)
 
 

@@ -1,4 +1,4 @@
-"""The chains that `chains` times, each as a function that gives the seconds of some blocks."""
+"""The candidates of `chains`, each a function that runs some blocks and returns the seconds."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ class OtherPair:
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """The model's device."""
         return self.model.device
 
     @property
     def noise_layout(self) -> NoiseLayout:
-        """Of the model."""
+        """The model's noise layout."""
         return self.model.noise_layout
 
     def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """By `call`; a chain keeps U of all steps, over which torch.compile's next replay would write."""
+        """Result of `call`, with a copy of U: a chain keeps U of all steps, and torch.compile's replays overwrite it."""
         u, gradients = self.call(eps_z, eps_x, potential)
         return u.clone(), list(gradients)
 
     def mean_image(self, eps_z: Sequence[Tensor], temperature: float) -> Tensor:
-        """By the model."""
+        """The model's mean image."""
         return self.model.mean_image(eps_z, temperature)
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of `blocks` blocks at a call, by what, in which precision, and how it is launched."""
+    """`call` returns the seconds of `blocks` blocks; backend, dtype and launch describe how they run."""
 
     call: Callable[[], float]
     blocks: int
@@ -70,9 +70,9 @@ class Timed:
 
 @dataclass
 class Bench:
-    """What all candidates of a run share.
+    """Shared by all candidates of a run.
 
-    launched: how the frozen pair's chains are, once `bare` has tried it. whole_job_s: of each job so far.
+    launched: how the frozen pair's chains are launched, known after `bare`. whole_job_s: seconds of each job so far.
     """
 
     device: torch.device
@@ -87,20 +87,20 @@ class Bench:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether chains are captured, and candidates are measured one after the other."""
+        """Whether chains are captured and candidates run one after another."""
         return self.device.type == "cuda"
 
     @property
     def dtype(self) -> str:
-        """The frozen pair's."""
+        """The frozen pair's dtype, without "torch."."""
         return str(self.frozen.dtype).removeprefix("torch.")
 
     def sampler(self) -> LangevinSampler:
-        """As a job has it."""
+        """The sampler of a job."""
         return LangevinSampler(self.frozen, **asdict(self.chain))
 
     def bare(self) -> Timed:
-        """On a GPU with the capture behind it."""
+        """The bare chain; on a GPU already captured."""
         sampler = self.sampler()
         if self.on_gpu:
             sampler.run(range(self.batch))
@@ -108,11 +108,11 @@ class Bench:
         return self._frozen(partial(time_of_chain, sampler, self.batch, self.blocks))
 
     def cold(self) -> Timed:
-        """A sampler of its own each time, whose first block runs eagerly and whose second is captured."""
+        """A new sampler per call: its first block runs eagerly, its second is captured."""
         return self._frozen(lambda: time_of_chain(self.sampler(), self.batch, self.blocks))
 
     def job(self) -> Timed:
-        """Each in a fresh folder."""
+        """A sampling job, each in a fresh folder."""
 
         def call() -> float:
             seconds, whole_s = time_of_job(self.options)
@@ -125,13 +125,13 @@ class Bench:
         return Timed(call, self.blocks, self.frozen.backend, self.dtype, self.launched)
 
     def plain(self, *, nhwc: bool) -> Timed:
-        """The plain modules, eagerly in float32."""
+        """Chains of the plain modules, eager, in float32."""
         modules = channels_last(copy.deepcopy(self.model)) if nhwc else self.model
         pair = OtherPair(modules, modules.potential_and_grad)
         return Timed(self._other(pair), self._other_blocks, "plain modules", "float32", EAGER)
 
     def compiled(self) -> Timed:
-        """torch.compile, which brings CUDA graphs of its own."""
+        """Chains of torch.compile, which uses its own CUDA graphs."""
         modules, noise = channels_last(copy.deepcopy(self.model)), self.sampler().start(range(self.batch))
         call, compile_s = compiled(modules, *self.sampler().noise_layout.split(noise), is_bf16=self.dtype == "bfloat16")
         print(f"compiled in {compile_s:.0f} s", file=sys.stderr, flush=True)
@@ -144,7 +144,7 @@ class Bench:
         return 1 if self.on_gpu else self.blocks
 
     def _other(self, pair: OtherPair) -> Callable[[], float]:
-        """A chain of that pair, on a GPU after a step that warms up."""
+        """A chain of `pair`; on a GPU after a warm-up step."""
         settings = {**asdict(self.chain), "capture": False}
         if self.on_gpu:
             LangevinSampler(pair, **{**settings, "steps": min(self.chain.steps, 1)}).run(range(self.batch))
@@ -152,7 +152,7 @@ class Bench:
 
 
 def time_of_chain(sampler: LangevinSampler, batch: int, blocks: int) -> float:
-    """Seconds of `blocks` blocks, their images as uint8 on the host."""
+    """Seconds for `blocks` blocks, until their uint8 images are on the host."""
     began = time.perf_counter()
     for block in range(blocks):
         to_uint8(sampler.run(range(block * batch, (block + 1) * batch)).images).cpu()
@@ -161,7 +161,7 @@ def time_of_chain(sampler: LangevinSampler, batch: int, blocks: int) -> float:
 
 
 def time_of_job(options: SampleOptions) -> tuple[float, float]:
-    """Seconds of the blocks of a job in a fresh folder until all is written, and of the whole job."""
+    """(seconds of a job's blocks until all files are written, seconds of the whole job), in a fresh folder."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "samples")
         began = time.perf_counter()

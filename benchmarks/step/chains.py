@@ -1,14 +1,14 @@
 """How many images per second do whole chains make, and how much of that does a sampling job keep?
 
-The job: seeds to a folder of PNG files on a temporary disk, from its first block to its last file; its loading,
-negligible for thousands of images, is reported separately. The bare chain: the same sampler over the same blocks,
-images as uint8. Plain modules, as they are and (on a CPU) in NHWC, and torch.compile, where asked for: the same chain
-with their energy and gradient; torch.compile in bfloat16 where the chain is, its final images by the frozen pair, which
-favours it. Random weights, the preset's steps unless told otherwise.
+The job writes PNG files for all seeds into a temporary folder; it is timed from its first block to its last file, and
+its loading time is reported separately. The bare chain is the same sampler over the same blocks, with images as uint8.
+--plain adds the same chain with U and gradient of the plain modules (on a CPU also in NHWC), --compile with those of
+torch.compile, in bfloat16 if the chain is; the frozen pair decodes its final images, which favours it. Weights are
+random.
 
-On a CPU all take turns in one run. On a GPU, whose memory does not hold all of them, one comes after the other; there
-the bare chain is captured before it is timed, but a job captures its own, so beside it is a bare chain that does too;
-eager chains and torch.compile's, whose blocks are all alike, run one block.
+On a CPU all candidates take turns. On a GPU, whose memory does not hold all of them, they run one after another. There
+the bare chain is captured before it is timed. A job includes its capture, so a bare chain that includes it is measured
+as well. Eager and torch.compile chains, whose blocks all take the same time, run one block.
 
     python -m benchmarks chains [--preset NAME] [--steps T] [--batch N] [--blocks B] [--rounds R] [--dtype DTYPE]
                                 [--backend NAME] [--plain] [--compile] [--no-job] [--into NAME] [--results FOLDER]
@@ -59,8 +59,8 @@ def measure(
     backend: Backend = "auto",
     keep: Keep = lambda name, row: None,
 ) -> list[Row]:
-    """A row per candidate, each given to `keep` as soon as it is there: seconds, images per second, and that over the
-    bare chain's, where that was measured; {"refused": why} for one without a figure.
+    """A row per candidate, passed to `keep` as soon as it is measured: seconds, images per second, and the rate relative
+    to the bare chain's if that was measured; {"refused": why} if there is no figure.
     """
     if (plain or compile) and (chain.potential != "official" or chain.temperature != 1):
         raise ValueError(f"{preset} has another potential or temperature than the other pairs compute.")
@@ -86,7 +86,7 @@ def measure(
 
 
 def _makers(bench: Bench, *, job: bool, plain: bool, compile: bool) -> dict[str, Callable[[], Timed]]:
-    """What is asked for; one after the other, the one that most depends on is first."""
+    """The requested candidates in order of measurement, the most important first."""
     makers: dict[str, Callable[[], Timed]] = {JOB: bench.job} if job and not bench.on_gpu else {}
     makers[BARE] = bench.bare
     if plain:
@@ -102,7 +102,7 @@ def _makers(bench: Bench, *, job: bool, plain: bool, compile: bool) -> dict[str,
 
 @contextmanager
 def _bench(preset: str, chain: ChainConfig, batch: int, blocks: int, dtype: Dtype, backend: Backend) -> Iterator[Bench]:
-    """The networks, frozen, and in files that last as long."""
+    """Yields the networks, frozen and saved in temporary files."""
     device = default_device()
     model = plain_model(preset, device, nhwc=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def _measure_group(makers: dict[str, Callable[[], Timed]], bench: Bench, rounds:
     for name, make in makers.items():
         try:
             built[name] = make()
-        except Exception as error:  # the others may do without it
+        except Exception as error:  # other candidates may still run
             rows[name] = refusal(error)
     try:
         times_s = take_turns({name: timed.call for name, timed in built.items()}, rounds, warm_up=not bench.on_gpu)
@@ -145,7 +145,7 @@ def _measure_group(makers: dict[str, Callable[[], Timed]], bench: Bench, rounds:
 
 
 def take_turns(calls: dict[str, Callable[[], float]], rounds: int, *, warm_up: bool) -> dict[str, list[float]]:
-    """Seconds of every candidate: each once per round, another first each time; round 0 warms up and does not count."""
+    """Seconds of every candidate, called once per round in rotating order; round 0 warms up and is not counted."""
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(0 if warm_up else 1, rounds + 1):

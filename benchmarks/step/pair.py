@@ -1,11 +1,10 @@
-"""The candidates of `bench_pair`: what computes U and its gradient in a chain step, and how each is timed.
+"""The candidates of `bench_pair`: ways to compute U and its gradient in a chain step, and how they are timed.
 
-One step: U and its gradient with respect to all noise (official potential), the update of all noise. Random weights.
-Baselines: the plain modules as they are, the same in NHWC, on a GPU also under autocast to bfloat16, and these compiled
-by torch.compile as well as it can: one graph through `torch.func.grad`, weights frozen into it, NHWC kept, on a GPU in
-bfloat16 and replayed as a CUDA graph (`torch_compile`). The plain modules in float32 multiply as torch does unless told
-otherwise. On a GPU the frozen pairs are captured and replayed as a CUDA graph, as the sampler runs them; each row says
-how it was launched, and one of them runs eagerly beside.
+A step is U and its gradient with respect to all noise (official potential), and the update of all noise, at random
+weights. Baselines: the plain modules; the same in NHWC; on a GPU also under bfloat16 autocast; and torch.compile with
+its best settings (`torch_compile`): one graph through `torch.func.grad` with frozen weights, in NHWC, on a GPU in
+bfloat16 and replayed as a CUDA graph. Plain modules in float32 use torch's default precision of products. On a GPU the
+frozen pairs are replayed as CUDA graphs, as in the sampler, and one also runs eagerly; each row says how it was launched.
 
     python -m benchmarks.step.pair PRESET N CANDIDATE     # one step in this process: its peak memory, as JSON
 """
@@ -51,20 +50,20 @@ FROZEN: dict[str, tuple[Backend, torch.dtype]] = {
     "frozen, cuda, bf16": ("cuda", torch.bfloat16),
     "frozen, cuda, bf16, eager": ("cuda", torch.bfloat16),
 }
-# What a candidate multiplies with: on a GPU float32 may mean TF32, everywhere or, as torch has it, in cuDNN alone.
+# Precision of products. On a GPU float32 may mean TF32: everywhere or, by torch's default, in cuDNN only.
 TORCHS_OWN = "tf32 in cuDNN"
-# Error of the gradient's norm above which a candidate is wrong and not to be timed; docs/performance.md on TF32.
+# Relative error of the gradient above which a candidate is wrong and not timed; docs/performance.md on TF32.
 AGREEMENT = {"float32": 1e-4, TORCHS_OWN: 5e-2, "tf32": 5e-2, "bf16": 5e-2}
 CANDIDATES = (PLAIN, NHWC, NHWC_BF16, *FROZEN, *TO_COMPILE)
 TESTS = ("tests/frozen/test_frozen.py", "tests/frozen/test_frozen_refresh.py", "tests/models/test_golden.py")
-GPU_SECONDS = 0.5  # of a candidate's rounds: nothing else runs on a GPU that measures
+GPU_SECONDS = 0.5  # per candidate: nothing else runs on the GPU meanwhile
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A step and its gradient [N, D], ready to be called; what computes them, and what it cost to make.
+    """A step and its gradient [N, D], ready to call; the backend that computes them, and the time to compile it.
 
-    launched: how `step` launches its work, GRAPH or EAGER, or that with the reason why it was not captured.
+    launched: how `step` launches its work: GRAPH, EAGER, or EAGER with the reason why it was not captured.
     """
 
     step: Callable[[], object]
@@ -90,7 +89,7 @@ def why_not(candidate: str, device: torch.device) -> str | None:
 
 
 def build(candidate: str, preset: str, batch: int, device: torch.device, model: VAEBM | None = None) -> Candidate:
-    """The candidate's step on N chains; from `model`, a plain one in the candidate's layout, where that is there."""
+    """The candidate's step on N chains. model: plain modules in the candidate's layout, if they exist already."""
     if model is None:
         model = plain_model(preset, device, nhwc=candidate != PLAIN)
     layout = model.noise_layout
@@ -107,10 +106,10 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
 
     eps, draw, nonfinite_at = start.clone(), draw_tensor(1, device), torch.full_like(seeds, -1)
     update = partial(langevin_update, stream=int(Stream.CHAIN), step_size=PRESETS[preset].sampling.step_sizes[0])
-    last: list[Tensor] = []  # the gradient of a captured step; held, so that nothing else is put into its memory
+    last: list[Tensor] = []  # the captured step's gradient; held so that its memory is not reused
 
     def step() -> None:
-        """With the gradient at the start each time, so that every call does the same work."""
+        """Uses the gradient at the start, so that every call does the same work."""
         last.clear()
         found = gradient()
         update(eps, found, seeds, draw, nonfinite_at)
@@ -130,14 +129,14 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
 
 
 def is_captured(candidate: str, device: torch.device) -> bool:
-    """Whether the candidate's step is to be captured here; torch.compile captures its own."""
+    """Whether the candidate's step is captured here; torch.compile uses its own CUDA graphs."""
     return device.type == "cuda" and candidate in FROZEN and not candidate.endswith(EAGER)
 
 
 def potential_and_grad(
     candidate: str, model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor
 ) -> tuple[PotentialAndGrad, str, float | None]:
-    """What the candidate calls, what that is, and the seconds it took to compile it for noise like this, if it was."""
+    """(function to call, its backend, seconds to compile it for noise of this shape or None)."""
     if candidate in FROZEN:
         name, dtype = FROZEN[candidate]
         pair = model.freeze(dtype, name)
@@ -155,7 +154,7 @@ def potential_and_grad(
 
 
 def products_of(candidate: str, device: torch.device) -> str:
-    """What the candidate's products are computed in: a key of AGREEMENT."""
+    """The precision of the candidate's products: a key of AGREEMENT."""
     if candidate in (NHWC_BF16, COMPILED_BF16) or FROZEN.get(candidate, ("", None))[1] == torch.bfloat16:
         return "bf16"
     if device.type == "cpu":
@@ -167,7 +166,7 @@ def products_of(candidate: str, device: torch.device) -> str:
 
 @contextmanager
 def multiplying(products: str) -> Iterator[None]:
-    """float32 products on a GPU, inside, as `products` says; bfloat16 leaves torch's own setting."""
+    """Context that sets torch's precision of float32 products to `products`; "bf16" keeps torch's setting."""
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = products != "float32"
     torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
@@ -179,7 +178,7 @@ def multiplying(products: str) -> Iterator[None]:
 
 
 def plain_model(preset: str, device: torch.device, *, nhwc: bool) -> VAEBM:
-    """The plain modules with weights of `make_sensitive`, so that agreement means something, and without gradients."""
+    """The plain modules with the weights of `make_sensitive`, which make wrong parts visible; no weight gradients."""
     model = make_sensitive(VAEBM.from_preset(preset))
     assert isinstance(model, VAEBM)
     model.to(device).requires_grad_(False)
@@ -195,11 +194,11 @@ def measure_pair(
     rounds: int | None = None,
     keep: Keep = lambda name, row: None,
 ) -> dict[str, Row]:
-    """A row per candidate, each given to `keep` as soon as it is there; {"refused": why} for one without a figure.
+    """A row per candidate, passed to `keep` as soon as it is measured; {"refused": why} if there is no figure.
 
-    On a CPU all take turns; on a GPU, whose memory does not hold all of them, one is measured after the other. A row
-    also says "failed" where the reason is another than the memory. Peak memory on a CPU comes from processes of their
-    own; on a GPU torch counts what a candidate allocates.
+    On a CPU the candidates take turns; on a GPU, whose memory does not hold all of them, they run one after another. A
+    refused row also has "failed" unless memory ran out. Peak memory is measured on a CPU in separate processes, on a GPU
+    by torch's counter.
     """
     layouts = {nhwc: plain_model(preset, device, nhwc=nhwc) for nhwc in {name != PLAIN for name in candidates}}
     truth = true_gradient(preset, batch, device, layouts[max(layouts)])
@@ -225,7 +224,7 @@ def _measure_group(
     truth: Tensor,
     rounds: int | None,
 ) -> dict[str, Row]:
-    """The rows of candidates that are built together and take turns."""
+    """Rows of candidates that are built together and take turns."""
     rows: dict[str, Row] = {name: {"preset": preset, "batch": batch, "candidate": name} for name in group}
     built: dict[str, Candidate] = {}
     for name in group:
@@ -233,7 +232,7 @@ def _measure_group(
             candidate, memory = _built(name, preset, batch, device, layouts[name != PLAIN])
             rows[name] |= memory | {"gradient_error": _agreement(truth, name, candidate)}
             built[name] = candidate
-        except Exception as error:  # the others may do without it
+        except Exception as error:  # other candidates may still run
             rows[name] |= refusal(error)
     if not built:
         return rows
@@ -267,17 +266,17 @@ def refusal(error: Exception) -> Row:
 def _built(
     name: str, preset: str, batch: int, device: torch.device, model: VAEBM
 ) -> tuple[Candidate, dict[str, float | None]]:
-    """The candidate; on a GPU warm, captured where that is due, and with what it takes [MiB], `model` included."""
+    """The candidate, on a GPU warmed up and captured if `is_captured`, and its memory [MiB], including `model`."""
     if device.type == "cpu":
         return build(name, preset, batch, device, model), {}
     others = torch.cuda.memory_allocated(device) - _bytes_of(model)
     torch.cuda.reset_peak_memory_stats(device)
     candidate = build(name, preset, batch, device, model)
     before = torch.cuda.memory_allocated(device)
-    if candidate.compile_s is None:  # else the peak is that of its warm-up, as a replay allocates nothing
+    if candidate.compile_s is None:  # with torch.compile the peak is the warm-up's: a replay allocates nothing
         candidate.step()
         torch.cuda.reset_peak_memory_stats(device)
-    if is_captured(name, device):  # by this step, which allocates what all replays use
+    if is_captured(name, device):  # this step captures and allocates the memory of all replays
         candidate = replace(candidate, launched=launched_by(candidate.step, device))
     else:
         candidate.step()
@@ -300,7 +299,7 @@ def release(device: torch.device, *, compiled: bool) -> None:
 
 
 def true_gradient(preset: str, batch: int, device: torch.device, model: VAEBM) -> Tensor:
-    """That of the plain modules without TF32, [N, D]; image by image, which takes the least memory."""
+    """Gradient of the plain modules without TF32, [N, D]; computed image by image to save memory."""
     layout = model.noise_layout
     start = normal(seed_tensor(range(batch), device), 0, Stream.CHAIN, layout.dim)
     with multiplying("float32"):
@@ -309,7 +308,7 @@ def true_gradient(preset: str, batch: int, device: torch.device, model: VAEBM) -
 
 
 def _agreement(truth: Tensor, name: str, candidate: Candidate) -> float:
-    """The error of the candidate's gradient, of the norm. Raises ValueError where its precision does not explain it."""
+    """Relative error of the candidate's gradient (norm). Raises ValueError if its precision does not explain it."""
     error = float((candidate.gradient() - truth).norm() / truth.norm())
     if not error < AGREEMENT[candidate.products]:
         raise ValueError(f"The gradients of {name} and of the plain modules differ by {error:.1e} of their norm.")
@@ -317,9 +316,9 @@ def _agreement(truth: Tensor, name: str, candidate: Candidate) -> float:
 
 
 def peak_memory(preset: str, batch: int, candidate: str) -> dict[str, float | None]:
-    """Peak memory [MiB] of a step in a process of its own, and before that step, on a CPU; None for torch.compile.
+    """Memory [MiB] before a step and its peak, measured in a separate process on a CPU; None for torch.compile.
 
-    There the compiler works in the same process, and its own peak would be reported.
+    The compiler runs in the same process, so the peak would be the compiler's.
     """
     if candidate in TO_COMPILE:
         return {"peak_memory_mib": None, "memory_before_mib": None}
@@ -332,7 +331,7 @@ def peak_memory(preset: str, batch: int, candidate: str) -> dict[str, float | No
 
 
 def main(arguments: Sequence[str]) -> None:
-    """One step of one candidate: print the memory of this process as JSON."""
+    """Run one step of one candidate and print this process's memory as JSON."""
     preset, batch, candidate = arguments
     device = default_device()
     built = build(candidate, preset, int(batch), device)

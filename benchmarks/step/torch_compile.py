@@ -1,6 +1,6 @@
 """Baseline: the plain modules under torch.compile with its best settings, without this project's kernels.
 
-All required settings are here, and each is checked to have taken effect.
+Checks that every setting has taken effect.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ WARM_UP_CALLS = 3  # with CUDA graphs the second records and the third is the fi
 
 
 def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor, *, is_bf16: bool) -> tuple[PotentialAndGrad, float]:
-    """`potential_and_grad` by torch.compile for noise like this, and the seconds that compiling took.
+    """(`potential_and_grad` compiled by torch.compile for noise of this shape, seconds of compilation).
 
-    Freezing folds weights only where autograd is off: hence `torch.func.grad`, traced into one graph with the forward
-    pass, in place of a backward pass. Casts to bfloat16 are folded with the weights. Raises RuntimeError where weights
-    were not folded, or on a GPU no CUDA graph is replayed: the baseline would be unfair.
+    Freezing folds weights only without autograd, so `torch.func.grad`, traced into one graph with the forward pass,
+    replaces the backward pass. Casts to bfloat16 are folded with the weights. Raises RuntimeError, because the baseline
+    would be unfair, if weights were not folded or if no CUDA graph is replayed on a GPU.
     """
     device = eps_x.device
 
@@ -36,7 +36,7 @@ def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor, *, is_bf16: b
     function = torch.compile(torch.func.grad_and_value(potential, has_aux=True), fullgraph=True, dynamic=False)
 
     def call(eps_z: Sequence[Tensor], eps_x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        torch.compiler.cudagraph_mark_step_begin()  # a replay writes over what the last one gave
+        torch.compiler.cudagraph_mark_step_begin()  # a replay overwrites the previous result
         with torch.no_grad():
             gradients, (_, u) = function([*eps_z, eps_x])
         return u, gradients
@@ -44,7 +44,7 @@ def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor, *, is_bf16: b
     on_gpu = device.type == "cuda"
     options = {"freezing": True, "force_layout_optimization": True}
     options |= {"triton.cudagraphs": on_gpu, "triton.cudagraph_or_error": on_gpu}
-    # prepare_freezing: inside `torch.func.grad` autograd looks on, and weights would become inputs of the graph.
+    # Without prepare_freezing weights become inputs of the graph, because autograd is on inside `torch.func.grad`.
     with torch._dynamo.config.patch(prepare_freezing=True), torch._inductor.config.patch(options):
         began = time.perf_counter()
         call(eps_z, eps_x)
@@ -57,11 +57,11 @@ def compiled(model: VAEBM, eps_z: Sequence[Tensor], eps_x: Tensor, *, is_bf16: b
 
 
 def _require_folded(model: VAEBM, gives_the_same: Callable[[], bool]) -> None:
-    """Raise RuntimeError unless an edited weight of `model`, which becomes as it was again, no longer matters."""
+    """Raise RuntimeError if editing a weight of `model` changes the result; restores the weight."""
     variance = next(norm.running_var for norm in model.vae.post_process.modules() if isinstance(norm, nn.BatchNorm2d))
     assert variance is not None
     kept = variance.clone()
-    variance.data.mul_(2)  # through .data, which counts no change: a pair frozen from the same model stays fresh
+    variance.data.mul_(2)  # through .data, which is not counted as a change: a pair frozen from this model stays fresh
     folded = gives_the_same()
     variance.data.copy_(kept)
     if not folded:
