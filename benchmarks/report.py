@@ -4,8 +4,8 @@
 
 Ratios are of medians; above 1 means that the row is faster. Percentages are of ceilings measured in the same run with
 the same threads: for FLOP/s a matrix product, on a GPU in the row's precision; for bytes a large copy, which data in
-caches may exceed. The roofline is the larger of the two. The whole pair's bytes are the minimum of a step in which every
-block is one kernel (`vaebm_fast.evaluation.cost`).
+caches may exceed. The roofline is the larger of the two. The whole pair's bytes are the minimum of a step in which
+every block is one kernel (`vaebm_fast.evaluation.cost`).
 """
 
 from __future__ import annotations

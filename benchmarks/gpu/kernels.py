@@ -2,8 +2,8 @@
 
 Compiles every csrc/cuda/*.cu for sm_80 and sm_90a and every launch of a Triton kernel (`triton_aot`) for sm_80 and
 sm_90; reads registers, shared memory and spills; computes the blocks per SM; and divides the counted work (`cuda_work`,
-`triton_work`) by the peak rates of an A100 and an H200. The result is a lower bound: the time of the busiest unit, which
-the table names.
+`triton_work`) by the peak rates of an A100 and an H200. The result is a lower bound: the time of the busiest unit,
+which the table names.
 
     python -m benchmarks kernels                    prints the tables, and writes docs/kernel_tables.md
     python -m benchmarks kernels --launches PART    prints the resources of Triton launches with PART in their name

@@ -5,9 +5,9 @@
 Builds in place with the Python that runs this. Each stage is a process with a time limit; only a failed build stops the
 others. Smoke tests run every op of a backend once: a backend whose smoke tests fail is not measured. A pair or chain is
 timed only after its gradient has agreed with the plain modules'. Other failing tests are reported and withhold nothing.
-Every stage writes its results as it goes; gpu_run.json in the results folder records the outcome of each stage, the logs
-folder its output. At the end it prints the measured tables and which of the design's targets hold. --stage runs what a
-budget left out.
+Every stage writes its results as it goes; gpu_run.json in the results folder records the outcome of each stage, the
+logs folder its output. At the end it prints the measured tables and which of the design's targets hold. --stage runs
+what a budget left out.
 """
 
 from __future__ import annotations

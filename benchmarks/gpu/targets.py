@@ -1,8 +1,8 @@
 """Are the design's GPU targets met? Computed only from results of `make gpu`.
 
 One table per GPU. Steps are rows of `pair*_cuda.json`, chains and sampling jobs of `chain_*_cuda.json`. Targets for
-batches of 16 or more use the smallest such batch that was measured, and the fastest frozen pair. Ratios are taken within
-one file, that is one run.
+batches of 16 or more use the smallest such batch that was measured, and the fastest frozen pair. Ratios are taken
+within one file, that is one run.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Compiled(NamedTuple):
-    """A launch compiled for one architecture: resources (shared memory in bytes, spills in bytes per thread) and PTX."""
+    """A launch compiled for an architecture: resources (shared memory in bytes, spills in bytes per thread), PTX."""
 
     name: str
     architecture: int
@@ -139,7 +139,7 @@ def _depthwise(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _pointwise(dtype: torch.dtype) -> Iterator[Case]:
-    """Each configuration once forward, as a projection, and once backward, as its gradient; the ELU before a prior's head."""
+    """Each configuration once forward, as a projection, and once backward; also the ELU before a prior's head."""
     new = partial(_empty, dtype)
     x, y, weight = new(16, 64, 128, 128), new(16, 40, 128, 128), new(40, 64)
     yield "pointwise 64->40 elu", partial(pointwise.pointwise, x, weight, weight.T, new(40), None, "elu")

@@ -2,10 +2,11 @@
 
     python -m benchmarks tune [pointwise ...]
 
-Times every candidate at the shapes of celeba_256 that its table entry covers, with 16 images; the smallest sum of median
-times wins. A candidate replaces the configuration in the source only if it is faster by more than MARGIN. Tables are
-tuned in order, because later ones use the results of earlier ones; half precision comes first. After every entry the
-table is written between its marks, with the GPU's name, so an interrupted run keeps its results. No other line changes.
+Times every candidate at the shapes of celeba_256 that its table entry covers, with 16 images; the smallest sum of
+median times wins. A candidate replaces the configuration in the source only if it is faster by more than MARGIN. Tables
+are tuned in order, because later ones use the results of earlier ones; half precision comes first. After every entry
+the table is written between its marks, with the GPU's name, so an interrupted run keeps its results. No other line
+changes.
 """
 
 from __future__ import annotations

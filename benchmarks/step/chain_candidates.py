@@ -48,7 +48,7 @@ class OtherPair:
     def potential_and_grad(
         self, eps_z: Sequence[Tensor], eps_x: Tensor, potential: Potential, temperature: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """Result of `call`, with a copy of U: a chain keeps U of all steps, and torch.compile's replays overwrite it."""
+        """Result of `call`, with a copy of U: a chain keeps U of all steps; torch.compile's replays overwrite it."""
         u, gradients = self.call(eps_z, eps_x, potential)
         return u.clone(), list(gradients)
 

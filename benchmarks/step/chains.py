@@ -59,8 +59,8 @@ def measure(
     backend: Backend = "auto",
     keep: Keep = lambda name, row: None,
 ) -> list[Row]:
-    """A row per candidate, passed to `keep` as soon as it is measured: seconds, images per second, and the rate relative
-    to the bare chain's if that was measured; {"refused": why} if there is no figure.
+    """A row per candidate, passed to `keep` as soon as it is measured: seconds, images per second, and the rate
+    relative to the bare chain's if that was measured; {"refused": why} if there is no figure.
     """
     if (plain or compile) and (chain.potential != "official" or chain.temperature != 1):
         raise ValueError(f"{preset} has another potential or temperature than the other pairs compute.")

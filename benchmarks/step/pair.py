@@ -4,7 +4,8 @@ A step is U and its gradient with respect to all noise (official potential), and
 weights. Baselines: the plain modules; the same in NHWC; on a GPU also under bfloat16 autocast; and torch.compile with
 its best settings (`torch_compile`): one graph through `torch.func.grad` with frozen weights, in NHWC, on a GPU in
 bfloat16 and replayed as a CUDA graph. Plain modules in float32 use torch's default precision of products. On a GPU the
-frozen pairs are replayed as CUDA graphs, as in the sampler, and one also runs eagerly; each row says how it was launched.
+frozen pairs are replayed as CUDA graphs, as in the sampler, and one also runs eagerly; each row says how it was
+launched.
 
     python -m benchmarks.step.pair PRESET N CANDIDATE     # one step in this process: its peak memory, as JSON
 """
@@ -197,8 +198,8 @@ def measure_pair(
     """A row per candidate, passed to `keep` as soon as it is measured; {"refused": why} if there is no figure.
 
     On a CPU the candidates take turns; on a GPU, whose memory does not hold all of them, they run one after another. A
-    refused row also has "failed" unless memory ran out. Peak memory is measured on a CPU in separate processes, on a GPU
-    by torch's counter.
+    refused row also has "failed" unless memory ran out. Peak memory is measured on a CPU in separate processes, on a
+    GPU by torch's counter.
     """
     layouts = {nhwc: plain_model(preset, device, nhwc=nhwc) for nhwc in {name != PLAIN for name in candidates}}
     truth = true_gradient(preset, batch, device, layouts[max(layouts)])
