@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 MODULES = {
     "ops": "benchmarks.ops.bench_ops",
@@ -21,11 +23,12 @@ MODULES = {
 
 
 def usage() -> str:
-    """The names, each with the question that its module asks first."""
+    """The names, each with the first line of its module's docstring; imports no module, as some need Triton."""
     lines = ["usage: python -m benchmarks NAME [options]", ""]
     for name, module in MODULES.items():
-        question = str(importlib.import_module(module).__doc__).splitlines()[0]
-        lines.append(f"  {name:10}{question}")
+        source = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+        lines.append(f"  {name:10}{docstring.splitlines()[0]}")
     return "\n".join(lines)
 
 
