@@ -30,8 +30,8 @@ class ResultsFile:
         self._write()
 
     def add(self, row: Row) -> None:
-        """Record a measured row."""
-        self.content["results"].append(row)
+        """Record a measured row, without its single times: the tables need quantiles only."""
+        self.content["results"].append({name: value for name, value in row.items() if name != "times_s"})
         self._write()
 
     def keep(self, what: str, row: Row) -> None:
@@ -48,4 +48,11 @@ class ResultsFile:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write(self.path, json.dumps(self.content, indent=2) + "\n")
+        write(self.path, as_text(self.content))
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """A result file's JSON with one line per row."""
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in content["results"])
+    text = json.dumps({**content, "results": []}, indent=2) + "\n"
+    return text.replace('"results": []', f'"results": [\n{rows}\n  ]', 1) if rows else text

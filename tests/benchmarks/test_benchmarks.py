@@ -133,9 +133,13 @@ def test_ceilings_are_rates() -> None:
 
 def test_a_result_file_holds_what_ran_after_every_row(tmp_path: Path) -> None:
     file = ResultsFile("pair", "How long?", CEILINGS, tmp_path)
-    file.add(pair_row(PLAIN, 1.0))
+    file.add(pair_row(PLAIN, 1.0, times_s=[1.0, 2.0]))
+    file.add(pair_row(NHWC, 1.0))
     file.refuse("blur", "red\nmore")
-    kept = json.loads(file.path.read_text())
+    text = file.path.read_text()
+    kept = json.loads(text)
+    assert kept["results"] == [pair_row(PLAIN, 1.0), pair_row(NHWC, 1.0)] and text.count('"candidate"') == 2
+    assert sum('"candidate"' in line for line in text.splitlines()) == 2, "a line per row"
     assert kept["results"][0]["candidate"] == PLAIN and kept["refused"][0]["what"] == "blur"
     assert {"device", "torch", "commit", "threads", "date"} <= set(kept["environment"])
     assert "No figure for blur: red\n" in report.table(kept)
