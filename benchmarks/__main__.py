@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vaebm_fast.runtime import command
+
 MODULES = {
     "ops": "benchmarks.ops.bench_ops",
     "pair": "benchmarks.step.bench_pair",
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"No benchmark is named {name!r}; there are {', '.join(MODULES)}.", file=sys.stderr)
         return 2
     sys.argv[0] = f"python -m benchmarks {name}"  # for the usage line of its --help
-    return int(importlib.import_module(MODULES[name]).main(others) or 0)
+    return command.run(lambda given: int(importlib.import_module(MODULES[name]).main(given) or 0), others)
 
 
 if __name__ == "__main__":

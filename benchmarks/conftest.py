@@ -6,6 +6,7 @@ affects all equally, and a timer replays each candidate's times to pytest-benchm
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -51,27 +52,38 @@ def replay(benchmark: Any, row: dict[str, Any], group: str) -> None:
     benchmark.pedantic(lambda: None, rounds=row["rounds"], iterations=1)
 
 
-def run_bench(file: str, arguments: Sequence[str]) -> int:
-    """Run pytest on a file of benchmarks; returns its exit code."""
+def run_bench(file: str, description: str | None, arguments: Sequence[str]) -> int:
+    """Run pytest on a file of benchmarks; returns its exit code. --help prints the options of these benchmarks."""
+    if {"-h", "--help"} & set(arguments):
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for name, settings in OPTIONS.items():
+            parser.add_argument(name, **settings)
+        parser.print_help()
+        return 0
     return int(pytest.main([file, "-q", "-p", "no:cacheprovider", "--benchmark-columns=median,rounds", *arguments]))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--case": {"action": "append", "metavar": "PRESET:N", "help": f"whole pair; {' '.join(DEFAULT_CASES)}"},
+    "--candidate": {"action": "append", "metavar": "NAME", "help": "of the whole pair; default: all that run here"},
+    "--compile": {
+        "action": "append",
+        "metavar": "PRESET:N",
+        "help": "cases that include torch.compile; compiling takes minutes",
+    },
+    "--op": {"action": "append", "metavar": "NAME", "help": "ops to measure; default: all"},
+    "--without": {"action": "append", "default": [], "metavar": "BACKEND", "help": "leave out this backend"},
+    "--rounds": {"type": int, "help": "rounds; by default depends on the time of a call"},
+    "--tested": {"action": "store_true", "help": "skip the tests: this build has just passed them"},
+    "--into": {"default": "pair", "metavar": "NAME", "help": "name of the pair's result file; default: pair"},
+    "--results": {"type": Path, "default": RESULTS, "help": "folder of the JSON and Markdown files"},
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vaebm-fast benchmarks")
-    group.addoption("--case", action="append", metavar="PRESET:N", help=f"whole pair; {' '.join(DEFAULT_CASES)}")
-    group.addoption("--candidate", action="append", metavar="NAME", help="of the whole pair; all that run here")
-    group.addoption(
-        "--compile",
-        action="append",
-        metavar="PRESET:N",
-        help="cases in which torch.compile takes part; compiling takes minutes",
-    )
-    group.addoption("--op", action="append", metavar="NAME", help="ops to measure; all of them")
-    group.addoption("--without", action="append", default=[], metavar="BACKEND", help="leave out this backend")
-    group.addoption("--rounds", type=int, help="rounds; by default depends on the time of a call")
-    group.addoption("--tested", action="store_true", help="skip the tests: this build has just passed them")
-    group.addoption("--into", default="pair", metavar="NAME", help="name of the pair's result file; default: pair")
-    group.addoption("--results", type=Path, default=RESULTS, help="folder of the JSON and Markdown files")
+    for name, settings in OPTIONS.items():
+        group.addoption(name, **settings)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

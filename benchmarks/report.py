@@ -251,9 +251,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with what `make bench` wrote")
     parser.add_argument("--readme", type=Path, default=README, help="file with the two marker lines")
     options = parser.parse_args(arguments)
-    paths = sorted([*options.results.glob("pair_*.json"), *options.results.glob("ops_*.json")])
+    paths = sorted(path for path in options.results.glob("*.json") if path.name != "gpu_run.json")
     if not paths:
-        parser.error(f"{options.results} holds no pair_*.json and no ops_*.json; `make bench` writes them.")
+        parser.error(f"{options.results} holds no results; `make bench` writes them.")
     blocks = []
     for path in paths:
         write_table(path)

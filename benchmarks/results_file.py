@@ -15,7 +15,10 @@ Keep = Callable[[str, Row], None]  # takes a candidate's name and row as soon as
 
 
 class ResultsFile:
-    """`<name>_<device type>.json`: question, environment, ceilings of the same run, rows, and refused figures."""
+    """`<name>_<device type>.json`: question, environment, ceilings of the same run, rows, and refused figures.
+
+    Written with the first row or refusal; until then an older file stays.
+    """
 
     def __init__(self, name: str, question: str, ceilings: dict[str, float], folder: Path = RESULTS) -> None:
         ran = environment()
@@ -27,7 +30,6 @@ class ResultsFile:
             "results": [],
             "refused": [],
         }
-        self._write()
 
     def add(self, row: Row) -> None:
         """Record a measured row, without its single times: the tables need quantiles only."""

@@ -29,8 +29,8 @@ import torch
 from benchmarks.environment import RESULTS, environment
 from benchmarks.gate import REPOSITORY
 from benchmarks.gpu.targets import verdict
-from benchmarks.report import write_table
-from benchmarks.step.pair import COMPILED_BF16, FROZEN, NHWC, NHWC_BF16, PLAIN
+from benchmarks.report import NHWC, PLAIN, write_table
+from benchmarks.step.pair import COMPILED_BF16, FROZEN, NHWC_BF16
 from vaebm_fast.runtime.files import write
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import PLAIN
 from benchmarks.results_file import Row
 from benchmarks.step.chain_candidates import BARE, COLD, JOB
-from benchmarks.step.pair import COMPILED_BF16, PLAIN
+from benchmarks.step.pair import COMPILED_BF16
 
 Contents = Sequence[dict[str, Any]]  # result files of one GPU
 Find = Callable[[Contents], "Found | None"]

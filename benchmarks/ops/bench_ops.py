@@ -40,4 +40,4 @@ def test_op(
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, write results/ops_<device>.json and its table; pytest's exit code."""
-    return run_bench(__file__, arguments)
+    return run_bench(__file__, __doc__, arguments)

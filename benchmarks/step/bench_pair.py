@@ -41,4 +41,4 @@ def test_chain_step(
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, write results/pair_<device>.json and its table; pytest's exit code."""
-    return run_bench(__file__, arguments)
+    return run_bench(__file__, __doc__, arguments)

@@ -33,9 +33,10 @@ import torch
 from benchmarks import report
 from benchmarks.environment import RESULTS
 from benchmarks.measure import default_device, quantiles
+from benchmarks.report import NHWC, PLAIN
 from benchmarks.results_file import Keep, ResultsFile, Row
 from benchmarks.step.chain_candidates import BARE, COLD, JOB, Bench, Timed
-from benchmarks.step.pair import COMPILED, COMPILED_BF16, NHWC, PLAIN, TO_COMPILE, plain_model, refusal, release
+from benchmarks.step.pair import COMPILED, COMPILED_BF16, TO_COMPILE, plain_model, refusal, release
 from vaebm_fast import PRESETS, save_energy, save_nvae
 from vaebm_fast.config import ChainConfig
 from vaebm_fast.frozen import freeze

@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.captured import EAGER, GRAPH, captured, launched_by
 from benchmarks.gate import REPOSITORY
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
+from benchmarks.report import NHWC, PLAIN
 from benchmarks.results_file import Keep, Row
 from benchmarks.step.sensitive import make_sensitive
 from benchmarks.step.torch_compile import PotentialAndGrad, compiled
@@ -37,8 +38,8 @@ from vaebm_fast.models.layers import channels_last
 from vaebm_fast.ops._backend import Backend, why_absent
 from vaebm_fast.ops.langevin_update import langevin_update
 
-PLAIN, NHWC, COMPILED = "plain", "plain NHWC", "plain NHWC, torch.compile"
-NHWC_BF16, COMPILED_BF16 = "plain NHWC, bf16", "plain NHWC, bf16, torch.compile"
+COMPILED = f"{NHWC}, torch.compile"
+NHWC_BF16, COMPILED_BF16 = f"{NHWC}, bf16", f"{NHWC}, bf16, torch.compile"
 TO_COMPILE = (COMPILED, COMPILED_BF16)
 FROZEN: dict[str, tuple[Backend, torch.dtype]] = {
     "frozen, reference": ("reference", torch.float32),

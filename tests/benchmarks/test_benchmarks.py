@@ -132,7 +132,9 @@ def test_ceilings_are_rates() -> None:
 
 
 def test_a_result_file_holds_what_ran_after_every_row(tmp_path: Path) -> None:
+    ResultsFile("pair", "An older run", CEILINGS, tmp_path).refuse("blur", "red")
     file = ResultsFile("pair", "How long?", CEILINGS, tmp_path)
+    assert json.loads(file.path.read_text())["question"] == "An older run", "kept until there is a row"
     file.add(pair_row(PLAIN, 1.0, times_s=[1.0, 2.0]))
     file.add(pair_row(NHWC, 1.0))
     file.refuse("blur", "red\nmore")
@@ -289,5 +291,11 @@ def test_the_runner_hands_options_on_and_gives_the_exit_code(tmp_path: Path) -> 
     assert done.returncode == 0 and "philox_normal" in done.stdout and "pointwise" not in done.stdout, done.stdout
     refused = subprocess.run([*command[:-2], "--op", "blur"], cwd=gate.REPOSITORY, capture_output=True, text=True)
     assert refused.returncode != 0 and "blur has no case" in refused.stdout + refused.stderr
+    failed = subprocess.run(
+        [*command[:3], "loaders", "--batch", "0"], cwd=gate.REPOSITORY, capture_output=True, text=True
+    )
+    assert failed.returncode == 1 and failed.stderr.startswith("error: batch_size is 0;"), failed.stderr
+    helped = subprocess.run([*command[:3], "pair", "--help"], cwd=gate.REPOSITORY, capture_output=True, text=True)
+    assert "usage: python -m benchmarks pair" in helped.stdout and "--compile PRESET:N" in helped.stdout
     shown = subprocess.run([*command[:3], "training", "--help"], cwd=gate.REPOSITORY, capture_output=True, text=True)
     assert shown.returncode == 0 and shown.stdout.startswith("usage: python -m benchmarks training")

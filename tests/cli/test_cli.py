@@ -257,6 +257,6 @@ def test_sample_writes_images_and_tells_errors_in_one_line(tmp_path: Path, capsy
     arguments = sampling_arguments(tmp_path)
     assert cli.main([*arguments, *chain, "--seeds", "3-5"]) == 0
     assert "Made 3 images" in capsys.readouterr().out and len(list(tmp_path.rglob("*.png"))) == 3
-    assert "'5-3' must ascend" in error_of(capsys, *arguments, *chain, "--seeds", "5-3")
+    assert "'5-3' are not an ascending range" in error_of(capsys, *arguments, *chain, "--seeds", "5-3")
     assert "give --preset, or both" in error_of(capsys, *arguments, "--seeds", "3-5")
     assert "seeds was 3-5 and is 3-6" in error_of(capsys, *arguments, *chain, "--seeds", "3-6")

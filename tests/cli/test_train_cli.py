@@ -29,6 +29,7 @@ from vaebm_fast.config import (
     VAETraining,
     parse_blocks,
 )
+from vaebm_fast.data import TorchLoader
 from vaebm_fast.models import NVAE
 from vaebm_fast.runtime.devices import choose_device
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer
@@ -367,3 +368,21 @@ def test_ctrl_c_in_a_terminal_saves_and_ends_with_130(tmp_path: Path) -> None:
     assert process.returncode == 130, error
     assert "Traceback" not in error and "run the same command again" in out
     assert (tmp_path / "training.safetensors").exists()
+
+
+def test_training_under_torchrun_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "vae", "--preset", "digits"]) == 1
+    assert "Training uses one process; start it without torchrun." in capsys.readouterr().err
+
+
+def test_a_run_closes_its_loader_also_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr(TorchLoader, "close", lambda self: closed.append(self))
+    arguments = ["train", "vae", "--preset", "digits", *TINY_VAE_OPTIONS, "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0 and len(closed) == 1
+    assert cli.main([*arguments, "--training.epochs", "2"]) == 1, "other settings"
+    assert len(closed) == 2

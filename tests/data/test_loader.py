@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vaebm_fast.config import PRESETS
 from vaebm_fast.data import (
     ArraySource,
     ImageSource,
@@ -23,10 +25,14 @@ from vaebm_fast.data import (
     batches_per_epoch,
     digits,
     open_source,
+    require_whole_batches,
     to_input,
 )
 from vaebm_fast.data.images import Pixels
+from vaebm_fast.models import NVAE
 from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.training.energy import EnergyTrainer
+from vaebm_fast.training.vae import VAETrainer
 
 
 def numbered(total: int, side: int = 4) -> ArraySource:
@@ -142,12 +148,26 @@ def test_arguments_that_make_no_batches_are_refused_at_once(wrong: dict[str, int
         TorchLoader(numbered(12), **{"batch_size": 4, **wrong})  # type: ignore[arg-type]
 
 
-def test_a_plan_of_another_batch_size_or_seed_is_refused() -> None:
-    plan = TorchLoader(numbered(12), 4, seed=5).plan
-    plan.require(4, 5)
+def test_a_loader_of_another_batch_size_or_seed_or_of_several_ranks_is_refused() -> None:
+    loader = TorchLoader(numbered(12), 4, seed=5)
+    require_whole_batches(loader, 4, 5)
     for other in ((3, 5), (4, 0)):
         with pytest.raises(ValueError, match="The loader has batch size 4 and seed 5; the trainer has batch size"):
-            plan.require(*other)
+            require_whole_batches(loader, *other)
+    with pytest.raises(ValueError, match="The loader is one of 2 ranks; training uses one process"):
+        require_whole_batches(TorchLoader(numbered(12), 4, seed=5, rank=1, world=2), 4, 5)
+
+
+@pytest.mark.parametrize("stage", [VAETrainer, EnergyTrainer])
+def test_trainers_take_no_loader_of_one_rank_of_several(stage: Any) -> None:
+    preset = PRESETS["digits"]
+    loader = TorchLoader(digits(), 8, rank=1, world=2)
+    if stage is VAETrainer:
+        given = (preset.nvae, replace(preset.vae_training, batch_size=8))
+    else:
+        given = (NVAE(preset.nvae), preset.energy, replace(preset.energy_training, batch_size=8))
+    with pytest.raises(ValueError, match="one of 2 ranks"):
+        stage(*given, loader)
 
 
 @dataclass
@@ -211,13 +231,36 @@ def test_batches_are_read_ahead_by_a_thread_per_core_and_are_the_same(
     source.barrier.abort()  # releases the reads that still wait
 
 
-def test_a_closed_loader_has_no_threads() -> None:
-    loader = TorchLoader(digits(), 100, workers=2)
-    loader.batch(0)
+@dataclass
+class _Slow(_Meeting):
+    """Counts reads, each of which waits until it is released."""
+
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
+        pixels = super().read(indices, crop)
+        self.released.wait(timeout=20)
+        return pixels
+
+
+def test_a_closed_loader_ends_its_threads_and_reads_nothing_more() -> None:
+    source = _Slow()
+    loader = TorchLoader(source, 100, workers=2)
+    waiting = threading.Thread(target=loader.batch, args=(0,))
+    waiting.start()
+    while len(source.crops) < 2:  # both threads read; the third batch is queued
+        time.sleep(0.001)
     threads = set(loader._pool._threads)
-    assert threads and all(thread.is_alive() for thread in threads)
-    loader.close()
-    assert not any(thread.is_alive() for thread in threads)
+    closing = threading.Thread(target=loader.close)
+    closing.start()
+    while not all(future.cancelled() or future.running() for future in list(loader._ahead)):
+        time.sleep(0.001)
+    source.released.set()
+    closing.join()
+    waiting.join()
+    assert len(source.crops) == 2, "what was queued is not read"
+    assert len(threads) == 2 and not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.parametrize("bits", [0, 9])

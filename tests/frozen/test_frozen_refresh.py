@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -110,6 +112,28 @@ def test_stale_weights_are_refused_until_refreshed(edit: str) -> None:
     assert memory(frozen) == before
     u, _ = frozen.potential_and_grad(eps_z, eps_x)
     assert relative_error(u, model.potential_and_grad(eps_z, eps_x)[0]) < FLOAT32_ERROR
+
+
+def test_a_replacement_at_the_address_of_a_freed_weight_is_seen() -> None:
+    """The second replacement may get the memory of the folded weight, with a version counter of 0 like that."""
+    model = tiny()
+    frozen = model.freeze()
+    linear = model.energy.linear
+    for value in range(40):
+        frozen.refresh()
+        for each in (value, value + 0.5):
+            linear.weight = None
+            linear.weight = nn.Parameter(torch.full((1, linear.in_features), float(each)))
+        assert frozen.is_stale
+
+
+def test_a_copy_of_a_pair_is_usable_once_refreshed() -> None:
+    model = tiny()
+    frozen = model.freeze()
+    eps_z, eps_x = noise_of(model)
+    for twin in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        twin.refresh()
+        assert torch.equal(twin.potential_and_grad(eps_z, eps_x)[0], frozen.potential_and_grad(eps_z, eps_x)[0])
 
 
 # Bad use

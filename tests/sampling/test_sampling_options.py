@@ -108,6 +108,16 @@ def test_another_schedule_or_start_is_refused(changed: dict[str, Any], sentence:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("device", "tpu"), ("format", "gif"), ("dtype", "float64"), ("backend", "x")]
+)
+def test_names_that_do_not_exist_are_refused_before_anything_is_made(
+    name: str, value: str, options: SampleOptions
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} '{value}' is not known; it must be one of [a-z]"):
+        replace(options, **{name: value})
+
+
+@pytest.mark.parametrize(
     ("given", "sentence"),
     [
         ({"step_size": (0.1, 0.2)}, "step_size has 2 values; a chain of 3 steps needs 1 or 3"),

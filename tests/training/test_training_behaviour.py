@@ -145,6 +145,29 @@ def test_snapshots_are_fifty_steps_apart_and_a_rollback_takes_the_older_one() ->
     assert [*restored, trainee.value] == [50, 50, 200]
 
 
+class Aliasing(Counter):
+    """A trainee that keeps the loaded state itself and changes it in place, as torch's optimisers do."""
+
+    def __init__(self) -> None:
+        self.state = {"value": 7}
+
+    def state_dict(self) -> dict[str, int]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.state = state
+
+
+def test_two_rollbacks_restore_the_same_snapshot() -> None:
+    trainee = Aliasing()
+    guard = DivergenceGuard(trainee, max_gap=10, max_rollbacks=5)
+    for step in range(3):
+        guard.before_step(step)
+        trainee.state["value"] += 100
+        assert guard.after_step(step, math.inf)
+        assert trainee.state == {"value": 7}
+
+
 @pytest.mark.parametrize("factor, rollbacks", [(0.999, 1), (1.001, 0)])
 def test_energy_training_judges_the_gap_alone_by_its_threshold(factor: float, rollbacks: int) -> None:
     gap = abs(float(energy_trainer().step(0)["loss"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -185,6 +186,20 @@ def test_an_image_that_cannot_be_read_costs_no_step(tmp_path: Path) -> None:
         train(vae_trainer(_Damaged(fifth)), options)
     mended = train(vae_trainer(), options)
     assert whole is not None and mended is not None and whole.read_bytes() == mended.read_bytes()
+
+
+def test_an_unreadable_image_changes_no_state_of_energy_training() -> None:
+    trainer = energy_trainer()
+    trainer.step(0)
+    before = copy.deepcopy(trainer.state_dict())
+
+    def unreadable(step: int) -> Tensor:
+        raise UnreadableDataError("gone")
+
+    trainer.loader.batch = unreadable  # type: ignore[method-assign]
+    with pytest.raises(UnreadableDataError):
+        trainer.step(50)  # at which the guard takes a snapshot
+    assert len(trainer.state_dict()["guard"]["snapshots"]) == len(before["guard"]["snapshots"])
 
 
 def test_a_network_without_samples_is_told_of_and_trained_on(tmp_path: Path) -> None:

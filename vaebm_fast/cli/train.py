@@ -32,6 +32,7 @@ from vaebm_fast.report import save_grid
 from vaebm_fast.runtime import command
 from vaebm_fast.runtime.devices import DeviceName, choose_device
 from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.runtime.ranks import of_torchrun
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
 
 USAGE = """Train a VAEBM in two stages: first its NVAE, then its energy network against that NVAE.
@@ -198,7 +199,10 @@ def compare_batches(processes: int, published: int, batch_size: int) -> None:
 
 def finish(trainer: VAETrainer | EnergyTrainer, run: RunOptions) -> int:
     """Train to the end, or until a signal stops it; returns the exit code."""
-    path = train(trainer, run, save_grid)
+    try:
+        path = train(trainer, run, save_grid)
+    finally:
+        trainer.loader.close()
     if path is None:
         print("Stopped; run the same command again to continue.")
         return command.INTERRUPTED
@@ -214,6 +218,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
         return 0
     if stage not in STAGES:
         raise UserError(f"{stage!r} is not a training stage; use one of {', '.join(STAGES)}.")
+    ranks = of_torchrun()
+    if ranks is not None and ranks.world > 1:
+        raise UserError("Training uses one process; start it without torchrun.")
     return STAGES[stage](arguments[1:], prog)
 
 

@@ -1,6 +1,6 @@
 """Image input: sources (`sources`), training batches (`plan`, `loader`) and their conversion (`tensors`)."""
 
-from vaebm_fast.data.loader import Loader, TorchLoader, UnreadableDataError
+from vaebm_fast.data.loader import Loader, TorchLoader, UnreadableDataError, require_whole_batches
 from vaebm_fast.data.plan import BatchPlan, batches_per_epoch
 from vaebm_fast.data.sources import ArraySource, ImageSource, digits, mnist, open_source
 from vaebm_fast.data.tensors import quantise, to_input, to_tensor
@@ -17,6 +17,7 @@ __all__ = [
     "mnist",
     "open_source",
     "quantise",
+    "require_whole_batches",
     "to_input",
     "to_tensor",
 ]

@@ -37,7 +37,9 @@ def read_image(path: Path, channels: int) -> Pixels:
             image.load()
             rgb = _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, ...
-        raise UserError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error
+        raise UserError(
+            f"{path} cannot be read as an image ({error}). Replace it, or remove it before a new run."
+        ) from error
     return as_array(rgb if channels == 3 else rgb.convert("L"))
 
 

@@ -33,6 +33,11 @@ class Loader(Protocol):
         """The images of every global batch."""
         ...
 
+    @property
+    def world(self) -> int:
+        """Number of ranks that share a global batch."""
+        ...
+
     def batch(self, step: int) -> Tensor:
         """This rank's rows of the global batch of `step`: uint8 [n, H, W, C] on the CPU.
 
@@ -44,9 +49,25 @@ class Loader(Protocol):
         """JSON values that must match to resume: the data and its augmentation."""
         ...
 
+    def close(self) -> None:
+        """Stop reading ahead; no batch can be read afterwards."""
+        ...
+
+
+def require_whole_batches(loader: Loader, batch_size: int, seed: int) -> None:
+    """Raise ValueError unless the loader has this batch size and seed, and one rank, as a trainer has."""
+    plan = loader.plan
+    if (plan.batch_size, plan.seed) != (batch_size, seed):
+        raise ValueError(
+            f"The loader has batch size {plan.batch_size} and seed {plan.seed}; "
+            f"the trainer has batch size {batch_size} and seed {seed}."
+        )
+    if loader.world != 1:
+        raise ValueError(f"The loader is one of {loader.world} ranks; training uses one process: give it world=1.")
+
 
 class TorchLoader:
-    """A `Loader` that reads a source with threads, ahead of the step requested last.
+    """A `Loader` that reads a source with threads, ahead of the step requested last. Request batches from one thread.
 
     batch_size: images of the global batch; each of the `world` ranks takes the same number of contiguous rows.
     horizontal_flip: mirror each image with probability 1/2. random_crop: place the crop window of non-square images
@@ -69,7 +90,7 @@ class TorchLoader:
         workers: int | None = None,
     ) -> None:
         self.source = source
-        self.plan = BatchPlan(source, batch_size, seed)
+        self.plan, self.world = BatchPlan(source, batch_size, seed), world
         self._rows = self.plan.rows_of_rank(rank, world)
         self._flip, self._crop, self._pinned = horizontal_flip, random_crop, pinned
         self._workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
@@ -92,9 +113,9 @@ class TorchLoader:
             raise UnreadableDataError(str(error)) from error
 
     def close(self) -> None:
-        """Stop reading ahead and end the threads, after the batches they are reading."""
+        """Stop reading ahead and end the threads, each after the batch that it is reading."""
         self._drop()
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
 
     def _drop(self) -> None:
         """Forget the batches read ahead."""

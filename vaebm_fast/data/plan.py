@@ -69,14 +69,6 @@ class BatchPlan:
         self.batch_size, self.seed = batch_size, seed
         self._epoch = lru_cache(maxsize=2)(partial(plan_epoch, seed, total_images=len(source)))
 
-    def require(self, batch_size: int, seed: int) -> None:
-        """Raise ValueError unless the plan has this batch size and seed."""
-        if (self.batch_size, self.seed) != (batch_size, seed):
-            raise ValueError(
-                f"The loader has batch size {self.batch_size} and seed {self.seed}; "
-                f"the trainer has batch size {batch_size} and seed {seed}."
-            )
-
     def rows_of_rank(self, rank: int, world: int) -> slice:
         """The rows of a global batch that belong to `rank` of `world` ranks: contiguous, the same number for each."""
         if not 0 <= rank < world:

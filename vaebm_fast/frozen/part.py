@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -58,17 +59,21 @@ class Part(Generic[Weights]):
         self.name = name
         self._watched, self._fold = watched, fold
         self.weights: Weights = _map(lambda tensor: _own_copy(tensor, dtype), fold())
-        self._signature = self._live_signature()
+        self._folded = self._live()
 
-    def _live_signature(self) -> list[tuple[int, int]]:
-        """Address and version counter of every live tensor; in-place edits raise the counter."""
+    def _live(self) -> list[tuple[Tensor, int, int]]:
+        """Every live tensor with its address and version counter, which in-place edits raise.
+
+        Holds the tensors themselves: a freed one's address may be given to its replacement.
+        """
         live = [table[key] for table, key in self._watched]
-        return [(tensor.data_ptr(), tensor._version) for tensor in live]
+        return [(tensor, tensor.data_ptr(), tensor._version) for tensor in live]
 
     @property
     def is_stale(self) -> bool:
         """Whether a live tensor was edited or replaced since it was folded."""
-        return self._live_signature() != self._signature
+        pairs = zip_longest(self._live(), self._folded, fillvalue=(None, 0, 0))
+        return any(now[0] is not then[0] or now[1:] != then[1:] for now, then in pairs)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -80,11 +85,11 @@ class Part(Generic[Weights]):
                     f"{self.name} is on {fresh.device} but was frozen on {kept.device}; freeze the model again."
                 )
             kept.copy_(fresh)
-        self._signature = self._live_signature()
+        self._folded = self._live()
 
     def forget(self) -> None:
         """Count as stale until the next `refold`."""
-        self._signature = []
+        self._folded = []
 
 
 def _own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:

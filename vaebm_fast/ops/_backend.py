@@ -168,7 +168,7 @@ class OpBackends:
             for op, backends in _WITH_GRADIENT.items()
             if _FUSED.get(op, name) == name
         }
-        return cls(name, MappingProxyType(by_op))
+        return cls(name, by_op)
 
     def __getitem__(self, op: str) -> Backend:
         return self.by_op[op]

@@ -17,10 +17,17 @@ from torch import Tensor
 from torch.library import Library
 
 from vaebm_fast.ops._backend import OP_BACKENDS, is_interpreting
+from vaebm_fast.runtime import extension
+
+OUTDATED = f"The compiled part is of other sources than these; {extension.BUILD} again."
 
 # `_backend` has loaded the compiled extension. In the other order, a kernel that does not fit its schema would end the
 # process while the extension loads; in this order `define` raises.
-_CSRC, _TRITON = Library("vaebm_fast", "DEF"), Library("vaebm_triton", "DEF")
+_TRITON = Library("vaebm_triton", "DEF")
+try:
+    _CSRC = Library("vaebm_fast", "DEF")
+except RuntimeError as error:  # an extension that defines schemas itself
+    raise ImportError(OUTDATED) from error
 
 
 def ops_of(backend: str) -> Any:
@@ -33,11 +40,14 @@ def define(schema: str, fake: Callable[..., Any], *, module: str | None = None) 
 
     fake: the fake (meta) implementation; it gets all arguments by position. A function of the op's name in
     `vaebm_fast.triton_kernels.<module>` (default: the name without _backward) implements it in Triton.
-    Raises RuntimeError if the C++ or CUDA kernel of this name has another signature.
+    Raises ImportError if the C++ or CUDA kernel of this name has another signature.
     """
     op = schema.partition("(")[0]
     for library in _libraries(op):
-        library.define(schema)
+        try:
+            library.define(schema)
+        except RuntimeError as error:
+            raise ImportError(OUTDATED) from error
         torch.library.register_fake(f"{library.ns}::{op}", fake, lib=library)
         if library is _TRITON:
             for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -14,6 +14,8 @@ from vaebm_fast.runtime.devices import DeviceName, choose_device
 from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.sampling.outputs import Format, Output
 from vaebm_fast.sampling.seeds import Seeds
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class SampleOptions:
     """Standard deviation of the starting noise."""
     format: Format = "png"
     """Folders of 1000 PNG files, a zip of PNG files, webdataset tars of 1000, or all images as one uint8 array."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Type of weights and features."""
     backend: Backend = "auto"
     """Backend of the frozen networks; `vaebm-fast info` shows what auto chooses."""
@@ -62,6 +64,11 @@ class SampleOptions:
     """Show a progress bar if stderr is a terminal."""
 
     def __post_init__(self) -> None:
+        choices = {"format": Format, "dtype": Dtype, "backend": Backend, "device": DeviceName}
+        for name, known in choices.items():
+            given, names = getattr(self, name), get_args(known)
+            if given not in names:
+                raise UserError(f"{name} {given!r} is not known; it must be one of {', '.join(names)}.")
         for name in ("batch_size", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -29,7 +29,7 @@ class Seeds:
                 raise UserError(f"Seeds {word.strip()!r} are not of the form FIRST-LAST or SEED, such as 0-49999.")
             first, last = int(match[1]), int(match[2] or match[1])
             if last < first or last >= 2**64:
-                raise UserError(f"Seeds {word.strip()!r} must ascend within 0 to 2^64-1.")
+                raise UserError(f"Seeds {word.strip()!r} are not an ascending range within 0 to 2^64-1.")
             if last - first >= 2**40:
                 raise UserError(f"Seeds {word.strip()!r} are 2^40 images or more; give fewer.")
             ranges.append(range(first, last + 1))

@@ -21,7 +21,7 @@ from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.chain.noise import Stream, step_seeds, uniform
 from vaebm_fast.checkpoint import content_sha256, save_energy
 from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json
-from vaebm_fast.data import Loader, to_input
+from vaebm_fast.data import Loader, require_whole_batches, to_input
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import channels_last
@@ -134,7 +134,7 @@ class EnergyTrainer(StateOfParts):
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        loader.plan.require(training.batch_size, seed)
+        require_whole_batches(loader, training.batch_size, seed)
         self.config, self.training, self.loader, self.seed = config, training, loader, seed
         self.device, self.total_steps = torch.device(device), training.iterations
         with torch.random.fork_rng(devices=[]):

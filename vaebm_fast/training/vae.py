@@ -18,7 +18,7 @@ from vaebm_fast.chain.langevin import to_uint8
 from vaebm_fast.chain.noise import Stream, normal, step_seeds
 from vaebm_fast.checkpoint import save_nvae
 from vaebm_fast.config import NVAEConfig, VAETraining, to_json
-from vaebm_fast.data import Loader, to_input
+from vaebm_fast.data import Loader, require_whole_batches, to_input
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.models.nvae import NVAE, bits_per_dim
 from vaebm_fast.training.losses import (
@@ -99,7 +99,7 @@ class VAETrainer:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        loader.plan.require(training.batch_size, seed)
+        require_whole_batches(loader, training.batch_size, seed)
         self.config, self.training, self.loader, self.seed = config, training, loader, seed
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
