@@ -51,6 +51,8 @@ def why_no_cuda() -> str | None:
         return f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch."
     if CUDA_HOME is None or not shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")):
         return f"nvcc was not found; install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME to its path."
+    if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
+        return f"{CUDA_HOME} has nvcc but no include/cuda_runtime.h; set CUDA_HOME to a whole CUDA toolkit."
     return None
 
 

@@ -98,7 +98,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("pair_case", pairs, ids=[f"{preset}-{batch}-{name}" for preset, batch, name in pairs])
     if "op_case" in metafunc.fixturenames:
         device = measure.default_device()
-        kept = [case for case in op_cases.cases_of(option("--op"), device) if op_cases.has_kernel(case.op, device)]
+        try:
+            known = op_cases.cases_of(option("--op"), device)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        kept = [case for case in known if op_cases.has_kernel(case.op, device)]
         cases = [(case, name) for case in kept for name in op_cases.backends_of(case.op, device, option("--without"))]
         metafunc.parametrize("op_case", cases, ids=[f"{case.name}-{name}" for case, name in cases])
 
@@ -115,7 +119,7 @@ def candidates_of(
 
 def _parsed(text: str) -> tuple[str, int]:
     preset, _, batch = text.partition(":")
-    if preset not in PRESETS or not batch.isdigit():
+    if preset not in PRESETS or not batch.isdigit() or int(batch) < 1:
         raise pytest.UsageError(f"{text!r} is no PRESET:N with a PRESET of {', '.join(PRESETS)}.")
     return preset, int(batch)
 

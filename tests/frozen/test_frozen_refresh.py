@@ -115,16 +115,16 @@ def test_stale_weights_are_refused_until_refreshed(edit: str) -> None:
 
 
 def test_a_replacement_at_the_address_of_a_freed_weight_is_seen() -> None:
-    """The second replacement may get the memory of the folded weight, with a version counter of 0 like that."""
-    model = tiny()
+    """Its version counter is 0, as the folded weight's was."""
+    model = vf.VAEBM.from_preset("digits")
     frozen = model.freeze()
-    linear = model.energy.linear
+    conv = model.energy.conv1
+    name = next(iter(conv._parameters))
     for value in range(40):
-        frozen.refresh()
-        for each in (value, value + 0.5):
-            linear.weight = None
-            linear.weight = nn.Parameter(torch.full((1, linear.in_features), float(each)))
+        shape = conv._parameters.pop(name).shape
+        conv.register_parameter(name, nn.Parameter(torch.full(shape, value + 1.0), requires_grad=False))
         assert frozen.is_stale
+        frozen.refresh()
 
 
 def test_a_copy_of_a_pair_is_usable_once_refreshed() -> None:

@@ -116,7 +116,9 @@ def convert(
         if source.exists() and destination.samefile(source):
             raise CheckpointError(f"{destination}: source and destination are the same file; name another destination.")
         if not overwrite:
-            raise CheckpointError(f"{destination}: exists already; name another destination, or allow overwriting.")
+            raise CheckpointError(
+                f"{destination}: exists already; name another destination, or allow overwriting (--overwrite)."
+            )
     file = _read(source, None, arch, image_size)
     info = {**file.info, "source_sha256": file_sha256(source)}
     _save(destination, file.config, file.state, info)

@@ -169,7 +169,8 @@ def _split_folder(root: Path, split: Split) -> Path:
         return root / "train" if has_both else root
     if held_out is None or not has_both:
         raise UserError(
-            f"{root} has no held-out images. Split it into the folders train and {' or '.join(HELD_OUT_FOLDERS)}."
+            f"{root} has no held-out images. Split it into the folders train and {' or '.join(HELD_OUT_FOLDERS)}, "
+            "or read the training images (split train)."
         )
     return held_out
 

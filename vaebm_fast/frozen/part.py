@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -64,7 +63,7 @@ class Part(Generic[Weights]):
     def _live(self) -> list[tuple[Tensor, int, int]]:
         """Every live tensor with its address and version counter, which in-place edits raise.
 
-        Holds the tensors themselves: a freed one's address may be given to its replacement.
+        Holds the tensors themselves, so that no replacement gets a freed one's address.
         """
         live = [table[key] for table, key in self._watched]
         return [(tensor, tensor.data_ptr(), tensor._version) for tensor in live]
@@ -72,8 +71,7 @@ class Part(Generic[Weights]):
     @property
     def is_stale(self) -> bool:
         """Whether a live tensor was edited or replaced since it was folded."""
-        pairs = zip_longest(self._live(), self._folded, fillvalue=(None, 0, 0))
-        return any(now[0] is not then[0] or now[1:] != then[1:] for now, then in pairs)
+        return [mark for _, *mark in self._live()] != [mark for _, *mark in self._folded]
 
     @torch.inference_mode(False)
     @torch.no_grad()
