@@ -262,6 +262,7 @@ def test_a_backend_is_left_out_of_pairs_and_ops(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_result_file_is_whole_whenever_a_run_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = ResultsFile("pair", "How long?", {}, tmp_path)
+    file.add({"candidate": NHWC})
     before = file.path.read_text()
 
     def stopped(source: Path, target: Path) -> None:
