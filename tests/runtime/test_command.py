@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def test_a_system_error_is_one_line_where_it_names_its_file(tmp_path: Path, caps
 
     with pytest.raises(OSError, match="Input/output"):
         ended(nameless)
+
+
+def test_a_warning_is_one_line() -> None:
+    assert ended(lambda: None) == 0
+    said = warnings.formatwarning(UserWarning("a file called x\ny is odd"), UserWarning, "file.py", 1)
+    assert said == "warning: a file called x y is odd\n"
 
 
 def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:

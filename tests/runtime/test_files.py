@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vaebm_fast.runtime.files import append, file_sha256, replacing, write
+from tests.helpers.file_systems import NOT_SUPPORTED, files_of_at_most, refuse, refuse_fsync_of_folders
+from vaebm_fast.runtime.files import (
+    append,
+    expanded,
+    file_sha256,
+    remove_temporaries,
+    replacing,
+    require_writable,
+    write,
+)
 
 
 def test_a_file_is_replaced_whole_and_its_hash_is_returned(tmp_path: Path) -> None:
@@ -33,14 +42,87 @@ def test_after_an_error_the_old_file_is_there_and_no_temporary(error: BaseExcept
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the kernel refuses to write beyond this
-    try:
-        with pytest.raises(OSError) as raised:
-            write(tmp_path / "file", bytes(1 << 16))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert raised.value.filename is not None and not list(tmp_path.iterdir())
+    with files_of_at_most(4096), pytest.raises(OSError) as raised:
+        write(tmp_path / "file", bytes(1 << 16))
+    assert raised.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", NOT_SUPPORTED)
+def test_a_mount_without_fsync_of_folders_is_no_error(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    refuse_fsync_of_folders(monkeypatch, number)
+    write(tmp_path / "file", "new", durable=True)
+    assert (tmp_path / "file").read_text() == "new" and not recwarn.list
+
+
+def test_a_mount_without_any_fsync_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = refuse(monkeypatch, os, "fsync", errno.EINVAL)
+    write(tmp_path / "file", "new", durable=True)
+    append(tmp_path / "file", b"er")
+    assert (tmp_path / "file").read_text() == "newer" and len(calls) == 3
+
+
+def test_a_folder_that_fails_to_sync_is_told_of_without_denying_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_fsync_of_folders(monkeypatch, errno.EIO)
+    with pytest.warns(UserWarning, match="file is written, but a power cut may still undo it .Input/output error"):
+        write(tmp_path / "file", "new", durable=True)
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_file_that_fails_to_sync_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "file", "old")
+    refuse(monkeypatch, os, "fsync", errno.EIO)
+    with pytest.raises(OSError) as raised:
+        write(tmp_path / "file", "new", durable=True)
+    assert raised.value.filename == str(tmp_path / "file") and (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_mount_that_refuses_modes_is_no_error(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = refuse(monkeypatch, os, "chmod", number)
+    write(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new" and calls
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for wrong, kind in ((tmp_path / "file" / "x", NotADirectoryError), (tmp_path / "no" / "x", FileNotFoundError)):
+        with pytest.raises(kind) as raised:
+            require_writable(wrong)
+        assert raised.value.filename == str(wrong)
+    with pytest.raises(IsADirectoryError) as raised:
+        require_writable(tmp_path)
+    assert raised.value.filename == str(tmp_path)
+
+
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for refused in (require_writable, lambda path: write(path, "x")):
+        with pytest.raises(OSError, match="Is a device or a pipe, not a file"):
+            refused(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_temporaries_of_the_dead_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "file") as temporary:
+        left = [temporary, tmp_path / f".other.txt.{'a' * 32}.tmp"]
+        others = [tmp_path / name for name in (".x.tmp", "file", f"y.{'a' * 32}.tmp", f".y.{'A' * 32}.tmp")]
+        for path in (*left, *others):
+            path.touch()
+        remove_temporaries(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted(others)
+        raise KeyboardInterrupt
+
+
+def test_a_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert [str(expanded(path)) for path in ("~/x", "~", "a/~", "./~")] == ["/home/ada/x", "/home/ada", "a/~", "~"]
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -64,6 +146,12 @@ def test_temporaries_lie_beside_the_file_or_where_the_caller_says(tmp_path: Path
         assert temporary.parent == tmp_path
     with replacing(tmp_path / "file", temporaries=tmp_path / "tmp") as temporary:
         assert temporary.parent == tmp_path / "tmp"
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\N{GRINNING FACE}" * 63])
+def test_names_may_be_as_long_as_the_file_system_takes(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name, "content")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_links_and_the_umask_are_respected(tmp_path: Path) -> None:
