@@ -5,7 +5,7 @@ those names and meanings. This package owns names, defaults and validation. Its 
 `NoiseLayout`, which splits an image's noise vector.
 """
 
-from vaebm_fast.config._fields import to_json
+from vaebm_fast.config._fields import PlainFields, plain, to_json, whole_number
 from vaebm_fast.config.chain import POTENTIALS, ChainConfig, Potential, require_potential, require_temperature
 from vaebm_fast.config.energy import (
     ENERGY_ARCHS,
@@ -37,6 +37,7 @@ __all__ = [
     "Likelihood",
     "NVAEConfig",
     "NoiseLayout",
+    "PlainFields",
     "Placement",
     "Potential",
     "Preset",
@@ -49,7 +50,9 @@ __all__ = [
     "format_blocks",
     "nvae_from_json",
     "parse_blocks",
+    "plain",
     "require_potential",
     "require_temperature",
     "to_json",
+    "whole_number",
 ]

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from vaebm_fast.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from vaebm_fast.config.energy import EnergyConfig
     from vaebm_fast.config.nvae import NVAEConfig
+
+
+def plain(value: Any) -> Any:
+    """Scalars of other libraries, such as NumPy and torch, as Python's; arrays and sequences of them as tuples."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(plain, value))
+    is_foreign = not isinstance(value, (int, float, str)) and hasattr(value, "__float__")  # Fraction, Decimal
+    return float(value) if is_foreign else value
+
+
+class PlainFields:
+    """Base of frozen dataclasses: turns their fields into Python's scalars, which JSON and checkpoints can hold.
+
+    Raises UserError for an int field that is not a whole number and a float field that is not a number.
+    """
+
+    def __post_init__(self) -> None:
+        for name, entry in self.__dataclass_fields__.items():  # type: ignore[attr-defined]
+            value = plain(getattr(self, name))
+            if entry.type == "int" or (entry.type == "int | None" and value is not None):
+                value = whole_number(name, value)
+            if entry.type == "float":
+                require(isinstance(value, (int, float)), f"{name} is {value!r}; it must be a number.")
+            object.__setattr__(self, name, value)
+
+
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """The value as an int. Raises UserError if it is not a whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} is {value!r}; it must be a whole number.") from None
 
 
 def require(condition: bool, sentence: str) -> None:

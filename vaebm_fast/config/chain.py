@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vaebm_fast.config._fields import require
+from vaebm_fast.config._fields import PlainFields, require
 from vaebm_fast.runtime.errors import UserError
 
 Potential = Literal["energy", "paper", "official"]
@@ -21,7 +21,7 @@ def require_potential(potential: str) -> None:
 
 
 @dataclass(frozen=True)
-class ChainConfig:
+class ChainConfig(PlainFields):
     """A chain of `steps` Langevin steps, named as in `LangevinSampler`; with 0 steps, samples are the NVAE's.
 
     Raises UserError for invalid values.
@@ -34,12 +34,14 @@ class ChainConfig:
     start_temperature: float = 1.0  # standard deviation of the starting noise
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_potential(self.potential)
         for name in ("temperature", "start_temperature"):
             require_temperature(name, getattr(self, name))
         require(self.steps >= 0, f"steps is {self.steps}; it must be 0 or more.")
         for size in self._sizes:
-            require(size > 0 and math.isfinite(size), f"step_size is {size}; it must be a positive number.")
+            is_positive = isinstance(size, (int, float)) and size > 0 and math.isfinite(size)
+            require(is_positive, f"step_size is {size}; it must be a positive number.")
         if isinstance(self.step_size, tuple) and len(self.step_size) != self.steps:
             count, steps = len(self.step_size), self.steps
             raise UserError(f"step_size has {count} values; a chain of {steps} steps needs 1 or {steps}.")
@@ -51,7 +53,8 @@ class ChainConfig:
     @property
     def step_sizes(self) -> tuple[float, ...]:
         """h_k for every step k."""
-        return self.step_size if isinstance(self.step_size, tuple) else (float(self.step_size),) * self.steps
+        sizes = tuple(map(float, self._sizes))
+        return sizes if isinstance(self.step_size, tuple) else sizes * self.steps
 
 
 def require_temperature(name: str, value: float) -> None:

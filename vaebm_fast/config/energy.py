@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from vaebm_fast.config._fields import known_fields, require
+from vaebm_fast.config._fields import PlainFields, known_fields, require
 from vaebm_fast.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class EnergyBlock:
+class EnergyBlock(PlainFields):
     """One residual block; channel counts are multiples of the network's width."""
 
     in_channels: int
@@ -21,7 +21,7 @@ class EnergyBlock:
 
 
 @dataclass(frozen=True)
-class EnergyConfig:
+class EnergyConfig(PlainFields):
     """A residual energy network: a first convolution, then `blocks` in order; `width` is the channel unit."""
 
     image_size: int
@@ -30,6 +30,7 @@ class EnergyConfig:
     blocks: tuple[EnergyBlock, ...]  # e.g. 1-1d 1-1 1-2d: channels in and out; d: downsamples
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.blocks) > 0, "An energy network needs at least one block.")
         require(self.width >= 1, f"width is {self.width}; it must be at least 1.")
         require(self.image_channels >= 1, f"image_channels is {self.image_channels}; it must be at least 1.")

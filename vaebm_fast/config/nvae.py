@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from vaebm_fast.config._fields import known_fields, require
+from vaebm_fast.config._fields import PlainFields, known_fields, require
 from vaebm_fast.config.noise_layout import NoiseLayout
 
 Likelihood = Literal["gaussian", "logistic_mixture", "bernoulli"]
@@ -68,7 +68,7 @@ CELL_PLANS: Mapping[ArchInstance, CellPlan] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class NVAEConfig:
+class NVAEConfig(PlainFields):
     """Architecture of an NVAE. Sizes are in pixels; `num_groups_per_scale` applies to the highest resolution."""
 
     image_size: int
@@ -96,6 +96,7 @@ class NVAEConfig:
     num_nf: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.arch_instance in CELL_PLANS,
             f"arch_instance {self.arch_instance!r} is not known; it must be one of {', '.join(CELL_PLANS)}.",

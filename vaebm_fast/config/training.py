@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vaebm_fast.config._fields import require, require_not_negative, require_positive
+from vaebm_fast.config._fields import PlainFields, require, require_not_negative, require_positive
 from vaebm_fast.config.chain import ChainConfig
 
 ReplayDtype = Literal["float32", "bfloat16"]
@@ -13,7 +13,7 @@ Placement = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
-class VAETraining:
+class VAETraining(PlainFields):
     """Stage 1, NVAE training. Rates are per iteration; portions are fractions of all iterations."""
 
     epochs: int = 400
@@ -33,13 +33,14 @@ class VAETraining:
     log_sigma_floor: float | None = None  # None as in NVAE training; VAEBM adds a floor for Gaussian pixels
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "epochs", "batch_size", "learning_rate", "adamax_eps", "kl_anneal_portion")
         require_not_negative(self, "learning_rate_min", "warmup_epochs", "weight_decay", "kl_const_portion")
         require_positive(self, "kl_const_coeff", "weight_decay_norm", "weight_decay_norm_init")
 
 
 @dataclass(frozen=True)
-class ReplayBuffer:
+class ReplayBuffer(PlainFields):
     """Replay buffer: states per process, where they are stored, and the probability of starting a chain from one."""
 
     size: int = 10_000
@@ -49,6 +50,7 @@ class ReplayBuffer:
     placement: Placement = "device"  # host: pinned memory, for when GPU memory is short
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "size")
         require_not_negative(self, "anneal_steps")
         require(
@@ -60,7 +62,7 @@ class ReplayBuffer:
 
 
 @dataclass(frozen=True)
-class EnergyTraining:
+class EnergyTraining(PlainFields):
     """Stage 2, training of the energy network with a frozen NVAE."""
 
     iterations: int = 30_000
@@ -79,6 +81,7 @@ class EnergyTraining:
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "iterations", "batch_size", "learning_rate", "init_batches")
         require_positive(self, "max_energy_gap")
         require(self.chain.steps > 0, "chain.steps is 0; negatives need at least one step.")
