@@ -18,10 +18,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.helpers.golden import case_path
-from vaebm_fast.data import TorchLoader, digits, mnist, open_source, quantise, to_input, to_tensor
+from vaebm_fast.data import TorchLoader, UnreadableDataError, digits, mnist, open_source, quantise, to_input, to_tensor
 from vaebm_fast.data.folder import ImageFolder
 from vaebm_fast.data.images import crop_square, read_image, resize_short_side
 from vaebm_fast.data.plan import plan_epoch
+from vaebm_fast.runtime.errors import UserError
 
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -94,6 +95,54 @@ def test_exif_orientation_is_applied_once(name: str, orientation: int, turns: in
     np.testing.assert_allclose(read_image(tmp_path / name, 3).astype(int), expected, atol=12)
 
 
+ODD_TAGS = {
+    "signed resolution": bytes.fromhex("011a 000a 00000001 00000026"),  # XResolution as SRATIONAL
+    "negative size": bytes.fromhex("0100 0009 00000001 fffffffb"),  # ImageWidth as SLONG -5
+    "unknown type": bytes.fromhex("0132 00ff 00000001 00000000"),
+    "outside": bytes.fromhex("9286 0007 00001000 00ffff00"),  # UserComment beyond the end
+}
+
+
+def with_exif(tags: list[bytes], tail: bytes = b"") -> bytes:
+    """A big-endian EXIF block; its directory begins at 8, `tail` is at 38 behind two entries."""
+    return (
+        b"Exif\0\0MM\0*" + bytes.fromhex("00000008") + len(tags).to_bytes(2, "big") + b"".join(tags) + bytes(4) + tail
+    )
+
+
+@pytest.mark.parametrize("odd", ODD_TAGS)
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_an_image_is_turned_whatever_else_its_metadata_hold(name: str, odd: str, tmp_path: Path) -> None:
+    orientation = bytes.fromhex("0112 0003 00000001 0006 0000")
+    tags = sorted([orientation, ODD_TAGS[odd]])
+    stored = halves("RGB", (0, 0, 0), (240, 240, 240))
+    stored.save(tmp_path / name, exif=with_exif(tags, bytes.fromhex("ffffffff 00000002")))
+    expected = np.rot90(np.asarray(stored), -1)
+    np.testing.assert_allclose(read_image(tmp_path / name, 3).astype(int), expected, atol=12)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0broken", with_exif([bytes.fromhex("0112 0002 00000004 36000000")]), with_exif([b"\x01\x12"])]
+)
+def test_an_orientation_that_cannot_be_read_is_none(exif: bytes, tmp_path: Path) -> None:
+    stored = halves("RGB", (0, 0, 0), (240, 240, 240))
+    stored.save(tmp_path / "a.jpg", exif=exif)
+    np.testing.assert_allclose(read_image(tmp_path / "a.jpg", 3).astype(int), np.asarray(stored), atol=12)
+
+
+def test_memory_that_runs_out_is_no_damage_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves("L", 1, 2).save(tmp_path / "a.png")
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", full)
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "a.png", 3)
+    with pytest.raises(UnreadableDataError, match="The images of step 3 do not fit in memory"):
+        TorchLoader(open_source(tmp_path, image_size=8, image_channels=3), 1).batch(3)
+
+
 def damaged_files(folder: Path) -> dict[str, Path]:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     paths = {name: folder / name for name in ("cut.jpg", "cut.png", "empty.png", "text.png", "header.gif", "float.tif")}
@@ -156,7 +205,6 @@ def test_a_folder_is_read_in_the_order_of_relative_paths_whatever_the_case(tmp_p
     for name in ("b/2.PNG", "b/10.jpeg", "a.JPG", "c/d/e.Tiff"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         halves("RGB", (1, 1, 1), (2, 2, 2)).save(tmp_path / name)
-    (tmp_path / "b" / "notes.txt").write_text("not an image")
     source = ImageFolder(tmp_path, image_size=8, image_channels=3)
     assert [path.relative_to(tmp_path).as_posix() for path in source.files] == [
         "a.JPG", "b/10.jpeg", "b/2.PNG", "c/d/e.Tiff",
@@ -218,6 +266,40 @@ def test_idx_images_are_padded_with_zeros_and_carry_their_labels(suffix: str, tm
     assert held_out.labels is None and (held_out.read(np.arange(2)) == images[:2, ..., None]).all()
 
 
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "{}.idx{}-ubyte",
+        "raw/{}-idx{}-ubyte",
+        "MNIST/raw/{}-idx{}-ubyte",
+        "raw/{}.idx{}-ubyte",
+        "{0}-idx{1}-ubyte/{0}-idx{1}-ubyte",
+        "MNIST/{}-idx{}-ubyte",
+    ],
+)
+def test_idx_files_are_found_as_common_tools_leave_them(layout: str, end: str, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), np.uint8)
+    for subset, count in (("train", 5), ("t10k", 3)):
+        for what, magic, array in (("images", 2051, images), ("labels", 2049, np.arange(5, dtype=np.uint8))):
+            path = tmp_path / (layout.format(f"{subset}-{what}", 3 if what == "images" else 1) + end)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_idx(path, magic, array[:count])
+    source = open_source(tmp_path, image_size=28, image_channels=1)
+    assert (source.read(np.arange(5))[..., 0] == images).all() and source.labels is not None
+    assert source.labels.tolist() == [0, 1, 2, 3, 4]
+    assert len(open_source(tmp_path, image_size=32, image_channels=3, split="held_out")) == 3
+
+
+def test_several_data_sets_of_idx_files_are_named(tmp_path: Path) -> None:
+    for name in ("MNIST", "FashionMNIST"):
+        (tmp_path / name / "raw").mkdir(parents=True)
+        write_idx(tmp_path / name / "raw" / "train-images-idx3-ubyte", 2051, np.zeros((1, 28, 28), np.uint8))
+    with pytest.raises(UserError, match="holds several data sets: .*FashionMNIST/raw, .*/MNIST/raw. Name one"):
+        open_source(tmp_path, image_size=28, image_channels=1)
+    assert len(open_source(tmp_path / "MNIST", image_size=28, image_channels=1)) == 1
+
+
 @pytest.mark.parametrize(
     "file, magic, shape, cut, sentence",
     [
@@ -267,18 +349,29 @@ def test_a_split_folder_reads_its_own_part(tmp_path: Path) -> None:
     assert sizes == {"train": 3, "held_out": 2}
 
 
+def test_images_beside_the_folders_of_a_split_are_told_of(tmp_path: Path) -> None:
+    for name in ("train/1.png", "val/2.png", "extra/3.png", "4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    (tmp_path / "readme.txt").touch()
+    (tmp_path / ".git").mkdir()
+    said = f"{tmp_path}: only train/ is read; 2 folders and images beside it are left out, such as 4.png"
+    with pytest.warns(UserWarning, match=said):
+        assert len(open_source(tmp_path, image_size=8, image_channels=1)) == 1
+
+
 @pytest.mark.parametrize(
     "name, options, error, sentence",
     [
         ("missing", {}, FileNotFoundError, "missing does not exist"),
         ("file.zip", {}, ValueError, r"file\.zip is a file"),
-        ("empty", {}, ValueError, "empty has no images: none of 0 files"),
-        ("texts", {}, ValueError, "texts has no images: none of 1 files"),
-        ("images", {"split": "held_out"}, ValueError, "images has no held-out images"),
+        ("empty", {}, ValueError, "empty has no images: it is empty"),
+        ("texts", {}, ValueError, "texts has no images: none of its 1 files is one: 1 without"),
+        ("images", {"split": "held_out"}, ValueError, "images has no held-out images.*--split train"),
         ("images", {"split": "test"}, ValueError, "split is 'test'; it must be train or held_out"),
         ("images", {"image_channels": 2}, ValueError, "image_channels is 2"),
         ("images", {"image_size": 0}, ValueError, "image_size is 0"),
-        ("idx", {"split": "held_out"}, FileNotFoundError, "idx has neither t10k-images"),
+        ("idx", {"split": "held_out"}, FileNotFoundError, "idx has neither t10k-images.*--split train"),
     ],
 )
 def test_a_source_that_does_not_fit_is_one_sentence(

@@ -124,7 +124,8 @@ def test_random_crops_move_the_window_and_are_central_otherwise(tmp_path: Path) 
 
 def test_settings_name_the_data_and_its_augmentation() -> None:
     assert TorchLoader(numbered(12), 4, horizontal_flip=True).settings() == {
-        "data": "numbered, 12 images",
+        "images": 12,
+        "data_sha256": numbered(12).digest(),
         "horizontal_flip": True,
         "random_crop": False,
     }

@@ -8,22 +8,53 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from vaebm_fast.data.folder import is_hidden
 from vaebm_fast.runtime.errors import UserError
 
+SUBSETS = ("train", "t10k")
 IMAGES_MAGIC = 2051
 LABELS_MAGIC = 2049
 
 
-def find_idx(folder: Path, stem: str) -> Path | None:
-    """`folder/stem` if it exists, else `folder/stem.gz`, else None."""
-    candidates = (folder / stem, folder / f"{stem}.gz")
-    return next((path for path in candidates if path.is_file()), None)
+def find_idx(folder: Path, subset: str, what: Literal["images", "labels"]) -> Path | None:
+    """The file of `subset`, train or t10k, in `folder`; None if there is none.
+
+    Names are those of the original (train-images-idx3-ubyte) and of common copies (train-images.idx3-ubyte; a folder
+    with the file of the same name in it), each also with .gz.
+    """
+    kind = 3 if what == "images" else 1
+    names = [f"{subset}-{what}{mark}idx{kind}-ubyte" for mark in "-."]
+    nested = [f"{name}/{name}" for name in names]
+    candidates = (folder / f"{name}{end}" for name in (*names, *nested) for end in ("", ".gz"))
+    return next((path for path in candidates if os.path.isfile(path)), None)
+
+
+def find_folder(root: Path) -> Path | None:
+    """The folder with the idx files of `root`: itself, its raw/, one of its folders, or the raw/ of one; else None.
+
+    Raises UserError if several of its folders have some.
+    """
+
+    def holds_images(folder: Path) -> bool:
+        return any(find_idx(folder, subset, "images") for subset in SUBSETS)
+
+    for folder in (root, root / "raw"):
+        if holds_images(folder):
+            return folder
+    with os.scandir(root) as entries:
+        inner = sorted(Path(entry.path) for entry in entries if not is_hidden(entry.name) and os.path.isdir(entry))
+    found = [folder for path in inner for folder in (path, path / "raw") if holds_images(folder)]
+    if len(found) > 1:
+        raise UserError(f"{root} holds several data sets: {', '.join(map(str, found))}. Name one of these folders.")
+    return found[0] if found else None
 
 
 def read_images(path: Path) -> npt.NDArray[np.uint8]:

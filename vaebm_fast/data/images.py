@@ -17,30 +17,60 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from vaebm_fast.runtime.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
-def read_image(path: Path, channels: int) -> Pixels:
-    """Decode a file to uint8 [H, W, channels], upright; channels is 1 or 3.
+class UnreadableImageError(UserError):
+    """An image file cannot be read; `image` is its name in the source, `fault` the message without its advice."""
 
-    Raises ValueError naming the file if it is empty, truncated, damaged, not an image, or has samples without a
-    defined range (32-bit integers, floats).
+    def __init__(self, path: Path, why: str, image: str) -> None:
+        self.image, self.fault = image, f"{path} cannot be read as an image ({why})."
+        super().__init__(f"{self.fault} Replace it or remove it.")
+
+
+def read_image(path: Path, channels: int, name: str | None = None) -> Pixels:
+    """Decode a file to uint8 [H, W, channels], upright; channels is 1 or 3. name: in its source; default: the path.
+
+    Raises UnreadableImageError if the file is missing, empty, truncated, damaged, not an image, or has samples without
+    a defined range (32-bit integers, floats).
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
+            rgb = _to_rgb(_upright(image))
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, ...
-        raise UserError(
-            f"{path} cannot be read as an image ({error}). Replace it, or remove it before a new run."
-        ) from error
+        raise UnreadableImageError(path, str(error), str(path) if name is None else name) from error
     return as_array(rgb if channels == 3 else rgb.convert("L"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; other metadata, which may be odd, is neither read nor rewritten.
+
+    An orientation that cannot be read counts as none. TIFF files are upright already: Pillow turns them on loading.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata raises as many kinds of errors as damaged images
+        return image
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def resize_short_side(pixels: Pixels, size: int) -> Pixels:

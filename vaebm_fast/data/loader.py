@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vaebm_fast.config import whole_number
+from vaebm_fast.data.images import UnreadableImageError
 from vaebm_fast.data.plan import BatchPlan
 from vaebm_fast.data.sources import ImageSource
-from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.runtime.errors import UserError, sentence
 
 MOST_WORKERS = 8  # each holds a batch in memory
 
@@ -43,6 +45,18 @@ class Loader(Protocol):
 
         A function of (plan, step, rank, world); steps may be requested in any order. Raises UnreadableDataError.
         """
+        ...
+
+    @property
+    def unreadable(self) -> set[str]:
+        """Names of the images that could not be read: only their names, not their content, identify the data.
+
+        A resumed run adds those of its checkpoint, so that they can be replaced.
+        """
+        ...
+
+    def find_unreadable(self) -> list[str]:
+        """Names of all images that cannot be read now, which are added to `unreadable`; reads every image."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -92,16 +106,18 @@ class TorchLoader:
         self.source = source
         self.plan, self.world = BatchPlan(source, batch_size, seed), world
         self._rows = self.plan.rows_of_rank(rank, world)
-        self._flip, self._crop, self._pinned = horizontal_flip, random_crop, pinned
+        self._flip, self._crop, self._pinned = bool(horizontal_flip), bool(random_crop), pinned
         self._workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
         if self._workers < 1:
             raise UserError(f"workers is {workers}; it must be at least 1.")
+        self.unreadable: set[str] = set()
         self._pool = ThreadPoolExecutor(self._workers, "vaebm-fast-data")
         self._ahead: deque[Future[Tensor]] = deque()  # of the steps from self._next on
         self._next = 0
 
     def batch(self, step: int) -> Tensor:
         """This rank's rows of the global batch of `step`: uint8 [n, H, W, C]. Raises UnreadableDataError."""
+        step = whole_number("step", step)
         if step != self._next:
             self._drop()
         self._next = step + 1
@@ -109,8 +125,13 @@ class TorchLoader:
             self._ahead.append(self._pool.submit(self._read, step + len(self._ahead)))
         try:
             return self._ahead.popleft().result()
+        except UnreadableImageError as error:
+            self.unreadable.add(error.image)
+            raise UnreadableDataError(error.fault) from error
         except (UserError, OSError) as error:
-            raise UnreadableDataError(str(error)) from error
+            raise UnreadableDataError(sentence(error)) from error
+        except MemoryError as error:
+            raise UnreadableDataError(f"The images of step {step} do not fit in memory.") from error
 
     def close(self) -> None:
         """Stop reading ahead and end the threads, each after the batch that it is reading."""
@@ -131,10 +152,18 @@ class TorchLoader:
         batch = torch.from_numpy(images)
         return batch.pin_memory() if self._pinned else batch
 
+    def find_unreadable(self) -> list[str]:
+        """Names of all images that cannot be read now, which are added to `unreadable`; reads every image."""
+        names = self.source.find_unreadable()
+        self.unreadable.update(names)
+        return names
+
     def settings(self) -> dict[str, Any]:
-        """JSON values that must match to resume: the source's name and size, flips and crops."""
-        return {
-            "data": f"{self.source.name}, {len(self.source)} images",
+        """JSON values that must match to resume: number and digest of the images, flips and crops."""
+        settings = {
+            "images": len(self.source),
+            "data_sha256": self.source.digest(self.unreadable),
             "horizontal_flip": self._flip,
             "random_crop": self._crop,
         }
+        return {**settings, "unreadable": sorted(self.unreadable)} if self.unreadable else settings

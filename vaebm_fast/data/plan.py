@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 import numpy as np
 import numpy.typing as npt
 
+from vaebm_fast.config import whole_number
 from vaebm_fast.data.sources import ImageSource
 from vaebm_fast.runtime.errors import UserError
 
@@ -63,6 +64,7 @@ class BatchPlan:
     """
 
     def __init__(self, source: ImageSource, batch_size: int, seed: int) -> None:
+        batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed)
         self.batches_per_epoch = batches_per_epoch(source, batch_size)
         if not 0 <= seed < 2**64:
             raise UserError(f"seed is {seed}; it must be in 0 .. 2^64 - 1.")

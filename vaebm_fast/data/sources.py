@@ -5,7 +5,12 @@ A source returns uint8 images by index; `loader` owns order, batches and devices
 
 from __future__ import annotations
 
+import hashlib
+import os
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vaebm_fast.data import idx
-from vaebm_fast.data.folder import ImageFolder
+from vaebm_fast.data.folder import EXTENSIONS, ImageFolder, is_hidden
 from vaebm_fast.data.images import Pixels, resize_short_side
 from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.runtime.files import expanded
 
 Split = Literal["train", "held_out"]
 
 HELD_OUT_FOLDERS = ("held_out", "validation", "val", "test")
-IDX_PREFIXES = {"train": "train", "held_out": "t10k"}
+IDX_SUBSETS = {"train": "train", "held_out": "t10k"}
 DIGITS_SPLIT_KEY = 1797
 
 
@@ -48,6 +54,17 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    def digest(self, without: Collection[str] = ()) -> str:
+        """SHA-256 that identifies the images and their order, wherever they lie. Constant.
+
+        Of images named in `without`, the content does not count.
+        """
+        ...
+
+    def find_unreadable(self) -> list[str]:
+        """Names of all images that cannot be read; reads every image."""
+        ...
+
     def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
         """The images at `indices` [n] as a new array, uint8 [n, H, W, C].
 
@@ -74,6 +91,20 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.images)
 
+    def digest(self, without: Collection[str] = ()) -> str:
+        """SHA-256 of shape and pixels; `without` has no effect, because these images have no names."""
+        return self._digest
+
+    def find_unreadable(self) -> list[str]:
+        """None: the images are in memory."""
+        return []
+
+    @cached_property
+    def _digest(self) -> str:
+        sha = hashlib.sha256(repr(self.images.shape).encode())
+        sha.update(np.ascontiguousarray(self.images).data)
+        return sha.hexdigest()
+
     def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
         """uint8 [n, H, W, C]; `crop` has no effect on square images."""
         return self.images[indices]
@@ -85,7 +116,7 @@ def open_source(
     """Open a source by name or path: square images of side `image_size` with 1 or 3 channels.
 
     "digits": scikit-learn's handwritten digits, see `digits` ("./digits" is a folder with that name);
-    a folder with idx files: see `mnist`;
+    a folder with idx files, or with them in raw/: see `mnist`;
     any other folder: its image files. If it contains `train/` and one of `held_out/`, `validation/`, `val/`, `test/`,
     each split reads its own subfolder; otherwise all files are the train split and there is no held-out split.
 
@@ -94,12 +125,12 @@ def open_source(
     _check_shape(image_size, image_channels, split)
     if name_or_path == "digits":
         return digits(image_size=image_size, image_channels=image_channels, split=split)
-    root = Path(name_or_path)
+    root = expanded(os.fspath(name_or_path))
     if not root.exists():
         raise MissingDataError(f'{root} does not exist. Give a folder of images or idx files, or "digits".')
     if not root.is_dir():
         raise UserError(f"{root} is a file. Give the folder that contains the images or idx files.")
-    if any(idx.find_idx(root, f"{prefix}-images-idx3-ubyte") for prefix in IDX_PREFIXES.values()):
+    if idx.find_folder(root) is not None:
         return mnist(root, image_size=image_size, image_channels=image_channels, split=split)
     return ImageFolder(_split_folder(root, split), image_size=image_size, image_channels=image_channels)
 
@@ -128,14 +159,19 @@ def digits(*, image_size: int = 8, image_channels: int = 1, split: Split = "trai
 def mnist(folder: Path, *, image_size: int = 32, image_channels: int = 1, split: Split = "train") -> ArraySource:
     """Images of `train-*` (train) or `t10k-*` (held out) idx files, zero-padded on all sides to `image_size`.
 
-    28x28 becomes 32x32 with two pixels per side. Labels are read from `*-labels-idx1-ubyte` if it exists.
+    28x28 becomes 32x32 with two pixels per side. Labels are read from `*-labels-idx1-ubyte` if it exists. The files are
+    in `folder`, its raw/, or the raw/ of one of its folders; `idx.find_idx` lists their names.
     Raises FileNotFoundError or ValueError naming the file if it is missing, damaged or has the wrong shape.
     """
     _check_shape(image_size, image_channels, split)
-    stem = f"{IDX_PREFIXES[split]}-images-idx3-ubyte"
-    path = idx.find_idx(folder, stem)
+    subset, folder = IDX_SUBSETS[split], idx.find_folder(folder) or folder
+    path = idx.find_idx(folder, subset, "images")
     if path is None:
-        raise MissingDataError(f"{folder} has neither {stem} nor {stem}.gz; the {split} split needs one of them.")
+        stem = f"{subset}-images-idx3-ubyte"
+        otherwise = " Otherwise read the training images (--split train)." if split == "held_out" else ""
+        raise MissingDataError(
+            f"{folder} has neither {stem} nor {stem}.gz; the {split} split needs one of them.{otherwise}"
+        )
     images = idx.read_images(path)
     count, rows, columns = images.shape
     if count == 0:
@@ -148,12 +184,12 @@ def mnist(folder: Path, *, image_size: int = 32, image_channels: int = 1, split:
     border = (image_size - rows) // 2
     padded = np.pad(images, ((0, 0), (border, border), (border, border)))[..., None]
     return ArraySource(
-        f"{folder}, {path.name}", np.repeat(padded, image_channels, axis=3), _mnist_labels(folder, split, count)
+        f"{folder}, {path.name}", np.repeat(padded, image_channels, axis=3), _mnist_labels(folder, subset, count)
     )
 
 
-def _mnist_labels(folder: Path, split: Split, count: int) -> npt.NDArray[np.int64] | None:
-    path = idx.find_idx(folder, f"{IDX_PREFIXES[split]}-labels-idx1-ubyte")
+def _mnist_labels(folder: Path, subset: str, count: int) -> npt.NDArray[np.int64] | None:
+    path = idx.find_idx(folder, subset, "labels")
     if path is None:
         return None
     labels = idx.read_labels(path)
@@ -165,14 +201,33 @@ def _mnist_labels(folder: Path, split: Split, count: int) -> npt.NDArray[np.int6
 def _split_folder(root: Path, split: Split) -> Path:
     held_out = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), None)
     has_both = held_out is not None and (root / "train").is_dir()
-    if split == "train":
-        return root / "train" if has_both else root
+    if split == "train" and not has_both:
+        return root
     if held_out is None or not has_both:
         raise UserError(
             f"{root} has no held-out images. Split it into the folders train and {' or '.join(HELD_OUT_FOLDERS)}, "
-            "or read the training images (split train)."
+            "or read the training images (--split train)."
         )
-    return held_out
+    chosen = root / "train" if split == "train" else held_out
+    _tell_what_is_left_out(root, chosen, {"train", held_out.name})
+    return chosen
+
+
+def _tell_what_is_left_out(root: Path, chosen: Path, split_names: set[str]) -> None:
+    """Warn of folders and images beside the folders of a split."""
+    with os.scandir(root) as entries:
+        left_out = sorted(
+            entry.name
+            for entry in entries
+            if entry.name not in split_names and (os.path.isdir(entry) or Path(entry.name).suffix.lower() in EXTENSIONS)
+            if not is_hidden(entry.name)
+        )
+    if left_out:
+        warnings.warn(
+            f"{root}: only {chosen.name}/ is read; {len(left_out)} folders and images beside it are left out, such as "
+            f"{left_out[0]}.",
+            stacklevel=3,
+        )
 
 
 def _check_shape(image_size: int, image_channels: int, split: str) -> None:
@@ -180,5 +235,5 @@ def _check_shape(image_size: int, image_channels: int, split: str) -> None:
         raise UserError(f"image_size is {image_size}; it must be at least 1.")
     if image_channels not in (1, 3):
         raise UserError(f"image_channels is {image_channels}; it must be 1 (grey) or 3 (RGB).")
-    if split not in IDX_PREFIXES:
+    if split not in IDX_SUBSETS:
         raise UserError(f"split is {split!r}; it must be train or held_out.")

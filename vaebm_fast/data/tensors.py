@@ -19,7 +19,7 @@ def to_input(images: Tensor, bits: int, device: torch.device | str) -> Tensor:
     _require_bits(bits)
     levels = images.to(device, non_blocking=True).permute(0, 3, 1, 2) >> (8 - bits)
     # A tensor filled on the device: copying one would make the host wait.
-    return levels.to(torch.float32).div_(torch.full((), 2.0**bits - 1, device=device))
+    return levels.to(torch.float32).div_(torch.full((), 2.0**bits - 1, dtype=torch.float32, device=device))
 
 
 def to_tensor(images: Pixels) -> Tensor:
