@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vaebm_fast.data import ImageSource, to_tensor
 from vaebm_fast.evaluation.fidelity import Features, frechet_distance
+from vaebm_fast.models.building import building
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 30, 64, 1e-3
 SAMPLES, SAMPLING_SEEDS = 1000, 3  # per evaluation: images per sampling seed, number of sampling seeds
@@ -75,8 +76,7 @@ def train_digit_classifier(source: ImageSource, *, seed: int = 0) -> DigitClassi
     """Train a classifier on a labelled source; weights are reproducible for the same seed and machine."""
     images, labels = everything(source)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with building(seed):
         classifier = DigitClassifier()
     optimizer = torch.optim.Adam(classifier.parameters(), lr=LEARNING_RATE)
     for _ in range(EPOCHS):

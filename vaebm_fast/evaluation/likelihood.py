@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaebm_fast.chain.noise import Stream, normal, seed_tensor
-from vaebm_fast.config import NVAEConfig
+from vaebm_fast.config import NVAEConfig, whole_number
 from vaebm_fast.data import ImageSource, quantise, to_tensor
 from vaebm_fast.models.nvae import NVAE, bits_per_dim
+from vaebm_fast.runtime.devices import without_autocast
 from vaebm_fast.runtime.errors import UserError
 
 
@@ -57,6 +58,8 @@ def evaluate_likelihood(
     Both use the same samples: -mean_k log w_k and log K - logsumexp_k log w_k with w_k = p(x, z_k) / q(z_k|x); they are
     equal for K = 1. Gaussian pixels are evaluated without VAEBM's floor. progress: show a bar if stderr is a terminal.
     """
+    importance_samples = whole_number("importance_samples", importance_samples)
+    batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed)
     for name, value in (("importance_samples", importance_samples), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
@@ -68,7 +71,8 @@ def evaluate_likelihood(
             noise = [
                 layout.split(normal(seeds, k, Stream.TRAIN_POSTERIOR, layout.dim))[0] for k in range(importance_samples)
             ]
-            log_weights = vae.log_importance_weights(x, noise)
+            with without_autocast(device):
+                log_weights = vae.log_importance_weights(x, noise)
             elbos.append(-log_weights.mean(0))
             bounds.append(math.log(importance_samples) - log_weights.logsumexp(0))
             bar.update(len(rows))

@@ -213,6 +213,7 @@ class NVAE(nn.Module):
     def decode(self, eps_z: Sequence[Tensor], temperature: float = 1.0) -> Decoded:
         """Decode noise: z_g = mu_g + temperature * sigma_g * eps_g, top group first; differentiable in `eps_z`."""
         batch = self.check_noise(eps_z)
+        temperature = float(temperature)
         zs: list[Tensor] = []
         log_p_z: list[Tensor] = []
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vaebm_fast import reference
 from vaebm_fast.config import NoiseLayout, Potential, find_preset, require_potential
+from vaebm_fast.models.building import building
 from vaebm_fast.models.distributions import GaussianPixels
 from vaebm_fast.models.energy import EnergyNetwork
 from vaebm_fast.models.nvae import NVAE
@@ -49,8 +50,7 @@ class VAEBM(nn.Module):
     def from_preset(cls, name: str, seed: int = 0) -> VAEBM:
         """The preset's two networks with random weights that depend only on `seed`, in eval mode."""
         preset = find_preset(name)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with building(seed):
             model = cls(NVAE(preset.nvae), EnergyNetwork(preset.energy))
         return model.eval()
 
