@@ -61,6 +61,9 @@ class Graphs:
         self._recordings: dict[Hashable, Recording] = {}
         self._pool: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(Graphs())  # a copy captures anew: a graph belongs to the memory that it was captured in
+
     def __call__(self, function: Function, inputs: Sequence[Tensor], key: Hashable) -> Tensors:
         """`function(*inputs)`, a tuple of tensors that are not its inputs.
 

@@ -10,16 +10,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, SupportsFloat, cast, get_args, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaebm_fast import reference
 from vaebm_fast.chain.graphs import Graphs
 from vaebm_fast.chain.noise import Stream, normal, seed_tensor
-from vaebm_fast.config import ChainConfig, NoiseLayout, Potential
+from vaebm_fast.config import ChainConfig, NoiseLayout, Potential, plain, whole_number
 from vaebm_fast.ops.langevin_update import langevin_update
+from vaebm_fast.runtime.devices import without_autocast
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
 
 OnNonFinite = Literal["raise", "redo"]
@@ -31,6 +32,7 @@ REDO_STEP_SCALE = 0.1
 PotentialAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """The interface that a chain of 0 steps needs."""
 
@@ -198,6 +200,8 @@ class LangevinSampler:
     drawn from a seed. temperature: scales the latents' noise in the decoder. One chain per seed.
     A live model is frozen in float32; before each run, changed weights are folded again. For another dtype or backend
     pass `model.freeze(...)`; the caller then calls its `refresh`.
+    freeze: False runs the live model's own `potential_and_grad` and `mean_image`, more slowly and uncaptured: for
+    subclasses, hooks and other code that freezing refuses.
     capture: on CUDA, the second batch of the same size and settings is captured into a CUDA graph, and later ones are
     replays (`vaebm_fast.chain.graphs`). Other models need fixed weight addresses, or `capture=False`.
     """
@@ -207,37 +211,45 @@ class LangevinSampler:
         model: Decoder | LiveModel,
         *,
         steps: int,
-        step_size: float | Sequence[float] | Tensor,
+        step_size: SupportsFloat | Sequence[SupportsFloat] | Tensor,
         potential: Potential = "official",
         temperature: float = 1.0,
         start_temperature: float = 1.0,
+        freeze: bool = True,
         capture: bool = True,
     ) -> None:
-        chain = ChainConfig(steps, _plain_sizes(step_size), potential, temperature, start_temperature)
+        chain = ChainConfig(steps, plain(step_size), potential, temperature, start_temperature)
         self.step_sizes = chain.step_sizes
         self._followed: FrozenModel | None = None
-        if isinstance(model, LiveModel):
+        runs_live = isinstance(model, LiveModel) and not freeze
+        if isinstance(model, LiveModel) and freeze:
             model = self._followed = model.freeze()
-        if steps > 0 and not isinstance(model, ChainModel):
+        if not isinstance(model, Decoder):
+            raise UserError(f"{type(model).__name__} cannot be sampled: give a VAEBM, or its frozen form.")
+        if chain.steps > 0 and not isinstance(model, ChainModel):
             raise UserError(
                 "Langevin steps need an energy network, and this model is an NVAE alone; use steps=0, or a VAEBM."
             )
         self.model: Decoder = model
-        self.steps = steps
-        self.potential: Potential = potential
-        self._has_prior = potential == "paper"
-        self.temperature = temperature
-        self.start_temperature = start_temperature
+        self.steps = chain.steps
+        self.potential = chain.potential
+        self._has_prior = chain.potential == "paper" and not runs_live
+        self.temperature = chain.temperature
+        self.start_temperature = chain.start_temperature
         self.device = self.model.device
         self.noise_layout = self.model.noise_layout
-        self._graphs = Graphs() if capture else None
+        self._graphs = Graphs() if capture and not runs_live else None
 
     def start(self, seeds: Iterable[int] | Tensor, stream: Stream = Stream.CHAIN) -> Tensor:
         """Starting states drawn from the seeds, N(0, start_temperature^2 I), [N, D]: draw 0 of their noise."""
         return normal(self._keys(seeds), 0, stream, self.noise_layout.dim).mul_(self.start_temperature)
 
     def _keys(self, seeds: Iterable[int] | Tensor) -> Tensor:
-        return seeds if isinstance(seeds, Tensor) else seed_tensor(seeds, self.device)
+        if not isinstance(seeds, Tensor):
+            return seed_tensor(seeds, self.device)
+        if seeds.is_floating_point() or seeds.is_complex():
+            raise UserError(f"Seeds are {seeds.dtype}; they must be whole numbers.")
+        return seeds.to(torch.int64)
 
     def run(
         self,
@@ -259,6 +271,7 @@ class LangevinSampler:
         """
         if nonfinite not in ON_NON_FINITE:
             raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(ON_NON_FINITE)}.")
+        trace_every = None if trace_every is None else whole_number("trace_every", trace_every)
         if trace_every is not None and trace_every < 1:
             raise ValueError(f"trace_every is {trace_every}; it must be at least 1.")
         keys = self._keys(seeds)
@@ -286,6 +299,8 @@ class LangevinSampler:
             self._followed.refresh()
         elif isinstance(self.model, FrozenModel):
             self.model.require_fresh()  # a replay does not check
+        elif isinstance(self.model, nn.Module):
+            _require_evaluation_mode(self.model)
         if self._graphs is None or on_step is not None:
             return self._chains(keys, start, plan, on_step)
         key = (plan, self.potential, self.temperature)
@@ -294,7 +309,13 @@ class LangevinSampler:
     def _chains(
         self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None = None
     ) -> _Outcome:
-        """The chains of `keys`, finite or not."""
+        """The chains of `keys`, finite or not; the caller's autocast does not reach them."""
+        with without_autocast(self.device):
+            return self._chains_without_autocast(keys, start, plan, on_step)
+
+    def _chains_without_autocast(
+        self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None
+    ) -> _Outcome:
         every = plan.trace_every
         norms: list[Tensor] = []
         images: list[Tensor] = []
@@ -334,9 +355,10 @@ class LangevinSampler:
         batch_size: chains in memory at a time. Chains that become non-finite are redone as in `run`; raises
         NonFiniteChainError if they fail again.
         """
+        batch_size = whole_number("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        everything = list(seeds)
+        everything = [whole_number("A seed", seed) for seed in seeds]
         channels, height, width = self.noise_layout.image_shape
         images = []
         for at in range(0, len(everything), batch_size):
@@ -346,13 +368,17 @@ class LangevinSampler:
                 failed = [everything[position] for position in positions]
                 raise NonFiniteChainError(positions, failed, f" twice, the second time with {REDO_STEP_SCALE} h")
             images.append(to_uint8(chains.images).cpu())
-        return torch.cat(images) if images else torch.empty(0, height, width, channels, dtype=torch.uint8)
+        return torch.cat(images) if images else torch.empty(0, height, width, channels, dtype=torch.uint8, device="cpu")
 
 
-def _plain_sizes(step_size: float | Sequence[float] | Tensor) -> float | tuple[float, ...]:
-    """The step size, or the schedule, without tensors and lists."""
-    given: float | Sequence[float] = step_size.tolist() if isinstance(step_size, Tensor) else step_size
-    return float(given) if isinstance(given, (int, float)) else tuple(map(float, given))
+def _require_evaluation_mode(model: nn.Module) -> None:
+    """Raise UserError if an image would depend on its batch, and batch statistics would be overwritten."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    if any(module.training for module in model.modules() if isinstance(module, kinds)):
+        raise UserError(
+            "The model is in training mode, where an image depends on its batch and batch statistics would be "
+            "overwritten; call model.eval() first."
+        )
 
 
 def _positions_not_finite(nonfinite_at: Tensor) -> list[int]:

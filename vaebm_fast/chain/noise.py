@@ -67,5 +67,6 @@ def step_seeds(seed: int, step: int, batch: int, device: torch.device) -> Tensor
 
     Runs whose seeds differ by less than 2^24 share no noise seed within 2^40 images.
     """
+    seed, step, batch = map(operator.index, (seed, step, batch))  # NumPy's integers would overflow
     first = (seed << 40) + step * batch
     return seed_tensor(((first + j) % 2**64 for j in range(batch)), device)

@@ -51,7 +51,7 @@ class Entry(Part[EntryWeights]):
         watched: list[Slot] = (
             slots(vae.stem_decoder)
             if vae.config.is_vanilla
-            else [*slots(vae.dec_tower[0]), (vae._parameters, "prior_ftr0")]
+            else [*slots(vae.dec_tower[0]), (vae, "_parameters", "prior_ftr0")]
         )
         super().__init__("vae's first combiner", watched, dtype, partial(_fold_entry, vae, backends))
         self._backends = backends

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vaebm_fast.runtime.errors import NonFiniteError
 
 Weights = TypeVar("Weights", bound=tuple[Any, ...])
-Slot = tuple[dict[str, Any], str]  # where a module keeps a tensor: replaced tensors are seen too
+Slot = tuple[nn.Module, str, str]  # a module, its table of tensors, and a key there: replaced tensors are seen too
 
 
 class StaleWeightsError(RuntimeError):
@@ -19,13 +19,13 @@ class StaleWeightsError(RuntimeError):
 
 
 def slots(module: nn.Module) -> list[Slot]:
-    """Where every real-valued parameter and buffer of `module` and its submodules is kept."""
-    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    """Where every real-valued parameter and buffer of `module` and its submodules is kept, empty slots included."""
     return [
-        (table, key)
-        for table in tables
-        for key, tensor in table.items()
-        if tensor is not None and tensor.is_floating_point()
+        (part, table, key)
+        for part in module.modules()
+        for table in ("_parameters", "_buffers")
+        for key, tensor in vars(part)[table].items()
+        if tensor is None or tensor.is_floating_point()
     ]
 
 
@@ -60,18 +60,23 @@ class Part(Generic[Weights]):
         self.weights: Weights = _map(lambda tensor: _own_copy(tensor, dtype), fold())
         self._folded = self._live()
 
-    def _live(self) -> list[tuple[Tensor, int, int]]:
+    def _live(self) -> list[tuple[Tensor | None, int, int]]:
         """Every live tensor with its address and version counter, which in-place edits raise.
 
         Holds the tensors themselves, so that no replacement gets a freed one's address.
         """
-        live = [table[key] for table, key in self._watched]
-        return [(tensor, tensor.data_ptr(), tensor._version) for tensor in live]
+        live = [vars(module)[table].get(key) for module, table, key in self._watched]
+        return [(None, 0, 0) if tensor is None else (tensor, tensor.data_ptr(), tensor._version) for tensor in live]
 
     @property
     def is_stale(self) -> bool:
         """Whether a live tensor was edited or replaced since it was folded."""
         return [mark for _, *mark in self._live()] != [mark for _, *mark in self._folded]
+
+    @property
+    def has_other_tensors(self) -> bool:
+        """Whether a live tensor has gone or come."""
+        return [tensor is None for tensor, *_ in self._live()] != [tensor is None for tensor, *_ in self._folded]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -83,6 +88,18 @@ class Part(Generic[Weights]):
                     f"{self.name} is on {fresh.device} but was frozen on {kept.device}; freeze the model again."
                 )
             kept.copy_(fresh)
+        self.follow()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def adopt(self, other: Part[Weights]) -> None:
+        """Take the weights of a part of the same form into the same memory, and the modules behind it."""
+        for kept, fresh in zip(tensors_of(self.weights), tensors_of(other.weights), strict=True):
+            kept.copy_(fresh)
+        self._watched, self._fold, self._folded = other._watched, other._fold, other._folded
+
+    def follow(self) -> None:
+        """Count the live tensors, as they are now, as those that were folded."""
         self._folded = self._live()
 
     def forget(self) -> None:
