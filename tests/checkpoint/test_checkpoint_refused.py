@@ -205,3 +205,45 @@ def test_a_flipped_bit_anywhere_in_a_published_file_is_refused_or_harmless(
     except CheckpointError:
         return
     assert_same_state(loaded.state_dict(), content["model"])
+
+
+# Other pickle protocols, which torch's safe loading cannot read.
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+def test_a_newer_pickle_protocol_says_what_to_save_again_and_accuses_nobody(
+    protocol: int, zipped: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "n.pt"
+    for content, read in ((nvae_content(), load_nvae), (energy_content(), load_energy)):
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        sentence = refusal(read, path)
+        named = "0 or 1" if protocol < 2 else protocol
+        assert f"its pickle has protocol {named}, which safe loading does not read" in sentence
+        assert "pickle_protocol=2" in sentence and "imports" not in sentence
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", range(6))
+def test_an_attack_is_named_in_every_protocol(protocol: int, zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "n.pt"
+    content = {**nvae_content(), "extra": Attack(tmp_path / "evidence")}
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    assert "refused, because its pickle imports " in refusal(load_nvae, path)
+    assert "LongStorage" not in refusal(load_nvae, path) and not (tmp_path / "evidence").exists()
+
+
+def test_noise_that_begins_like_a_pickle_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "n.pt"
+    path.write_bytes(b"\x80\xc8" + bytes(range(200)))
+    assert "truncated, damaged, or not a checkpoint" in refusal(load_nvae, path)
+
+
+def test_a_folder_as_destination_is_not_told_to_be_overwritten(tmp_path: Path) -> None:
+    source = saved(tmp_path / "n.pt", nvae_content())
+    assert "Is a directory" in refusal(lambda _: convert(source, tmp_path), tmp_path)
+
+
+def test_a_conversion_that_could_not_be_written_does_not_read_its_source(tmp_path: Path) -> None:
+    assert f"{tmp_path}/no/out: No such file or directory" in refusal(
+        lambda _: convert(tmp_path / "missing.pt", tmp_path / "no" / "out"), tmp_path
+    )

@@ -29,7 +29,8 @@ from vaebm_fast.config import (
     to_json,
 )
 from vaebm_fast.models import NVAE, EnergyNetwork
-from vaebm_fast.runtime.files import file_sha256
+from vaebm_fast.models.building import building, skeleton
+from vaebm_fast.runtime.files import file_sha256, require_writable
 
 _CALLED: Mapping[Kind, str] = {"nvae": "an NVAE", "energy": "an energy network", "training": "a training state"}
 
@@ -53,7 +54,7 @@ def load_nvae(path: str | Path, *, device: str | torch.device = "cpu") -> NVAE:
     """Load the NVAE of a published file or of ours, in eval mode. Raises CheckpointError if the file is invalid."""
     file = _read(Path(path), "nvae")
     assert isinstance(file.config, NVAEConfig)
-    with torch.random.fork_rng(devices=[]):  # initialisation must not advance the caller's random state
+    with building():
         vae = NVAE(file.config)
     vae.load_state_dict(file.state)
     return vae.to(device).eval()
@@ -69,7 +70,7 @@ def load_energy(
     """
     file = _read(Path(path), "energy", arch, image_size)
     assert isinstance(file.config, EnergyConfig)
-    with torch.random.fork_rng(devices=[]):
+    with building():
         energy = EnergyNetwork(file.config)
     energy.load_state_dict(file.state)
     return energy.to(device).eval()
@@ -112,13 +113,14 @@ def convert(
     Raises CheckpointError if `destination` exists without `overwrite`, and always if both are the same file.
     """
     source, destination = Path(source), Path(destination)
-    if destination.exists():
-        if source.exists() and destination.samefile(source):
-            raise CheckpointError(f"{destination}: source and destination are the same file; name another destination.")
-        if not overwrite:
-            raise CheckpointError(
-                f"{destination}: exists already; name another destination, or allow overwriting (--overwrite)."
-            )
+    if destination.exists() and source.exists() and destination.samefile(source):
+        raise CheckpointError(f"{destination}: source and destination are the same file; name another destination.")
+    with store.naming(destination):
+        require_writable(destination)
+    if destination.exists() and not overwrite:
+        raise CheckpointError(
+            f"{destination}: exists already; name another destination, or allow overwriting (--overwrite)."
+        )
     file = _read(source, None, arch, image_size)
     info = {**file.info, "source_sha256": file_sha256(source)}
     _save(destination, file.config, file.state, info)
@@ -143,7 +145,7 @@ def describe(path: str | Path, *, arch: str | None = None, image_size: int | Non
         "kind": file.kind,
         "layout": file.layout,
         **(_nvae_facts(config) if isinstance(config, NVAEConfig) else _energy_facts(config)),
-        "parameters": sum(parameter.numel() for parameter in _skeleton(config).parameters()),
+        "parameters": sum(parameter.numel() for parameter in skeleton(config).parameters()),
         "info": file.info,
         "file_sha256": file_sha256(path),
         "content_sha256": _content_sha256(config, file.state),
@@ -249,12 +251,6 @@ def _require_kind(found: Kind, wanted: Kind | None) -> None:
         raise CheckpointError(f"this file holds {_CALLED[found]}, not {_CALLED[wanted]}.")
 
 
-def _skeleton(config: NVAEConfig | EnergyConfig) -> NVAE | EnergyNetwork:
-    """The network on the meta device: names, shapes and counts without weights."""
-    with torch.device("meta"):
-        return NVAE(config) if isinstance(config, NVAEConfig) else EnergyNetwork(config)
-
-
 def _check(config: NVAEConfig | EnergyConfig, state: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless `state` has the network's keys and shapes, and finite values."""
     expected = _forms(config)
@@ -274,7 +270,7 @@ def _check(config: NVAEConfig | EnergyConfig, state: Mapping[str, Tensor]) -> No
 @cache
 def _forms(config: NVAEConfig | EnergyConfig) -> dict[str, str]:
     """Expected kind and shape of each tensor; cached, because building a skeleton takes longer than reading a file."""
-    return {key: _form(value) for key, value in _skeleton(config).state_dict().items()}
+    return {key: _form(value) for key, value in skeleton(config).state_dict().items()}
 
 
 def _form(tensor: Tensor) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import pickle
 import pickletools
 import re
-import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -33,6 +33,8 @@ _OLD_FILES_LACK: Mapping[str, Any] = {
 _SIDES = {"mnist": 32, "omniglot": 32, "stacked_mnist": 32, "cifar10": 32, "ffhq": 256}
 _BINARY = ("mnist", "omniglot")  # 28x28 images padded by 2 on each side
 _DERIVED = ("image_size", "image_channels", "likelihood", "num_mixture_dec", "uncounted_border")
+READ_PROTOCOLS = (2, 3)  # by torch.load with weights_only=True
+LEGACY_MAGIC = b"L1195470"  # begins a legacy file in protocols 0 and 1
 DOS_FOLDER = 0x10  # attribute bit of a zip record
 _COPIED = tuple(entry.name for entry in fields(NVAEConfig) if entry.name not in _DERIVED)
 
@@ -40,21 +42,30 @@ _COPIED = tuple(entry.name for entry in fields(NVAEConfig) if entry.name not in 
 def unpickle(path: Path) -> dict[str, Any]:
     """The dictionary in a `torch.save` file, zip or legacy; the only Python class allowed is `argparse.Namespace`.
 
-    Raises CheckpointError for a damaged file, and for a pickle that imports anything else, naming the import.
+    Raises CheckpointError for a damaged file, for a pickle that imports anything else, naming the import, and for a
+    pickle protocol that torch's safe loading cannot read. Leaves `argparse.Namespace` among torch's safe globals:
+    removing it would race with loads in other threads.
     """
     try:
         _check_archive(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about pickle protocols; unreadable ones are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        protocol = _protocol(path)
+        if protocol not in READ_PROTOCOLS:
+            asked = _foreign_imports(path)
+            if asked:
+                raise _accusation(asked)
+            raise CheckpointError(
+                f"its pickle has protocol {protocol or '0 or 1'}, which safe loading does not read. Save it again "
+                "where it was made, with torch.save(..., pickle_protocol=2), the default."
+            )
+        torch.serialization.add_safe_globals([argparse.Namespace])
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # damaged files can make the unpickler raise almost any exception
-        asked = _refused(path, error)
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        asked = named[1] if named else _foreign_imports(path)
         if asked:
-            raise CheckpointError(
-                f"refused, because its pickle imports {asked}; a checkpoint needs only tensors and argparse.Namespace."
-            ) from error
+            raise _accusation(asked) from error
         raise CheckpointError("the file is truncated, damaged, or not a checkpoint; download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"the file contains a {type(content).__name__}, not a checkpoint dictionary.")
@@ -78,12 +89,15 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"the file is damaged: {folders[0]} is marked as a folder; download it again.")
 
 
-def _refused(path: Path, error: Exception) -> str:
-    """Imports that the unpickler refused: from its message or, for unsupported protocols, from a static scan."""
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    if named:
-        return named[1]
-    usual = ("argparse.Namespace", "collections.OrderedDict")
+def _accusation(asked: str) -> CheckpointError:
+    return CheckpointError(
+        f"refused, because its pickle imports {asked}; a checkpoint needs only tensors and argparse.Namespace."
+    )
+
+
+def _foreign_imports(path: Path) -> str:
+    """What the pickles of a file import besides tensors and namespaces; empty if nothing else."""
+    usual = ("argparse.Namespace", "collections.OrderedDict", "copy_reg._reconstructor", "__builtin__.object")
     names: list[str] = []
     with contextlib.suppress(Exception):  # damaged, or past the last pickle: use the names found so far
         names.extend(_imports(path))
@@ -92,21 +106,46 @@ def _refused(path: Path, error: Exception) -> str:
 
 def _imports(path: Path) -> Iterator[str]:
     """Names imported by the pickles of a file, in order, without executing them. Propagates read errors."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            data = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
-    else:
-        data = path.read_bytes()
-    strings: list[str] = []
+    data = _pickles(path)
     stream = io.BytesIO(data)
     while stream.tell() < len(data):
-        for opcode, argument, _ in pickletools.genops(stream):
+        memo: dict[int, str | None] = {}
+        pushed: list[str | None] = []  # what each opcode pushed, if it is a string
+        for opcode, found, _ in pickletools.genops(stream):
+            argument: Any = found
             if opcode.name == "GLOBAL":
                 yield str(argument).replace(" ", ".")
             elif opcode.name == "STACK_GLOBAL":
-                yield ".".join(strings[-2:])
-            elif isinstance(argument, str):
-                strings.append(argument)
+                yield ".".join(name or "?" for name in pushed[-2:])
+            if opcode.name == "MEMOIZE":
+                memo[len(memo)] = pushed[-1]
+            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = pushed[-1]
+            elif opcode.name in ("BINGET", "LONG_BINGET"):
+                pushed.append(memo.get(argument))
+            elif opcode.name not in ("PROTO", "FRAME"):
+                pushed.append(argument if isinstance(argument, str) else None)
+
+
+def _protocol(path: Path) -> int:
+    """The pickle protocol of a file; 0 stands for 0 and 1, which no byte tells apart; 2 for what is no pickle."""
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        head = _pickles(path)[:8]
+    else:
+        with path.open("rb") as file:
+            head = file.read(8)
+    if head[:1] == pickle.PROTO and head[1:2] and head[1] <= pickle.HIGHEST_PROTOCOL:
+        return head[1]
+    return 0 if (is_zip and head) or head.startswith(LEGACY_MAGIC) else 2
+
+
+def _pickles(path: Path) -> bytes:
+    """The pickles of a file; those of a legacy file are followed by its tensors."""
+    if not zipfile.is_zipfile(path):
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
 
 
 def kind(content: Mapping[str, Any]) -> Kind:

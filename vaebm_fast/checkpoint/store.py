@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vaebm_fast.config import plain
 from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.runtime.files import replacing
 
@@ -74,7 +75,10 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     Raises CheckpointError if the disk is full or the folder is not writable; the old file then stays unchanged and no
     temporary file remains.
     """
-    text = json.dumps({**meta, "format_version": FORMAT_VERSION}, sort_keys=True)
+    try:
+        text = json.dumps({**meta, "format_version": FORMAT_VERSION}, sort_keys=True, default=_jsonable)
+    except TypeError as error:  # a key
+        raise CheckpointError(f"{path}: information about a checkpoint must be JSON values ({error}).") from error
     stored = _storable(tensors)
     try:
         with replacing(path, durable=True) as temporary:
@@ -82,6 +86,14 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(f"{path}: could not be written ({why}); any previous file is unchanged.") from error
+
+
+def _jsonable(value: Any) -> Any:
+    """NumPy's and torch's scalars and arrays as Python's."""
+    known = plain(value)
+    if known is value:
+        raise CheckpointError(f"Information about a checkpoint must be JSON values, but {value!r} is none.")
+    return known
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
