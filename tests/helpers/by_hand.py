@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vaebm_fast.training.energy import EnergyUpdate
 
 Vectors = dict[str, dict[str, Tensor]]
 
@@ -120,6 +123,33 @@ def seen_by(module: nn.Module, run: Callable[[], object]) -> list[Tensor]:
     finally:
         hook.remove()
     return seen
+
+
+class _Seen:
+    """Stands for a network and keeps its inputs, without a hook, which freezing refuses."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Any:
+        self.inputs.append(x)
+        return self._network(x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+
+def seen_by_energy_update(update: EnergyUpdate, run: Callable[[], object]) -> list[Tensor]:
+    """The images of each call of the energy network by its update during `run`."""
+    network = update.energy
+    seen = _Seen(network)
+    update.energy = seen  # type: ignore[assignment]
+    try:
+        run()
+    finally:
+        update.energy = network
+    return seen.inputs
 
 
 def largest_change_error(before: nn.Module, after: nn.Module, expected: nn.Module) -> float:

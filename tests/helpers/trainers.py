@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from vaebm_fast.config import PRESETS
 from vaebm_fast.data import ImageSource, TorchLoader, digits
 from vaebm_fast.models import NVAE
+from vaebm_fast.models.building import building
 from vaebm_fast.training import EnergyTrainer, VAETrainer
 
 TINY = replace(
@@ -28,10 +27,11 @@ def vae_trainer(source: ImageSource = SOURCE, **changes: Any) -> VAETrainer:
 
 def energy_trainer(**changes: Any) -> EnergyTrainer:
     """Six steps of stage 2 against an NVAE that knows nothing; `changes` to the training or to its chain."""
-    torch.manual_seed(0)
     options = {"iterations": 6, "batch_size": 8, "steps": 2, **changes}
     training = PRESETS["digits"].energy_training
     of_chain = {name: options.pop(name) for name in ("steps", "step_size", "potential") if name in options}
     training = replace(training, chain=replace(training.chain, **of_chain), **options)
     loader = TorchLoader(SOURCE, training.batch_size, seed=5)
-    return EnergyTrainer(NVAE(TINY), TINY_ENERGY, training, loader, seed=5)
+    with building(0):
+        vae = NVAE(TINY)
+    return EnergyTrainer(vae, TINY_ENERGY, training, loader, seed=5)

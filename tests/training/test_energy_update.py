@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers.builders import SMALL_ENERGY
-from tests.helpers.by_hand import ClippedAdam, largest_change_error, seen_by, spectral_sum, start_vectors
+from tests.helpers.by_hand import (
+    ClippedAdam,
+    largest_change_error,
+    seen_by,
+    seen_by_energy_update,
+    spectral_sum,
+    start_vectors,
+)
 from tests.helpers.trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer
 from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.chain.noise import Stream, normal, step_seeds
@@ -21,7 +28,7 @@ from vaebm_fast.data import TorchLoader
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
 from vaebm_fast.models.layers import DecoderCombiner, WNConv2d
 from vaebm_fast.training import EnergyTrainer
-from vaebm_fast.training.energy import EnergyUpdate
+from vaebm_fast.training.energy import EnergyUpdate, clip_by_second_moment
 
 TRAINING = EnergyTraining(
     learning_rate=5e-3, beta1=0.7, beta2=0.9, weight_decay=0.1, spectral_coeff=0.3, ema_decay=0.8, buffer=None
@@ -143,13 +150,13 @@ def test_negatives_are_images_of_chains_at_the_present_energy(mean: bool, potent
 
 def test_an_update_gets_the_steps_images_and_the_ends_of_the_steps_chains() -> None:
     trainer, other = energy_trainer(), energy_trainer()
-    positive, negative = seen_by(trainer.model.energy, lambda: trainer.step(1))
+    positive, negative = seen_by_energy_update(trainer.update, lambda: trainer.step(1))
     assert not positive.requires_grad and not negative.requires_grad
     assert torch.equal(negative, other.negatives(1))
     pixels = (255 * positive).round().byte().flatten(1)
     images = {bytes(image.flatten()) for image in SOURCE.images}
     assert all(bytes(row.numpy()) in images for row in pixels)
-    other, _ = seen_by(trainer.model.energy, lambda: trainer.step(2))
+    other, _ = seen_by_energy_update(trainer.update, lambda: trainer.step(2))
     assert not torch.equal(positive, other)
 
 
@@ -258,3 +265,17 @@ def test_samples_on_the_way_are_those_of_the_averaged_network() -> None:
         images.append(sampler.sample(range(16)))
     assert torch.equal(trainer.sample_images(), images[0])
     assert not torch.equal(images[0], images[1])
+
+
+def test_the_clip_is_the_same_under_any_default_dtype() -> None:
+    """Adam keeps its step number in the default dtype, and the powers of float32 and float64 numbers differ."""
+    clipped = []
+    for dtype in (torch.float32, torch.float64):
+        parameter = torch.nn.Parameter(torch.zeros(1000))
+        optimizer = torch.optim.Adam([parameter], betas=(0.9, 0.999))
+        parameter.grad = torch.full_like(parameter, 1e6)
+        moments = torch.linspace(1, 2, 1000)
+        optimizer.state[parameter] = {"step": torch.tensor(7.0, dtype=dtype), "exp_avg_sq": moments}
+        clip_by_second_moment(optimizer)
+        clipped.append(parameter.grad.clone())
+    assert torch.equal(*clipped)

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,22 @@ from torch import Tensor, nn
 import vaebm_fast as vf
 from tests.helpers.trainers import QUIET, SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 from vaebm_fast import reference
-from vaebm_fast.checkpoint import CheckpointError
+from vaebm_fast.checkpoint import CheckpointError, describe
 from vaebm_fast.config import PRESETS, ChainConfig, EnergyTraining, ReplayBuffer, VAETraining
 from vaebm_fast.data import TorchLoader, digits
 from vaebm_fast.models import NVAE
 from vaebm_fast.models.nvae import bits_per_dim
 from vaebm_fast.report import save_grid
-from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
+from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, readjust, train
 from vaebm_fast.training.energy import clip_by_second_moment
 from vaebm_fast.training.guard import DivergedError, DivergenceGuard
 from vaebm_fast.training.losses import balanced_kl, kl_alpha, kl_coeff, learning_rate
-from vaebm_fast.training.readjust import load_readjusted_nvae, readjust_batch_norm, readjusted_path
+from vaebm_fast.training.readjust import (
+    load_readjusted_nvae,
+    readjust_batch_norm,
+    readjust_file,
+    readjusted_path,
+)
 from vaebm_fast.training.spectral import NORMALIZE_EPS, SpectralRegulariser
 
 
@@ -396,3 +402,52 @@ def test_a_chain_is_saved_flat_so_that_checkpoints_of_older_versions_continue() 
     settings = energy_trainer().settings()
     assert (settings["steps"], settings["step_size"], settings["potential"]) == (2, 0.15, "paper")
     assert "chain" not in settings
+
+
+def test_a_readjusted_network_is_returned_even_if_it_cannot_be_kept(tmp_path: Path) -> None:
+    path = tmp_path / "nvae.safetensors"
+    vf.save_nvae(fresh_nvae(), path)
+    expected = load_readjusted_nvae(path, 0.7, batches=2)
+    readjusted_path(path, 0.7).unlink()
+    readjusted_path(path, 0.7).mkdir()
+    with pytest.warns(UserWarning, match="The readjusted NVAE is not kept for later: .*bn-t0.7.safetensors"):
+        found = load_readjusted_nvae(path, np.float32(0.7), batches=np.int64(2))  # type: ignore[arg-type]
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
+
+
+def test_a_readjustment_that_could_not_be_written_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "nvae.safetensors"
+    vf.save_nvae(fresh_nvae(), path)
+    readjust_file(path, tmp_path / "out.safetensors", 0.7, batches=2)
+    written = (tmp_path / "out.safetensors").read_bytes()
+    monkeypatch.setattr(readjust, "readjust_batch_norm", None)
+    readjust_file(path, tmp_path / "out.safetensors", 0.7, batches=2)  # it is there
+    with pytest.raises(OSError) as raised:
+        readjust_file(path, tmp_path / "no" / "out.safetensors", 0.7, batches=2)
+    assert raised.value.filename == str(tmp_path / "no" / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == written
+
+
+def test_a_readjustment_replaces_neither_its_source_nor_another_file(tmp_path: Path) -> None:
+    path, other = tmp_path / "nvae.safetensors", tmp_path / "other"
+    vf.save_nvae(fresh_nvae(), path)
+    other.write_text("precious")
+    before = path.read_bytes()
+    for out, sentence in ((path, "is the NVAE to readjust"), (other, "exists already; .*--overwrite")):
+        with pytest.raises(ValueError, match=f"{out} {sentence}"):
+            readjust_file(path, out, 0.7, batches=1)
+    with pytest.raises(ValueError, match="is the NVAE to readjust"):
+        readjust_file(path, path, 0.7, batches=1, overwrite=True)
+    assert path.read_bytes() == before and other.read_text() == "precious"
+    readjust_file(path, other, 0.7, batches=1, overwrite=True)
+    with pytest.raises(ValueError, match="exists already"):
+        readjust_file(path, other, 0.7, batches=2)
+    cache = readjusted_path(path, 0.7)
+    cache.write_text("damaged")
+    readjust_file(path, cache, 0.7, batches=1)  # the default name needs no permission
+    readjust_file(path, cache.parent / "." / cache.name, 0.7, batches=2)
+    assert describe(cache)["info"]["batches"] == 2

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.helpers.by_hand import seen_by
+from tests.helpers.by_hand import seen_by, seen_by_energy_update
 from tests.helpers.trainers import SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 from vaebm_fast.config import PRESETS, ReplayBuffer
 from vaebm_fast.data import ArraySource, ImageSource, TorchLoader, open_source
@@ -38,7 +38,9 @@ def seen_in_training(stage: str, source: ImageSource, steps: range, *, bits: int
     short = replace(digits.energy_training, batch_size=10, chain=replace(digits.energy_training.chain, steps=1))
     energy_stage = EnergyTrainer(NVAE(config), TINY_ENERGY, short, loader, seed=5)
     energy_stage.initialize = lambda: None  # type: ignore[method-assign]
-    return torch.cat([seen_by(energy_stage.model.energy, partial(energy_stage.step, step))[0] for step in steps])
+    return torch.cat(
+        [seen_by_energy_update(energy_stage.update, partial(energy_stage.step, step))[0] for step in steps]
+    )
 
 
 def rows_of(images: Tensor | np.ndarray[Any, Any], levels: int) -> list[bytes]:

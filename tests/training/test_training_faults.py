@@ -5,27 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
 import vaebm_fast as vf
-from tests.helpers.trainers import QUIET, SOURCE, energy_trainer, vae_trainer
+from tests.helpers.trainers import QUIET, energy_trainer, vae_trainer
 from vaebm_fast.chain.langevin import NonFiniteChainError
 from vaebm_fast.checkpoint import CheckpointError, load_training
 from vaebm_fast.config import ReplayBuffer
-from vaebm_fast.data.images import Pixels
 from vaebm_fast.data.loader import UnreadableDataError
-from vaebm_fast.data.plan import plan_epoch
 from vaebm_fast.report import save_grid
 from vaebm_fast.report.figures import training_figure
-from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.training import EnergyTrainer, RunOptions, loop, train
 from vaebm_fast.training.guard import DivergedError
 
@@ -154,38 +148,6 @@ def test_a_checkpoint_never_holds_what_is_not_finite(when: str, tmp_path: Path) 
     state, _ = load_training(tmp_path / "training.safetensors")
     assert state["step"] == 4
     assert state["state"]["vae"]["stem.weight"].isfinite().all() == (when == "by its last update")
-
-
-@dataclass
-class _Damaged:
-    """The digits with one unreadable image."""
-
-    unreadable: int
-    name: str = SOURCE.name
-    labels: None = None
-    image_shape: tuple[int, int, int] = SOURCE.image_shape
-    asked: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(SOURCE)
-
-    def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
-        if self.unreadable in indices:
-            raise UserError(f"{self.unreadable}.png cannot be read as an image.")
-        return SOURCE.read(indices)
-
-
-def test_an_image_that_cannot_be_read_costs_no_step(tmp_path: Path) -> None:
-    whole = train(vae_trainer(), RunOptions(tmp_path / "whole", **QUIET))
-    fifth = int(plan_epoch(vae_trainer().seed, 0, len(SOURCE)).order[4 * 128])  # of seven batches
-    options = RunOptions(tmp_path / "mended", **QUIET)
-    with pytest.raises(UnreadableDataError, match=f"{fifth}.png cannot be read"):
-        train(vae_trainer(_Damaged(fifth)), options)
-    assert load_training(tmp_path / "mended" / "training.safetensors")[0]["step"] == 4
-    with pytest.raises(UnreadableDataError):  # retrying loses nothing
-        train(vae_trainer(_Damaged(fifth)), options)
-    mended = train(vae_trainer(), options)
-    assert whole is not None and mended is not None and whole.read_bytes() == mended.read_bytes()
 
 
 def test_an_unreadable_image_changes_no_state_of_energy_training() -> None:

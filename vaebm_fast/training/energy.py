@@ -20,11 +20,13 @@ from torch import Tensor
 from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.chain.noise import Stream, step_seeds, uniform
 from vaebm_fast.checkpoint import content_sha256, save_energy
-from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json
+from vaebm_fast.config import EnergyConfig, EnergyTraining, ReplayBuffer, to_json, whole_number
 from vaebm_fast.data import Loader, require_whole_batches, to_input
 from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.models import NVAE, VAEBM, EnergyNetwork
+from vaebm_fast.models.building import building
 from vaebm_fast.models.layers import channels_last
+from vaebm_fast.runtime.devices import without_autocast
 from vaebm_fast.runtime.errors import NonFiniteError
 from vaebm_fast.training.guard import DivergenceGuard
 from vaebm_fast.training.losses import finite, weight_norm
@@ -45,7 +47,7 @@ def clip_by_second_moment(optimizer: torch.optim.Adam) -> None:
             state = optimizer.state.get(parameter)
             if not state or parameter.grad is None:
                 continue
-            bound = 3 * torch.sqrt(state["exp_avg_sq"] / (1 - beta2 ** state["step"])) + 0.1
+            bound = 3 * torch.sqrt(state["exp_avg_sq"] / (1 - beta2 ** state["step"].float())) + 0.1
             torch.clamp(parameter.grad, -bound, bound, out=parameter.grad)
 
 
@@ -124,6 +126,8 @@ class EnergyTrainer(StateOfParts):
     unless the loader has the same batch size and seed.
     """
 
+    network_file = "energy.safetensors"
+
     def __init__(
         self,
         vae: NVAE,
@@ -134,11 +138,11 @@ class EnergyTrainer(StateOfParts):
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        seed = whole_number("seed", seed)
         require_whole_batches(loader, training.batch_size, seed)
         self.config, self.training, self.loader, self.seed = config, training, loader, seed
         self.device, self.total_steps = torch.device(device), training.iterations
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with building(seed):
             energy = EnergyNetwork(config)
         vae = vae.eval().requires_grad_(False)
         self._nvae_sha256 = content_sha256(vae)
@@ -223,6 +227,10 @@ class EnergyTrainer(StateOfParts):
         On divergence, rolls back, halves the learning rate and clears the replay buffer, because its states come from
         the diverged network; the returned scalars then contain only `learning_rate` and `rollbacks`.
         """
+        with without_autocast(self.device):
+            return self._step(step)
+
+    def _step(self, step: int) -> Mapping[str, Tensor | float]:
         if step == 0:
             self.initialize()
         images = self.images(step)  # may raise, so read before any state changes
@@ -247,7 +255,7 @@ class EnergyTrainer(StateOfParts):
         warnings.warn(
             f"Energy training diverged at step {step} ({cause.rstrip('.')}): rolled back to the last good "
             "state and halved the learning rate.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def _parts(self) -> dict[str, Stateful | None]:
@@ -258,7 +266,7 @@ class EnergyTrainer(StateOfParts):
         return self._sampler_of(freeze(VAEBM(self.model.vae, self.update.averaged))).sample(range(16))
 
     def export(self, out: Path) -> Path:
-        """Write the averaged network to energy.safetensors; with `ema_decay` 0 these are the last weights."""
-        path = out / "energy.safetensors"
+        """Write the averaged network; with `ema_decay` 0 these are the last weights."""
+        path = out / self.network_file
         save_energy(self.update.averaged, path, {"steps": self.total_steps, "seed": self.seed})
         return path

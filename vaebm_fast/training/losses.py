@@ -30,7 +30,7 @@ def kl_alpha(groups_per_scale: Sequence[int]) -> Tensor:
     weights: list[float] = []
     for scale, groups in enumerate(reversed(groups_per_scale)):
         weights += [4.0**scale / groups] * groups
-    alpha = torch.tensor(weights)
+    alpha = torch.tensor(weights, dtype=torch.float32, device="cpu")
     return alpha / alpha.min()
 
 
@@ -58,7 +58,9 @@ def regulariser_coeff(kl_coefficient: float, training: VAETraining) -> float:
 def batchnorm_loss(module: nn.Module) -> Tensor:
     """Sum of max |gamma| over batch normalisation layers."""
     gammas = [m.weight for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    return torch.stack([gamma.abs().max() for gamma in gammas]).sum() if gammas else torch.zeros(())
+    if not gammas:
+        return next(module.parameters()).new_zeros(())
+    return torch.stack([gamma.abs().max() for gamma in gammas]).sum()
 
 
 def learning_rate(step: int, total_steps: int, steps_per_epoch: int, training: VAETraining) -> float:

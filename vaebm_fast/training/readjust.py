@@ -6,6 +6,7 @@ therefore runs the generator in training mode at that temperature before samplin
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,8 +14,11 @@ from tqdm import tqdm
 
 from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.checkpoint import CheckpointError, describe, load_nvae, save_nvae
+from vaebm_fast.config import whole_number
 from vaebm_fast.models import NVAE
+from vaebm_fast.runtime.devices import without_autocast
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
+from vaebm_fast.runtime.files import require_writable
 
 
 @torch.no_grad()
@@ -33,6 +37,8 @@ def readjust_batch_norm(
     if one is not finite, after restoring the former statistics. Raises ValueError unless 0 < temperature < 1; at 1 the
     training statistics are correct. progress: show a bar if stderr is a terminal.
     """
+    temperature, seed = float(temperature), whole_number("seed", seed)
+    batches, batch_size = whole_number("batches", batches), whole_number("batch_size", batch_size)
     if not 0 < temperature < 1:
         raise UserError(f"temperature is {temperature}; readjustment needs one above 0 and below 1.")
     for name, value in (("batches", batches), ("batch_size", batch_size)):
@@ -45,7 +51,8 @@ def readjust_batch_norm(
         for batch in tqdm(range(batches), unit="batch", disable=None if progress else True):
             seeds = seed_tensor(range(seed, seed + batch_size), device)
             noise = normal(seeds, batch, Stream.READJUST, layout.dim)
-            vae.decode(layout.split(noise)[0], temperature)
+            with without_autocast(device):
+                vae.decode(layout.split(noise)[0], temperature)
             _require_finite_statistics(vae, batch, temperature)
     except FloatingPointError:
         for name, buffer in vae.named_buffers():
@@ -68,7 +75,7 @@ def _require_finite_statistics(vae: NVAE, batch: int, temperature: float) -> Non
 
 
 def readjusted_path(path: str | Path, temperature: float) -> Path:
-    """Path of the cached readjusted NVAE of a file."""
+    """Default path of the readjusted NVAE of a file."""
     path = Path(path)
     return path.with_name(f"{path.stem}.bn-t{temperature:g}.safetensors")
 
@@ -83,17 +90,65 @@ def load_readjusted_nvae(
 ) -> NVAE:
     """Load the NVAE of a file, readjusted to `temperature`, in eval mode; cached per file and temperature.
 
-    The cache is `<name>.bn-t<temperature>.safetensors` next to the file. It is reused if it was made from the same
-    weights with the same number of batches. `progress` and exceptions: see `readjust_batch_norm`.
+    The cache is `readjusted_path`, next to the file. It is reused if it was made from the same weights with the same
+    number of batches. If it cannot be written, warns and returns the network all the same. `progress` and exceptions:
+    see `readjust_batch_norm`.
     """
-    path, cache = Path(path), readjusted_path(path, temperature)
-    made_from = {"source": describe(path)["content_sha256"], "temperature": temperature, "batches": batches}
-    if cache.exists():
+    job = _Readjustment(Path(path), float(temperature), whole_number("batches", batches))
+    cache = readjusted_path(path, job.temperature)
+    vae = job.read(cache, device)
+    if vae is None:
+        vae = job.run(device, progress)
         try:
-            if describe(cache)["info"] == made_from:
-                return load_nvae(cache, device=device)
-        except CheckpointError:
-            pass  # recompute a damaged cache
-    vae = readjust_batch_norm(load_nvae(path, device=device), temperature, batches=batches, progress=progress)
-    save_nvae(vae, cache, made_from)
+            save_nvae(vae, cache, job.info)
+        except CheckpointError as error:
+            warnings.warn(f"The readjusted NVAE is not kept for later: {error}", stacklevel=2)
     return vae
+
+
+def readjust_file(
+    path: str | Path,
+    out: str | Path,
+    temperature: float,
+    *,
+    batches: int = 500,
+    overwrite: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> None:
+    """Write the NVAE of a file, readjusted to `temperature`, to `out`, unless it is there.
+
+    Before any work, raises OSError if `out` cannot be written, and UserError if it is the file itself, or exists
+    without `overwrite` and is not `readjusted_path`. Other arguments as in `load_readjusted_nvae`.
+    """
+    path, out = Path(path), Path(out)
+    job = _Readjustment(path, float(temperature), whole_number("batches", batches))
+    if job.read(out, device) is None:
+        if out.exists() and out.samefile(path):
+            raise UserError(f"{out} is the NVAE to readjust; name another file for the result.")
+        require_writable(out)
+        is_cache = out.resolve() == readjusted_path(path, job.temperature).resolve()
+        if out.exists() and not overwrite and not is_cache:
+            raise UserError(f"{out} exists already; name another file, or allow overwriting (--overwrite).")
+        save_nvae(job.run(device, progress), out, job.info)
+
+
+class _Readjustment:
+    """The readjustment of a file's NVAE; `info` identifies its result."""
+
+    def __init__(self, path: Path, temperature: float, batches: int) -> None:
+        self.path, self.temperature, self.batches = path, temperature, batches
+        source = describe(path)["content_sha256"]
+        self.info = {"source": source, "temperature": temperature, "batches": batches}
+
+    def read(self, file: Path, device: str | torch.device) -> NVAE | None:
+        """The network in `file` if it is the result."""
+        try:
+            return load_nvae(file, device=device) if describe(file)["info"] == self.info else None
+        except CheckpointError:
+            return None  # missing or damaged
+
+    def run(self, device: str | torch.device, progress: bool) -> NVAE:
+        """The result, computed."""
+        vae = load_nvae(self.path, device=device)
+        return readjust_batch_norm(vae, self.temperature, batches=self.batches, progress=progress)

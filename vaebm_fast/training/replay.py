@@ -87,7 +87,7 @@ class ReplayRing:
             if not 0 <= row < len(self):
                 raise IndexError(f"Index {row} is out of range for a replay buffer with {len(self)} states.")
         self._wait()
-        gathered = torch.empty(len(rows), self._states.shape[1], device=self.device)
+        gathered = torch.empty(len(rows), self._states.shape[1], dtype=torch.float32, device=self.device)
         for n, row in enumerate(rows):
             gathered[n].copy_(self._states[row], non_blocking=True)  # bfloat16 rows are converted on the GPU
         self._remember(self.device)

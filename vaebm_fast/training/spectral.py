@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vaebm_fast.config import whole_number
 from vaebm_fast.models.layers import effective_weight
 from vaebm_fast.ops.power_iteration import power_iteration
 
@@ -28,7 +29,7 @@ class SpectralRegulariser:
 
     def __init__(self, module: nn.Module, *, seed: int = 0, iterations: int = 4, first_iterations: int = 40) -> None:
         self.iterations, self.first_iterations = iterations, first_iterations
-        self._seed = seed
+        self._seed = whole_number("seed", seed)
         self._convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, nn.Conv2d)}
         self._names_by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
         for name, conv in self._convs.items():
@@ -44,7 +45,7 @@ class SpectralRegulariser:
         for shape, names in self._names_by_shape.items():
             device = self._convs[names[0]].weight.device
             for vectors, size in ((self._u, shape[0]), (self._v, shape[1])):
-                start = torch.randn(len(names), size, generator=generator).to(device)
+                start = torch.randn(len(names), size, generator=generator, dtype=torch.float32, device="cpu").to(device)
                 vectors[shape] = F.normalize(start, dim=1, eps=NORMALIZE_EPS)
 
     def __call__(self) -> Tensor:

@@ -17,10 +17,12 @@ from torch import Tensor
 from vaebm_fast.chain.langevin import to_uint8
 from vaebm_fast.chain.noise import Stream, normal, step_seeds
 from vaebm_fast.checkpoint import save_nvae
-from vaebm_fast.config import NVAEConfig, VAETraining, to_json
+from vaebm_fast.config import NVAEConfig, VAETraining, to_json, whole_number
 from vaebm_fast.data import Loader, require_whole_batches, to_input
+from vaebm_fast.models.building import building
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.models.nvae import NVAE, bits_per_dim
+from vaebm_fast.runtime.devices import without_autocast
 from vaebm_fast.training.losses import (
     batchnorm_loss,
     kl_alpha,
@@ -90,6 +92,8 @@ class VAETrainer:
     Raises ValueError unless the loader has the same batch size and seed.
     """
 
+    network_file = "nvae.safetensors"
+
     def __init__(
         self,
         config: NVAEConfig,
@@ -99,11 +103,11 @@ class VAETrainer:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        seed = whole_number("seed", seed)
         require_whole_batches(loader, training.batch_size, seed)
         self.config, self.training, self.loader, self.seed = config, training, loader, seed
         self.device = torch.device(device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with building(seed):
             vae = NVAE(config)
         self.vae = channels_last(vae.to(self.device))
         steps_per_epoch = loader.plan.batches_per_epoch
@@ -135,9 +139,10 @@ class VAETrainer:
     def step(self, step: int) -> dict[str, Tensor | float]:
         """One optimiser step."""
         x = self.images(step)
-        if step == 0:
-            self.vae.initialize_from_data(x, self.noise(step))
-        return self.update(x, self.noise(step), step)
+        with without_autocast(self.device):
+            if step == 0:
+                self.vae.initialize_from_data(x, self.noise(step))
+            return self.update(x, self.noise(step), step)
 
     def state_dict(self) -> dict[str, Any]:
         """All state that the next step depends on."""
@@ -152,11 +157,12 @@ class VAETrainer:
         """Decoder mean images of 16 prior samples, uint8 [16, H, W, C]."""
         self.vae.eval()
         noise = normal(torch.arange(16, device=self.device), 0, Stream.CHAIN, self._layout.dim)
-        decoded = self.vae.decode(self._layout.split(noise)[0])
+        with without_autocast(self.device):
+            decoded = self.vae.decode(self._layout.split(noise)[0])
         return to_uint8(self.vae.pixels(decoded.logits).mean_image()).cpu()
 
     def export(self, out: Path) -> Path:
-        """Write nvae.safetensors."""
-        path = out / "nvae.safetensors"
+        """Write the NVAE."""
+        path = out / self.network_file
         save_nvae(self.vae, path, {"steps": self.total_steps, "seed": self.seed})
         return path
