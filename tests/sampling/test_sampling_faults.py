@@ -16,15 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.file_systems import without_root
 from tests.helpers.sampling_jobs import exit_code, images_in, options_for, run_apart, run_ranks, save_networks
+from vaebm_fast.runtime.locks import LockedError
 from vaebm_fast.runtime.ranks import Ranks
 from vaebm_fast.sampling import SampleOptions, SamplingError, run_job
 from vaebm_fast.sampling.blocks import Block, BlockSampler
@@ -201,19 +202,6 @@ def test_a_limit_of_the_system_that_the_product_alone_exceeds_is_told_and_surviv
     assert images_in(options.out) == undisturbed(**settings)
 
 
-@contextmanager
-def without_root() -> Iterator[None]:
-    """Root may write anywhere; inside, it is nobody."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded() -> None:
     missing = (Path("no-nvae"), Path("no-energy"))
     readonly = Path(tempfile.mkdtemp())  # not pytest's own folder, which nobody may not even enter
@@ -257,7 +245,7 @@ def test_a_second_job_in_the_same_folder_is_refused_and_the_first_completes(
     options = options_for(networks, tmp_path / "out")
     first = run_apart(options, before=slowed(0.3))
     until(lambda: finished_blocks(options.out))
-    with pytest.raises(SamplingError, match=f"is being written by process {first.pid} on .*; wait for it, or stop it"):
+    with pytest.raises(LockedError, match=f"is being written by process {first.pid} on .*; wait for it, or stop it"):
         run_job(options)
     assert exit_code(first) == 0 and images_in(options.out) == undisturbed()
     assert run_job(options) == 0, "the lock has gone with its holder"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.sampling_jobs import FORMATS, computed, expected_images, networks, options, pictures, pixels
-from vaebm_fast.sampling import SampleOptions, run_job
+from vaebm_fast.sampling import SampleOptions, SamplingError, run_job
 from vaebm_fast.sampling.outputs import Output, Part
 from vaebm_fast.sampling.seeds import Seeds
 
@@ -146,3 +146,40 @@ def test_bytes_do_not_depend_on_the_time(format: Any, tmp_path: Path, monkeypatc
         output.assemble([Part(tmp_path / "part", [0, 1, 2])], [0, 1, 2], file)
         made.append(file.getvalue())
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("format", ["png", "zip"])
+def test_flat_names_are_beside_each_other_with_the_same_pixels(format: Any, options: SampleOptions) -> None:
+    assert run_job(replace(options, out=options.out / "grouped")) == 0
+    out = options.out / "flat"
+    flat = replace(options, out=out, format=format, flat=True)
+    assert run_job(flat) == 0
+    if format == "zip":
+        with zipfile.ZipFile(out / "samples.zip") as archive:
+            found = {name: archive.read(name) for name in archive.namelist()}
+    else:
+        found = {path.name: path.read_bytes() for path in out.glob("*.png")}
+        assert sorted(path.name for path in out.iterdir() if path.suffix != ".png") == [
+            ".job", "manifest.json", "summary.json",
+        ]  # fmt: skip
+    assert found == {name.removeprefix("000000/"): data for name, data in pictures(options.out / "grouped").items()}
+    with pytest.raises(SamplingError, match="flat was True and is False"):
+        run_job(replace(flat, flat=False))
+    if format == "png":
+        (out / "000004.png").unlink()
+        assert run_job(flat) == 0 and (out / "000004.png").read_bytes() == found["000004.png"]
+
+
+def test_a_folder_of_before_is_not_flat(options: SampleOptions) -> None:
+    assert run_job(options) == 0
+    manifest = options.out / "manifest.json"
+    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "flat"}))
+    assert run_job(options) == 0
+    with pytest.raises(SamplingError, match="flat was False and is True"):
+        run_job(replace(options, flat=True))
+
+
+@pytest.mark.parametrize("format", ["tar", "npz", "npy"])
+def test_flat_is_refused_where_there_are_no_folders(format: Any, options: SampleOptions) -> None:
+    with pytest.raises(ValueError, match=f"flat is for the formats png and zip; {format} has no folders"):
+        replace(options, format=format, flat=True)

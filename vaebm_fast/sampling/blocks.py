@@ -98,7 +98,7 @@ def _to_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """(images in host memory, event that marks the end of the copy from a GPU or None), without a host sync."""
     if images.device.type != "cuda":
         return images, None
-    host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+    host = torch.empty(images.shape, dtype=images.dtype, device="cpu", pin_memory=True)
     host.copy_(images, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()

@@ -1,23 +1,21 @@
 """A job's folder: its layout, a lock that admits one job at a time, and atomic file writes.
 
 manifest.json  summary.json   settings; results and timing
-000000/000123.png, or samples.zip, samples-00000.tar, samples.npz, samples.npy
+000000/000123.png (flat: 000123.png), or samples.zip, samples-00000.tar, samples.npz, samples.npy
 .job/                         lock, journals, parts of unfinished files, temporaries
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from vaebm_fast.runtime import files
 from vaebm_fast.runtime.errors import AGAIN, UserError
+from vaebm_fast.runtime.locks import Lock
 
 STATE = ".job"
 PARTS = f"{STATE}/parts"
@@ -34,12 +32,12 @@ class Folder:
         self.out = out
         self.state = out / STATE
         self._temporaries = self.state / "tmp"
-        self._lock: int | None = None
+        self._lock = Lock(self.state / "lock", out)
 
     def prepare(self) -> None:
         """Make the folder, take its exclusive lock and delete temporaries of a killed job.
 
-        Raises SamplingError if another job holds the lock or the folder holds files that no job wrote.
+        Raises LockedError if another job holds the lock, SamplingError if the folder holds files that no job wrote.
         """
         with self.naming(self.out):
             foreign = [entry.name for entry in self.out.iterdir() if entry.name != STATE] if self.out.exists() else []
@@ -48,35 +46,20 @@ class Folder:
                     f"{self.out} holds {sorted(foreign)[0]}, which no sampling job wrote; name another folder."
                 )
             self.state.mkdir(parents=True, exist_ok=True)
-        self._take_lock(fcntl.LOCK_EX)
+        with self.naming(self.state):
+            self._lock.take()
         with self.naming(self._temporaries):
             shutil.rmtree(self._temporaries, ignore_errors=True)
             self._temporaries.mkdir(exist_ok=True)  # exist_ok: NFS keeps a removed file that is still open
 
     def share(self) -> None:
         """Hold a shared lock with the other processes of this job: no other job starts while one of them runs."""
-        self._take_lock(fcntl.LOCK_SH)
+        with self.naming(self.state):
+            self._lock.take(shared=True)
 
     def release(self) -> None:
         """Release the lock."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _take_lock(self, kind: int) -> None:
-        path = self.state / "lock"
-        with self.naming(path):
-            if self._lock is None:
-                self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = path.read_text() or "another process"
-                self.release()
-                raise SamplingError(f"{self.out} is being written by {holder}; wait for it, or stop it.") from error
-            if kind == fcntl.LOCK_EX:
-                os.ftruncate(self._lock, 0)
-                os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        self._lock.release()
 
     @contextlib.contextmanager
     def replacing(self, name: str, *, durable: bool = False) -> Iterator[Path]:

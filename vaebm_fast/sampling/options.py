@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from vaebm_fast.config import ChainConfig, Potential, Preset, find_preset, require_temperature
+from vaebm_fast.config import ChainConfig, PlainFields, Potential, Preset, find_preset, require_temperature
 from vaebm_fast.ops._backend import Backend
 from vaebm_fast.runtime.devices import DeviceName, choose_device
 from vaebm_fast.runtime.errors import UserError
@@ -19,7 +19,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
+class SampleOptions(PlainFields):
     """Sample images, one per seed, into a folder; the same command, run again, completes a partial folder.
 
     Uses all GPUs, one process each; under torchrun, its processes. An image depends on its seed and the settings, not
@@ -48,6 +48,8 @@ class SampleOptions:
     """Standard deviation of the starting noise."""
     format: Format = "png"
     """Folders of 1000 PNG files, a zip of PNG files, webdataset tars of 1000, or all images as one uint8 array."""
+    flat: bool = False
+    """Put all PNG files of a folder or zip beside each other, as most FID tools want them, instead of 1000 a folder."""
     dtype: Dtype = "float32"
     """Type of weights and features."""
     backend: Backend = "auto"
@@ -64,11 +66,14 @@ class SampleOptions:
     """Show a progress bar if stderr is a terminal."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choices = {"format": Format, "dtype": Dtype, "backend": Backend, "device": DeviceName}
         for name, known in choices.items():
             given, names = getattr(self, name), get_args(known)
             if given not in names:
                 raise UserError(f"{name} {given!r} is not known; it must be one of {', '.join(names)}.")
+        if self.flat and self.format not in ("png", "zip"):
+            raise UserError(f"flat is for the formats png and zip; {self.format} has no folders.")
         for name in ("batch_size", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -134,4 +139,4 @@ class Job:
 
     def output(self, image_shape: tuple[int, int, int]) -> Output:
         """The output format for images (C, H, W)."""
-        return Output(self.options.format, self.seeds.largest, image_shape)
+        return Output(self.options.format, self.seeds.largest, image_shape, flat=self.options.flat)

@@ -43,10 +43,10 @@ class Part:
 
 
 class Output:
-    """One format, for seeds up to `largest` and images uint8 [H, W, C]."""
+    """One format, for seeds up to `largest` and images uint8 [H, W, C]; flat: PNG files without folders."""
 
-    def __init__(self, format: Format, largest: int, image_shape: tuple[int, int, int]) -> None:
-        self.format = format
+    def __init__(self, format: Format, largest: int, image_shape: tuple[int, int, int], *, flat: bool = False) -> None:
+        self.format, self._flat = format, flat
         self._digits = max(6, len(str(largest)))
         channels, height, width = image_shape
         self._image_shape = (height, width, channels)
@@ -103,7 +103,8 @@ class Output:
         return self.format in ("npz", "npy")
 
     def _name(self, seed: int) -> str:
-        return f"{seed - seed % PER_GROUP:0{self._digits}d}/{seed:0{self._digits}d}.png"
+        group = "" if self._flat else f"{seed - seed % PER_GROUP:0{self._digits}d}/"
+        return f"{group}{seed:0{self._digits}d}.png"
 
     def _pictures(self, parts: Iterable[Part], wanted: Sequence[int]) -> Iterator[tuple[int, str, bytes]]:
         chosen = set(wanted)

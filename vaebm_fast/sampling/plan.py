@@ -78,6 +78,7 @@ def _asked(job: Job, sampler: LangevinSampler, hashes: Mapping[str, str]) -> dic
         "device": sampler.device.type,
         "backend": getattr(sampler.model, "backend", options.backend),
         "format": options.format,
+        "flat": options.flat,
     }
     return {**asked, "batch_size": options.batch_size} if options.batch_size else asked
 
