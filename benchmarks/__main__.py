@@ -36,6 +36,10 @@ def usage() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark that the first argument names; returns the exit code, 2 for a name that there is not."""
+    return command.run(_run, arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     name, *others = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"No benchmark is named {name!r}; there are {', '.join(MODULES)}.", file=sys.stderr)
         return 2
     sys.argv[0] = f"python -m benchmarks {name}"  # for the usage line of its --help
-    return command.run(lambda given: int(importlib.import_module(MODULES[name]).main(given) or 0), others)
+    return int(importlib.import_module(MODULES[name]).main(others) or 0)
 
 
 if __name__ == "__main__":

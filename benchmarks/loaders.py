@@ -29,6 +29,7 @@ from benchmarks.results_file import ResultsFile, Row
 from vaebm_fast.data import ArraySource, ImageSource, TorchLoader
 from vaebm_fast.data.folder import ImageFolder
 from vaebm_fast.data.images import Pixels
+from vaebm_fast.runtime.files import expanded
 
 WORKERS = (1, 2)
 BASELINE = "DataLoader, Pillow"
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--into", metavar="NAME", default="loaders", help="the result file")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=expanded, default=RESULTS)
     options = parser.parse_args(arguments)
     file = ResultsFile(options.into, "How many training images per second are read?", {}, options.results)
     with tempfile.TemporaryDirectory() as folder:

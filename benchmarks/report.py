@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.environment import RESULTS
 from benchmarks.gate import REPOSITORY
 from benchmarks.results_file import Row
-from vaebm_fast.runtime.files import replacing, write
+from vaebm_fast.runtime.files import expanded, replacing, write
 
 README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks report -->", "<!-- benchmarks: end -->"
@@ -248,8 +248,8 @@ def rewrite(readme: Path, block: str) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Write every result file's table, the plot, and the README's part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with what `make bench` wrote")
-    parser.add_argument("--readme", type=Path, default=README, help="file with the two marker lines")
+    parser.add_argument("--results", type=expanded, default=RESULTS, help="folder with what `make bench` wrote")
+    parser.add_argument("--readme", type=expanded, default=README, help="file with the two marker lines")
     options = parser.parse_args(arguments)
     paths = sorted(path for path in options.results.glob("*.json") if path.name != "gpu_run.json")
     if not paths:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,6 +34,7 @@ from vaebm_fast.chain.noise import Stream
 from vaebm_fast.config import EnergyTraining, Preset
 from vaebm_fast.data import ArraySource, TorchLoader
 from vaebm_fast.models import NVAE
+from vaebm_fast.runtime.files import expanded
 from vaebm_fast.training.energy import EnergyTrainer
 from vaebm_fast.training.vae import VAETrainer
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, help="of stage 2's chains; by default the preset's")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--into", metavar="NAME", default="training", help="the result file")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=expanded, default=RESULTS)
     options = parser.parse_args(arguments)
     file = ResultsFile(options.into, "How long does a training iteration take?", {}, options.results)
     for stage in options.stage or STAGES:

@@ -12,7 +12,6 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from benchmarks.step.pair import plain_model
 from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.config import PRESETS
 from vaebm_fast.ops.langevin_update import langevin_update
-from vaebm_fast.runtime.files import write
+from vaebm_fast.runtime.files import expanded, write
 
 REPLAYS = 20
 LISTED = 30  # kernels in the table
@@ -137,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("batch", type=int)
     parser.add_argument("backend")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=expanded, default=RESULTS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit(f"torch {torch.__version__} sees no GPU; a profile needs one.")

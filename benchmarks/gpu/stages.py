@@ -31,7 +31,7 @@ from benchmarks.gate import REPOSITORY
 from benchmarks.gpu.targets import verdict
 from benchmarks.report import NHWC, PLAIN, write_table
 from benchmarks.step.pair import COMPILED_BF16, FROZEN, NHWC_BF16
-from vaebm_fast.runtime.files import write
+from vaebm_fast.runtime.files import expanded, write
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 BENCHMARK = (sys.executable, "-m", "benchmarks")
@@ -213,8 +213,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run all stages on the GPU at hand; exit code 1 if one did not pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=500, metavar="SECONDS")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--logs", type=Path, default=LOGS)
+    parser.add_argument("--results", type=expanded, default=RESULTS)
+    parser.add_argument("--logs", type=expanded, default=LOGS)
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this one, and what it needs")
     options = parser.parse_args(arguments)
     try:

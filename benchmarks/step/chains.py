@@ -41,6 +41,7 @@ from vaebm_fast import PRESETS, save_energy, save_nvae
 from vaebm_fast.config import ChainConfig
 from vaebm_fast.frozen import freeze
 from vaebm_fast.ops._backend import BACKENDS, Backend
+from vaebm_fast.runtime.files import expanded
 from vaebm_fast.sampling import SampleOptions
 
 Dtype = Literal["float32", "bfloat16"]
@@ -196,5 +197,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-job", dest="job", action="store_false", help="chains alone")
     parser.add_argument("--into", metavar="NAME", help="the result file; chain_PRESET_N, with _bf16 behind it")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=expanded, default=RESULTS)
     return parser

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from benchmarks.step.pair import COMPILED, NHWC, PLAIN
 from tests.helpers.benchmark_rows import CEILINGS, CPU, content, op_row, pair_row, run_python
 from vaebm_fast.config import ChainConfig
 from vaebm_fast.ops._backend import OP_BACKENDS
+from vaebm_fast.runtime.errors import UserError
 
 
 def test_rates_ratios_and_shares() -> None:
@@ -299,3 +301,15 @@ def test_the_runner_hands_options_on_and_gives_the_exit_code(tmp_path: Path) -> 
     assert "usage: python -m benchmarks pair" in helped.stdout and "--compile PRESET:N" in helped.stdout
     shown = subprocess.run([*command[:3], "training", "--help"], cwd=gate.REPOSITORY, capture_output=True, text=True)
     assert shown.returncode == 0 and shown.stdout.startswith("usage: python -m benchmarks training")
+
+
+def test_the_runner_is_a_command_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: object) -> int:
+        raise UserError("Give a number.")
+
+    monkeypatch.setattr(runner.importlib, "import_module", lambda _: SimpleNamespace(main=fails))
+    assert runner.main(["report"]) == 1 and capsys.readouterr().err == "error: Give a number.\n"
+    monkeypatch.setattr(runner, "usage", lambda: fails(None))
+    assert runner.main(["--help"]) == 1

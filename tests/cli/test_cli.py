@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import vaebm_fast as vf
 from tests.helpers.golden import case_path
@@ -203,7 +206,7 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
     assert process.stdin and process.stdout and process.stderr
     process.stdout.close()
     process.stdin.close()  # now it may print
-    assert process.wait() == 1
+    assert process.wait() == 0
     assert process.stderr.read() == b""
 
 
@@ -260,3 +263,77 @@ def test_sample_writes_images_and_tells_errors_in_one_line(tmp_path: Path, capsy
     assert "'5-3' are not an ascending range" in error_of(capsys, *arguments, *chain, "--seeds", "5-3")
     assert "give --preset, or both" in error_of(capsys, *arguments, "--seeds", "3-5")
     assert "seeds was 3-5 and is 3-6" in error_of(capsys, *arguments, *chain, "--seeds", "3-6")
+
+
+# Paths, terminals and destinations, for every command.
+def test_a_home_is_expanded_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shell leaves the ~ of --out=~/x alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny_nvae(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.new("L", (8, 8), 3).save(tmp_path / "images" / "a.png")
+    seen: list[SampleOptions] = []
+    monkeypatch.setattr(sample, "run_job", lambda options: seen.append(options) or 0)
+    monkeypatch.setattr(demo, "run_demo", lambda out, **_: print(f"demo in {out}"))
+    for command in (
+        ["info", "~/nvae.safetensors"],
+        ["convert", "~/nvae.safetensors", "~/copy.safetensors"],
+        ["readjust", "~/nvae.safetensors", "--temperature=0.7", "--batches=1", "--out=~/readjusted.safetensors"],
+        ["likelihood", "~/nvae.safetensors", "--data=~/images", "--split=train", "--device=cpu"],
+        ["sample", "--nvae=~/n", "--energy=~/e", "--out=~/o", "--seeds=0", "--steps=0"],
+        ["demo", "--out=~/d"],
+    ):
+        assert cli.main(command) == 0, command
+    out = capsys.readouterr().out
+    assert f"demo in {tmp_path}/d" in out and f"Wrote {tmp_path}/copy.safetensors" in out
+    [options] = seen
+    assert (options.nvae, options.energy, options.out) == (tmp_path / "n", tmp_path / "e", tmp_path / "o")
+    assert not (tmp_path / "~").exists() and (tmp_path / "readjusted.safetensors").is_file()
+
+
+COMMANDS = [[name] for name in cli.COMMANDS] + [["train", "vae"], ["train", "energy"]]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_every_help_is_printed_whole_on_a_terminal_without_its_characters(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(command: list[str], encoding: str) -> tuple[int, str]:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        with monkeypatch.context() as context:
+            context.setattr(sys, "stdout", stream)
+            try:
+                code = cli.main([*command, "--help"])
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        return code, stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+    for command in COMMANDS:
+        code, text = printed(command, encoding)
+        options = re.findall(r"(?<!-)--[a-z][a-z.-]+", text)
+        assert (
+            code == 0 and options and options == re.findall(r"(?<!-)--[a-z][a-z.-]+", printed(command, "utf-8")[1])
+        ), command
+
+
+def test_likelihood_of_unsplit_images_names_the_option_that_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvae = str(tiny_nvae(tmp_path))
+    (tmp_path / "images").mkdir()
+    Image.new("L", (8, 8), 3).save(tmp_path / "images" / "a.png")
+    command = ["likelihood", nvae, "--data", str(tmp_path / "images"), "--device", "cpu"]
+    assert "--split train" in error_of(capsys, *command)
+    assert lines_of(capsys, *command, "--split", "train")["total images"] == "1"
+
+
+def test_readjust_names_a_destination_that_cannot_be_written_before_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvae, out = str(tiny_nvae(tmp_path)), tmp_path / "no" / "x"
+    monkeypatch.setattr("vaebm_fast.training.readjust.readjust_batch_norm", None)
+    error = error_of(capsys, "readjust", nvae, "--temperature", "0.7", "--out", str(out))
+    assert error == f"error: {out}: No such file or directory.\n"

@@ -10,6 +10,7 @@ import pytest
 
 from vaebm_fast.cli import demo
 from vaebm_fast.config import PRESETS
+from vaebm_fast.runtime.locks import Lock, LockedError
 
 
 def test_demo_writes_pictures_curves_and_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,9 +40,47 @@ def test_demo_writes_pictures_curves_and_metrics(tmp_path: Path, monkeypatch: py
     assert "VAEBM samples" in (tmp_path / "demo" / "results.md").read_text()
 
 
-def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
-    precious = tmp_path / "thesis.tex"
+@pytest.mark.parametrize("name", ["thesis.tex", "vae/nvae.safetensors", "energy/training.safetensors", "samples.png"])
+def test_a_folder_that_is_no_demo_is_left_alone(name: str, tmp_path: Path) -> None:
+    """Training, too, writes folders called vae and energy."""
+    precious = tmp_path / name
+    precious.parent.mkdir(exist_ok=True)
     precious.write_text("chapter 1")
-    with pytest.raises(ValueError, match="thesis.tex"):
+    with pytest.raises(ValueError, match=f"holds {name.split('/')[0]}, which no demo wrote"):
         demo.run_demo(tmp_path, progress=False)
-    assert precious.exists()
+    assert precious.read_text() == "chapter 1" and not (tmp_path / ".lock").exists()
+
+
+def test_a_demo_replaces_an_earlier_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_run", lambda out, *_: {"left": sorted(path.name for path in out.iterdir())})
+    assert demo.run_demo(tmp_path)["left"] == [".demo", ".lock"]
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "metrics.json").touch()
+    (tmp_path / f".metrics.json.{'0' * 32}.tmp").touch()
+    assert demo.run_demo(tmp_path)["left"] == [".demo", ".lock"]
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "notes").touch()
+    with pytest.raises(ValueError, match="holds notes, which no demo wrote"):
+        demo.run_demo(tmp_path)
+    assert (tmp_path / "vae").exists()
+    (tmp_path / "notes").unlink()
+    with Lock(tmp_path / ".lock", tmp_path), pytest.raises(LockedError):
+        demo.run_demo(tmp_path)
+    (tmp_path / "train_seed_mine").mkdir()
+    with pytest.raises(ValueError, match="holds train_seed_mine"):
+        demo.run_demo(tmp_path)
+
+
+def test_a_demo_replaces_one_of_the_former_version_and_unlinks_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_run", lambda out, *_: {"left": sorted(path.name for path in out.iterdir())})
+    out, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
+    for folder in (out, elsewhere, out / "train_seed_0"):
+        folder.mkdir()
+    (elsewhere / "precious").touch()
+    (out / "vae").symlink_to(elsewhere)
+    for name in ("metrics.json", "results.md"):
+        (out / name).touch()
+    assert demo.run_demo(out)["left"] == [".demo", ".lock"]
+    assert (elsewhere / "precious").exists()

@@ -386,3 +386,27 @@ def test_a_run_closes_its_loader_also_after_an_error(tmp_path: Path, monkeypatch
     assert cli.main(arguments) == 0 and len(closed) == 1
     assert cli.main([*arguments, "--training.epochs", "2"]) == 1, "other settings"
     assert len(closed) == 2
+
+
+def test_an_output_folder_within_the_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its sample grids would become training images."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    for index in range(8):
+        Image.new("L", (8, 8), index).save(tmp_path / "images" / f"{index}.png")
+    command = ["vae", "--preset", "digits", "--data", str(tmp_path / "images"), "--training.batch-size", "8"]
+    for out in (tmp_path / "images" / "run", tmp_path / "link" / "run"):
+        assert f"The output folder {out} lies in the data" in error_of(capsys, *command, "--out", str(out))
+    assert sorted(path.suffix for path in (tmp_path / "images").iterdir()) == [".png"] * 8
+
+
+def test_a_home_is_expanded_in_the_paths_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}/images does not exist" in error_of(capsys, "vae", "--preset", "digits", "--data=~/images")
+    common = ["energy", "--preset", "digits", "--nvae=~/n"]
+    assert f"{tmp_path}/n: there is no such file" in error_of(capsys, *common)
+    seen: list[Any] = []
+    monkeypatch.setattr(train, "finish", lambda trainer, run: seen.append(run.out) or 0)
+    assert train.main(["vae", "--preset", "digits", "--out=~/out"]) == 0 and seen == [tmp_path / "out"]

@@ -10,6 +10,7 @@ import tyro
 
 from vaebm_fast import __version__
 from vaebm_fast.cli import convert, cost, demo, info, likelihood, readjust, sample, train
+from vaebm_fast.cli._options import registry
 from vaebm_fast.runtime import command
 
 COMMANDS: Mapping[str, Callable[..., Any]] = {
@@ -35,6 +36,7 @@ def _run(arguments: Sequence[str]) -> int:
         prog="vaebm-fast",
         description="Train, sample and evaluate VAEBM models fast. `vaebm-fast --version` prints the version.",
         args=arguments or ["--help"],
+        registry=registry,
     )
     return code or 0
 

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from vaebm_fast.runtime.files import expanded
+
+registry = ConstructorRegistry()
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 EnergyArch = Annotated[
@@ -21,6 +26,20 @@ ImageSize = Annotated[
     int | None, tyro.conf.arg(metavar="N", help="Image size in pixels (side) of a published energy network.")
 ]
 NVAEFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="NVAE", help="An NVAE, published or ours.")]
+
+
+@registry.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """A path, with `~` expanded."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: expanded(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def aligned(rows: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ classifier that computes the features.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 import time
@@ -30,9 +31,12 @@ from vaebm_fast.models import VAEBM
 from vaebm_fast.models.layers import channels_last
 from vaebm_fast.report import save_grid
 from vaebm_fast.runtime.errors import UserError
-from vaebm_fast.runtime.files import write
+from vaebm_fast.runtime.files import TEMPORARY, write
+from vaebm_fast.runtime.locks import Lock
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
 
+LOCK, MARK = ".lock", ".demo"  # MARK: a demo made this folder, so that another may replace it
+OF_DEMOS = re.compile(rf"train_seed_[0-9]+|{TEMPORARY.pattern}")
 KINDS = ("nvae", "vaebm", "floor")
 
 
@@ -58,18 +62,26 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
 def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[str, Any]:
     """Train, sample, evaluate and plot; writes everything to `out` and returns the metrics.
 
-    Removes an earlier demo's results from `out`; raises ValueError if the folder holds anything else.
+    Removes an earlier demo's results from `out`; raises ValueError if the folder holds anything else, or if another
+    demo runs there.
     """
+    if train_seeds < 1:
+        raise UserError(f"train_seeds is {train_seeds}; it must be at least 1.")
+    _require_demo(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with Lock(out / LOCK, out), _one_thread():
+        _require_demo(out)
+        _clear(out)
+        return _run(out, train_seeds, progress)
+
+
+def _run(out: Path, train_seeds: int, progress: bool) -> dict[str, Any]:
     from vaebm_fast.report import figures  # lazy: other commands work without Matplotlib
 
     began = time.perf_counter()
-    if train_seeds < 1:
-        raise UserError(f"train_seeds is {train_seeds}; it must be at least 1.")
-    _clear(out)
     preset, source, held_out = PRESETS["digits"], digits(split="train"), digits(split="held_out")
     classifier = train_digit_classifier(source)
     judge = Judge(classifier, classifier.features(everything(held_out)[0]))
@@ -94,16 +106,27 @@ def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[
     return metrics
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier demo's results; raise UserError if the folder holds anything else."""
-    own = ("vae", "energy", "samples.png", "energies.png", "training.png", "metrics.json", "results.md")
-    found = sorted(out.iterdir()) if out.exists() else []
-    foreign = [path.name for path in found if path.name not in own and not path.name.startswith("train_seed_")]
+def _require_demo(out: Path) -> None:
+    """Raise UserError if the folder holds anything that no demo wrote.
+
+    Training, too, writes folders called vae and energy: only a mark, or the results of a demo of before, tell.
+    """
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    mine = {LOCK, MARK, "vae", "energy", "samples.png", "energies.png", "training.png", "metrics.json", "results.md"}
+    foreign = [name for name in names if name not in mine and not OF_DEMOS.fullmatch(name)]
+    if not foreign and MARK not in names and not {"metrics.json", "results.md"} <= set(names):
+        foreign = [name for name in names if name != LOCK]
     if foreign:
-        raise UserError(f"{out} holds {foreign[0]}, which no demo wrote; name another folder with --out.")
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{out} holds {foreign[0]}, which no demo wrote; remove it, or name another folder with --out.")
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier demo's results."""
+    (out / MARK).touch()
+    for path in out.iterdir():
+        if path.name in (LOCK, MARK):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _train(preset: Preset, source: ArraySource, folder: Path, *, seed: int, progress: bool) -> VAEBM:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from vaebm_fast.checkpoint import load_nvae
+from vaebm_fast.cli._options import registry
 from vaebm_fast.config import (
     PRESETS,
     EnergyBlock,
@@ -28,6 +29,7 @@ from vaebm_fast.config import (
     parse_blocks,
 )
 from vaebm_fast.data import Loader, TorchLoader, open_source
+from vaebm_fast.data.folder import ImageFolder
 from vaebm_fast.report import save_grid
 from vaebm_fast.runtime import command
 from vaebm_fast.runtime.devices import DeviceName, choose_device
@@ -68,8 +70,14 @@ class Options:
     def loader(self, image_shape: tuple[int, int, int], batch_size: int) -> Loader:
         """Training batches for a network of images (C, H, W)."""
         channels, side, _ = image_shape
+        source = open_source(self.data, image_size=side, image_channels=channels)
+        if isinstance(source, ImageFolder) and source.would_read(self.run.out):
+            raise UserError(
+                f"The output folder {self.run.out} lies in the data, {source.root}, where its sample grids would "
+                "become training images; name another one with --out."
+            )
         return TorchLoader(
-            open_source(self.data, image_size=side, image_channels=channels),
+            source,
             batch_size,
             seed=self.seed,
             horizontal_flip=self.horizontal_flip,
@@ -159,10 +167,7 @@ def start_options(stage: str, arguments: Sequence[str]) -> tuple[Preset, dict[st
     }
 
 
-_registry = ConstructorRegistry()
-
-
-@_registry.primitive_rule
+@registry.primitive_rule
 def _blocks_as_one_option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[tuple[EnergyBlock, ...]] | None:
     """--energy.blocks '1-1d 1-2': one argument, parsed by `parse_blocks`."""
     if info.type != tuple[EnergyBlock, ...]:
@@ -184,7 +189,7 @@ def parse(prog: str, defaults: OptionsT, arguments: Sequence[str]) -> OptionsT:
         args=arguments,
         default=defaults,
         config=(tyro.conf.AvoidSubcommands,),  # the replay buffer's values stay options
-        registry=_registry,
+        registry=registry,
     )
 
 
