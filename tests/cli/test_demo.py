@@ -66,6 +66,8 @@ def test_a_demo_replaces_an_earlier_one_alone(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "notes").unlink()
     with Lock(tmp_path / ".lock", tmp_path), pytest.raises(LockedError):
         demo.run_demo(tmp_path)
+    (tmp_path / ".DS_Store").touch()  # a file manager looked at it
+    assert demo.run_demo(str(tmp_path))["left"] == [".DS_Store", ".demo", ".lock"]
     (tmp_path / "train_seed_mine").mkdir()
     with pytest.raises(ValueError, match="holds train_seed_mine"):
         demo.run_demo(tmp_path)

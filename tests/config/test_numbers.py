@@ -93,6 +93,13 @@ def test_fields_of_every_configuration_are_checked(make: Callable[[], Any], sent
         make()
 
 
+def test_paths_may_be_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    options = SampleOptions(nvae="~/n", seeds="0", out="o", energy=None)  # type: ignore[arg-type]
+    assert (options.nvae, options.out, options.energy) == (Path("/home/ada/n"), Path("o"), None)
+    assert RunOptions("runs").out == Path("runs")  # type: ignore[arg-type]
+
+
 def test_seeds_that_are_not_whole_are_refused() -> None:
     sampler = vf.LangevinSampler(tiny(), steps=1, step_size=0.1)
     for ask in (lambda: sampler.run(torch.tensor([0.5, 1.0])), lambda: sampler.sample([0.5])):  # type: ignore[list-item]

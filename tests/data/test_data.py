@@ -291,6 +291,15 @@ def test_idx_files_are_found_as_common_tools_leave_them(layout: str, end: str, t
     assert len(open_source(tmp_path, image_size=32, image_channels=3, split="held_out")) == 3
 
 
+def test_idx_files_may_be_parted_into_folders(tmp_path: Path) -> None:
+    for folder, subset, count in (("train", "train", 3), ("test", "t10k", 2)):
+        (tmp_path / folder / "raw").mkdir(parents=True)
+        for path in (tmp_path / folder, tmp_path / folder / "raw"):  # a copy, as unpacking leaves it
+            write_idx(path / f"{subset}-images-idx3-ubyte", 2051, np.zeros((count, 28, 28), np.uint8))
+    assert len(open_source(tmp_path, image_size=28, image_channels=1)) == 3
+    assert len(open_source(tmp_path, image_size=28, image_channels=1, split="held_out")) == 2
+
+
 def test_several_data_sets_of_idx_files_are_named(tmp_path: Path) -> None:
     for name in ("MNIST", "FashionMNIST"):
         (tmp_path / name / "raw").mkdir(parents=True)

@@ -241,7 +241,18 @@ def test_unreadable_images_are_looked_for_on_the_disk(tmp_path: Path) -> None:
     source.read(np.arange(3))  # into the cache
     (tmp_path / "1.png").write_bytes(b"broken")
     (tmp_path / "3.png").unlink()
-    assert source.find_unreadable() == ["1.png", "3.png"]
+    assert source.find_unreadable() == ["1.png"]  # a missing file can come back as it was
+
+
+def test_a_folder_of_images_is_read_though_a_folder_in_it_holds_idx_files(tmp_path: Path) -> None:
+    from tests.data.test_data import write_idx
+
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    write_idx(tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte", 2051, np.zeros((5, 28, 28), np.uint8))
+    assert len(open_source(tmp_path, image_size=28, image_channels=1)) == 5
+    make(tmp_path, "photos/1.png")
+    with pytest.warns(UserWarning, match="1 images, 1 file passed over"):
+        assert len(open_source(tmp_path, image_size=28, image_channels=1)) == 1
 
 
 def test_no_path_at_all_is_refused() -> None:

@@ -108,6 +108,7 @@ CHANGES: dict[str, tuple[Callable[[vf.VAEBM], Any], str]] = {
         lambda m: setattr(m.energy.blocks[0], "downsample", False),
         "energy.blocks.0.downsample is False inst",
     ),
+    "in place": (lambda m: setattr(m.vae.image_conditional[0], "inplace", True), "image_conditional.0.inplace is True"),
     "padding": (lambda m: setattr(m.energy.conv1, "padding_mode", "reflect"), "energy.conv1.padding_mode is 'reflect'"),
     "batch statistics": (
         lambda m: setattr(batch_norm(m), "running_var", None),
@@ -128,7 +129,7 @@ def test_code_of_its_own_is_refused_by_name_before_and_after_freezing(change: st
     sampler, frozen = vf.LangevinSampler(followed, **OPTIONS), freeze(followed)
     apply(model)
     apply(followed)
-    sentence = f"^Freezing reads weights and would ignore code of this model: {named}.*LangevinSampler.*freeze=False"
+    sentence = f"^Freezing reads weights and would ignore code of this model: .*{named}.*Undo that, or.*freeze=False"
     for begin in (lambda: freeze(model), lambda: vf.LangevinSampler(model, **OPTIONS), model.freeze):
         with pytest.raises(ValueError, match=sentence):
             begin()
@@ -362,6 +363,17 @@ def test_what_cannot_be_sampled_is_one_sentence() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             vf.LangevinSampler(wrong, steps=steps, step_size=0.1, freeze=False)  # type: ignore[arg-type]
+
+
+def test_what_is_no_pair_is_not_frozen() -> None:
+    for wrong in (nn.DataParallel(tiny()), tiny().vae):
+        with pytest.raises(ValueError, match=f"{type(wrong).__name__} cannot be frozen: give a VAEBM itself"):
+            freeze(wrong)  # type: ignore[arg-type]
+
+
+def test_a_model_of_half_precision_is_not_sampled_as_it_is() -> None:
+    with pytest.raises(ValueError, match="is torch.bfloat16; .* needs float32 or float64"):
+        live(tiny().bfloat16())
 
 
 def test_a_model_in_training_mode_is_not_sampled_as_it_is() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -79,6 +80,15 @@ def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError) as raised:
         lock_of(tmp_path / "no").take()
     assert raised.value.filename == str(tmp_path / "no" / ".lock")
+
+
+def test_a_folder_that_takes_no_lock_file_is_named_with_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / ".lock"))
+    monkeypatch.setattr(os, "open", mock.Mock(side_effect=refused))
+    with pytest.raises(PermissionError, match="Permission denied"):
+        lock_of(tmp_path).take()
 
 
 def test_a_lock_file_of_another_user_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

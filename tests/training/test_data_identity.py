@@ -22,6 +22,7 @@ from tests.helpers.file_systems import files_of_at_most, refuse
 from tests.helpers.trainers import QUIET, SOURCE, vae_trainer
 from vaebm_fast.checkpoint import CheckpointError, load_training, save_training
 from vaebm_fast.data import UnreadableDataError, open_source
+from vaebm_fast.data.folder import ImageFolder
 from vaebm_fast.report import save_grid
 from vaebm_fast.runtime.locks import Lock, LockedError
 from vaebm_fast.training import RunOptions, VAETrainer, train
@@ -180,6 +181,30 @@ def test_all_unreadable_images_are_named_at_once_and_may_be_replaced_at_once(ima
     for name in broken:
         Image.new("L", (8, 8), 3).save(images / name)
     assert run(images, out)
+
+
+def test_a_disk_that_went_away_frees_no_image_from_its_identity(images: Path, tmp_path: Path) -> None:
+    trainer = vae_trainer(ImageFolder(images, image_size=8, image_channels=1, cache_bytes=0))
+    step = trainer.step
+
+    def stepping(number: int) -> Any:
+        if number == 1:
+            images.rename(tmp_path / "unmounted")
+            trainer.loader._drop()  # type: ignore[attr-defined]
+            trainer.loader._next = -1  # type: ignore[attr-defined]  # reads the batch anew
+        return step(number)
+
+    trainer.step = stepping  # type: ignore[method-assign]
+    with pytest.raises(UnreadableDataError, match="No such file or directory.. Mend that, then run the same command"):
+        train(trainer, options(tmp_path / "out", save_every=100))
+    images.mkdir()
+    for index in range(TOTAL):
+        Image.new("L", (8, 8), 3).save(images / f"{index:03d}.png")
+    with pytest.raises(CheckpointError, match="other images"):
+        run(images, tmp_path / "out")
+    shutil.rmtree(images)
+    (tmp_path / "unmounted").rename(images)
+    assert run(images, tmp_path / "out")
 
 
 def test_the_steps_are_saved_before_all_images_are_searched(images: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vaebm_fast as vf
 from tests.helpers.trainers import QUIET, SOURCE, TINY, TINY_ENERGY, energy_trainer, vae_trainer
 from vaebm_fast import reference
-from vaebm_fast.checkpoint import CheckpointError, describe
+from vaebm_fast.checkpoint import CheckpointError, describe, save_training
 from vaebm_fast.config import PRESETS, ChainConfig, EnergyTraining, ReplayBuffer, VAETraining
 from vaebm_fast.data import TorchLoader, digits
 from vaebm_fast.models import NVAE
@@ -451,3 +451,9 @@ def test_a_readjustment_replaces_neither_its_source_nor_another_file(tmp_path: P
     readjust_file(path, cache, 0.7, batches=1)  # the default name needs no permission
     readjust_file(path, cache.parent / "." / cache.name, 0.7, batches=2)
     assert describe(cache)["info"]["batches"] == 2
+
+
+def test_only_an_nvae_is_readjusted(tmp_path: Path) -> None:
+    save_training({"step": 1}, tmp_path / "training.safetensors")
+    with pytest.raises(ValueError, match="holds a training state, not an NVAE"):
+        load_readjusted_nvae(tmp_path / "training.safetensors", 0.7)

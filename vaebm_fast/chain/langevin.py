@@ -29,6 +29,8 @@ ON_NON_FINITE: tuple[OnNonFinite, ...] = get_args(OnNonFinite)
 # and its noise sqrt(h) is a third as large; a much smaller step would leave the chain near its start.
 REDO_STEP_SCALE = 0.1
 
+HALVES = (torch.bfloat16, torch.float16)
+
 PotentialAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -300,7 +302,7 @@ class LangevinSampler:
         elif isinstance(self.model, FrozenModel):
             self.model.require_fresh()  # a replay does not check
         elif isinstance(self.model, nn.Module):
-            _require_evaluation_mode(self.model)
+            _require_sampled_as_is(self.model)
         if self._graphs is None or on_step is not None:
             return self._chains(keys, start, plan, on_step)
         key = (plan, self.potential, self.temperature)
@@ -371,8 +373,11 @@ class LangevinSampler:
         return torch.cat(images) if images else torch.empty(0, height, width, channels, dtype=torch.uint8, device="cpu")
 
 
-def _require_evaluation_mode(model: nn.Module) -> None:
-    """Raise UserError if an image would depend on its batch, and batch statistics would be overwritten."""
+def _require_sampled_as_is(model: nn.Module) -> None:
+    """Raise UserError for half precision, and if an image would depend on its batch."""
+    wrong = [f"{name} is {tensor.dtype}" for name, tensor in model.named_parameters() if tensor.dtype in HALVES]
+    if wrong:
+        raise UserError(f"{wrong[0]}; a model that is sampled as it is needs float32 or float64.")
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     if any(module.training for module in model.modules() if isinstance(module, kinds)):
         raise UserError(

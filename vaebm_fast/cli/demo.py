@@ -25,6 +25,7 @@ from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
 from vaebm_fast.checkpoint import load_energy, load_nvae
 from vaebm_fast.config import PRESETS, Preset
 from vaebm_fast.data import ArraySource, TorchLoader, digits, to_tensor
+from vaebm_fast.data.folder import is_hidden
 from vaebm_fast.evaluation.digit_features import SAMPLES, SAMPLING_SEEDS, Judge, everything, train_digit_classifier
 from vaebm_fast.frozen import freeze
 from vaebm_fast.models import VAEBM
@@ -62,12 +63,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run_demo(out: Path, *, train_seeds: int = 1, progress: bool = True) -> dict[str, Any]:
+def run_demo(out: str | Path, *, train_seeds: int = 1, progress: bool = True) -> dict[str, Any]:
     """Train, sample, evaluate and plot; writes everything to `out` and returns the metrics.
 
     Removes an earlier demo's results from `out`; raises ValueError if the folder holds anything else, or if another
     demo runs there.
     """
+    out = Path(out)
     if train_seeds < 1:
         raise UserError(f"train_seeds is {train_seeds}; it must be at least 1.")
     _require_demo(out)
@@ -112,6 +114,8 @@ def _require_demo(out: Path) -> None:
     Training, too, writes folders called vae and energy: only a mark, or the results of a demo of before, tell.
     """
     names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if MARK in names:
+        names = [name for name in names if name == MARK or not is_hidden(name)]
     mine = {LOCK, MARK, "vae", "energy", "samples.png", "energies.png", "training.png", "metrics.json", "results.md"}
     foreign = [name for name in names if name not in mine and not OF_DEMOS.fullmatch(name)]
     if not foreign and MARK not in names and not {"metrics.json", "results.md"} <= set(names):
@@ -124,7 +128,7 @@ def _clear(out: Path) -> None:
     """Remove an earlier demo's results."""
     (out / MARK).touch()
     for path in out.iterdir():
-        if path.name in (LOCK, MARK):
+        if is_hidden(path.name) and not TEMPORARY.fullmatch(path.name):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

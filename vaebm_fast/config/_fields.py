@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from vaebm_fast.runtime.errors import UserError
+from vaebm_fast.runtime.files import expanded
 
 if TYPE_CHECKING:
     from vaebm_fast.config.energy import EnergyConfig
@@ -25,7 +26,7 @@ def plain(value: Any) -> Any:
 
 
 class PlainFields:
-    """Base of frozen dataclasses: turns their fields into Python's scalars, which JSON and checkpoints can hold.
+    """Base of frozen dataclasses: turns their fields into Python's scalars, which JSON can hold, and paths into Path.
 
     Raises UserError for an int field that is not a whole number and a float field that is not a number.
     """
@@ -33,6 +34,8 @@ class PlainFields:
     def __post_init__(self) -> None:
         for name, entry in self.__dataclass_fields__.items():  # type: ignore[attr-defined]
             value = plain(getattr(self, name))
+            if entry.type in ("Path", "Path | None") and isinstance(value, str):
+                value = expanded(value)
             if entry.type == "int" or (entry.type == "int | None" and value is not None):
                 value = whole_number(name, value)
             if entry.type == "float":

@@ -152,16 +152,16 @@ class ImageFolder:
         return sha.hexdigest()
 
     def find_unreadable(self) -> list[str]:
-        """Names of all images whose files cannot be read now; reads every file, with threads."""
+        """Names of all images whose files are damaged now; reads every file, with threads."""
 
-        def is_unreadable(index: int) -> bool:
+        def is_damaged(index: int) -> bool:
             try:
                 read_image(self.files[index], self.image_shape[0])
-            except UnreadableImageError:
-                return True
+            except UnreadableImageError as error:
+                return error.is_damaged
             return False
 
-        broken = self._of_every_file("reading every image", is_unreadable, range(len(self)))
+        broken = self._of_every_file("reading every image", is_damaged, range(len(self)))
         return [name for name, fault in zip(self.names, broken, strict=True) if fault]
 
     def _of_every_file(self, title: str, function: Callable[[Any], Result], arguments: Sequence[Any]) -> list[Result]:
@@ -219,7 +219,8 @@ def _is_regular(path: Path) -> bool:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
         raise UserError(
-            f"{path} links to {os.readlink(path)}, which cannot be reached; restore it or remove the link."
+            f"{path} links to {os.readlink(path)}, which cannot be reached; restore it, or remove the link "
+            "for a new run."
         ) from error
 
 

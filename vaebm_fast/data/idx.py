@@ -19,7 +19,6 @@ import numpy.typing as npt
 from vaebm_fast.data.folder import is_hidden
 from vaebm_fast.runtime.errors import UserError
 
-SUBSETS = ("train", "t10k")
 IMAGES_MAGIC = 2051
 LABELS_MAGIC = 2049
 
@@ -37,21 +36,21 @@ def find_idx(folder: Path, subset: str, what: Literal["images", "labels"]) -> Pa
     return next((path for path in candidates if os.path.isfile(path)), None)
 
 
-def find_folder(root: Path) -> Path | None:
-    """The folder with the idx files of `root`: itself, its raw/, one of its folders, or the raw/ of one; else None.
+def find_folder(root: Path, subset: str, *, below: bool = True) -> Path | None:
+    """The folder with the images of `subset`: `root`, its raw/, or if `below` one of its folders, or the raw/ of one.
 
-    Raises UserError if several of its folders have some.
+    None if there is none. Raises UserError if several of its folders have them.
     """
 
-    def holds_images(folder: Path) -> bool:
-        return any(find_idx(folder, subset, "images") for subset in SUBSETS)
+    def first(*folders: Path) -> Path | None:
+        return next((folder for folder in folders if find_idx(folder, subset, "images")), None)
 
-    for folder in (root, root / "raw"):
-        if holds_images(folder):
-            return folder
+    here = first(root, root / "raw")
+    if here is not None or not below:
+        return here
     with os.scandir(root) as entries:
         inner = sorted(Path(entry.path) for entry in entries if not is_hidden(entry.name) and os.path.isdir(entry))
-    found = [folder for path in inner for folder in (path, path / "raw") if holds_images(folder)]
+    found = [folder for path in inner if (folder := first(path, path / "raw")) is not None]
     if len(found) > 1:
         raise UserError(f"{root} holds several data sets: {', '.join(map(str, found))}. Name one of these folders.")
     return found[0] if found else None

@@ -36,10 +36,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 class UnreadableImageError(UserError):
-    """An image file cannot be read; `image` is its name in the source, `fault` the message without its advice."""
+    """An image file cannot be read; `image` is its name in the source, `fault` the message without its advice.
 
-    def __init__(self, path: Path, why: str, image: str) -> None:
+    is_damaged: whether its bytes were read and are no image, not withheld by the system (a missing file or disk).
+    """
+
+    def __init__(self, path: Path, error: Exception, image: str) -> None:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
         self.image, self.fault = image, f"{path} cannot be read as an image ({why})."
+        self.is_damaged = not (isinstance(error, OSError) and error.errno is not None)
         super().__init__(f"{self.fault} Replace it or remove it.")
 
 
@@ -56,7 +61,7 @@ def read_image(path: Path, channels: int, name: str | None = None) -> Pixels:
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, ...
-        raise UnreadableImageError(path, str(error), str(path) if name is None else name) from error
+        raise UnreadableImageError(path, error, str(path) if name is None else name) from error
     return as_array(rgb if channels == 3 else rgb.convert("L"))
 
 

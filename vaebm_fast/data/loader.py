@@ -49,14 +49,14 @@ class Loader(Protocol):
 
     @property
     def unreadable(self) -> set[str]:
-        """Names of the images that could not be read: only their names, not their content, identify the data.
+        """Names of the images that are damaged: only their names, not their content, identify the data.
 
         A resumed run adds those of its checkpoint, so that they can be replaced.
         """
         ...
 
     def find_unreadable(self) -> list[str]:
-        """Names of all images that cannot be read now, which are added to `unreadable`; reads every image."""
+        """Names of all images that are damaged now, which are added to `unreadable`; reads every image."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -126,7 +126,8 @@ class TorchLoader:
         try:
             return self._ahead.popleft().result()
         except UnreadableImageError as error:
-            self.unreadable.add(error.image)
+            if error.is_damaged:
+                self.unreadable.add(error.image)
             raise UnreadableDataError(error.fault) from error
         except (UserError, OSError) as error:
             raise UnreadableDataError(sentence(error)) from error
@@ -153,7 +154,7 @@ class TorchLoader:
         return batch.pin_memory() if self._pinned else batch
 
     def find_unreadable(self) -> list[str]:
-        """Names of all images that cannot be read now, which are added to `unreadable`; reads every image."""
+        """Names of all images that are damaged now, which are added to `unreadable`; reads every image."""
         names = self.source.find_unreadable()
         self.unreadable.update(names)
         return names

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vaebm_fast.data import idx
-from vaebm_fast.data.folder import EXTENSIONS, ImageFolder, is_hidden
+from vaebm_fast.data.folder import EXTENSIONS, FolderListing, ImageFolder, is_hidden
 from vaebm_fast.data.images import Pixels, resize_short_side
 from vaebm_fast.runtime.errors import UserError
 from vaebm_fast.runtime.files import expanded
@@ -116,7 +116,7 @@ def open_source(
     """Open a source by name or path: square images of side `image_size` with 1 or 3 channels.
 
     "digits": scikit-learn's handwritten digits, see `digits` ("./digits" is a folder with that name);
-    a folder with idx files, or with them in raw/: see `mnist`;
+    a folder with idx files, also in its raw/ or, if it holds no images, in one of its folders: see `mnist`;
     any other folder: its image files. If it contains `train/` and one of `held_out/`, `validation/`, `val/`, `test/`,
     each split reads its own subfolder; otherwise all files are the train split and there is no held-out split.
 
@@ -130,7 +130,7 @@ def open_source(
         raise MissingDataError(f'{root} does not exist. Give a folder of images or idx files, or "digits".')
     if not root.is_dir():
         raise UserError(f"{root} is a file. Give the folder that contains the images or idx files.")
-    if idx.find_folder(root) is not None:
+    if _holds_idx(root, below=False) or (_holds_idx(root, below=True) and not FolderListing(root).files):
         return mnist(root, image_size=image_size, image_channels=image_channels, split=split)
     return ImageFolder(_split_folder(root, split), image_size=image_size, image_channels=image_channels)
 
@@ -164,7 +164,7 @@ def mnist(folder: Path, *, image_size: int = 32, image_channels: int = 1, split:
     Raises FileNotFoundError or ValueError naming the file if it is missing, damaged or has the wrong shape.
     """
     _check_shape(image_size, image_channels, split)
-    subset, folder = IDX_SUBSETS[split], idx.find_folder(folder) or folder
+    subset, folder = IDX_SUBSETS[split], idx.find_folder(folder, IDX_SUBSETS[split]) or folder
     path = idx.find_idx(folder, subset, "images")
     if path is None:
         stem = f"{subset}-images-idx3-ubyte"
@@ -196,6 +196,10 @@ def _mnist_labels(folder: Path, subset: str, count: int) -> npt.NDArray[np.int64
     if len(labels) != count:
         raise UserError(f"{path} contains {len(labels)} labels for {count} images; the files do not match.")
     return labels.astype(np.int64)
+
+
+def _holds_idx(root: Path, *, below: bool) -> bool:
+    return any(idx.find_folder(root, subset, below=below) is not None for subset in IDX_SUBSETS.values())
 
 
 def _split_folder(root: Path, split: Split) -> Path:

@@ -19,7 +19,7 @@ from vaebm_fast.runtime.errors import UserError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes of modules without effect on a forward pass in evaluation mode.
-FREE = frozenset({"training", "momentum", "config", "inplace", "track_running_stats"})
+FREE = frozenset({"training", "momentum", "config", "track_running_stats"})
 # Methods through which torch runs any module.
 CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "_conv_forward", "_check_input_dim")
 # Functions of `models` that a chain never runs.
@@ -136,7 +136,7 @@ def _parts_of(model: VAEBM | NVAE) -> list[Any]:
 def _advice(model: nn.Module) -> str:
     if isinstance(model, NVAE):
         return "Undo that, or sample the NVAE as it is with its decode and pixels."
-    return "To sample the model as it is, more slowly, use LangevinSampler(model, ..., freeze=False)."
+    return "Undo that, or sample the model as it is, more slowly, with LangevinSampler(model, ..., freeze=False)."
 
 
 def _fault(model: nn.Module) -> str | None:

@@ -42,6 +42,8 @@ def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = 
     or on several devices, an unknown dtype or name, and for code of the model's own, which freezing would ignore:
     subclasses, replaced modules, hooks, patched methods; RuntimeError for a missing backend.
     """
+    if not isinstance(model, VAEBM):
+        raise UserError(f"{type(model).__name__} cannot be frozen: give a VAEBM itself, not its parts or a wrapper.")
     return FrozenVAEBM(model, dtype, backend)
 
 

@@ -70,4 +70,6 @@ def _opened(path: Path) -> int:
     try:
         return os.open(str(path), os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
+        if not path.exists():
+            raise
         return os.open(path, os.O_RDONLY)

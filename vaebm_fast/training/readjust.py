@@ -138,8 +138,10 @@ class _Readjustment:
 
     def __init__(self, path: Path, temperature: float, batches: int) -> None:
         self.path, self.temperature, self.batches = path, temperature, batches
-        source = describe(path)["content_sha256"]
-        self.info = {"source": source, "temperature": temperature, "batches": batches}
+        facts = describe(path)
+        if facts["kind"] != "nvae":
+            load_nvae(path)  # raises
+        self.info = {"source": facts["content_sha256"], "temperature": temperature, "batches": batches}
 
     def read(self, file: Path, device: str | torch.device) -> NVAE | None:
         """The network in `file` if it is the result."""
