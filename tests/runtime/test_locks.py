@@ -86,7 +86,7 @@ def test_a_folder_that_takes_no_lock_file_is_named_with_its_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / ".lock"))
-    monkeypatch.setattr(os, "open", mock.Mock(side_effect=refused))
+    monkeypatch.setattr(os, "open", mock.Mock(side_effect=[refused, FileNotFoundError()]))
     with pytest.raises(PermissionError, match="Permission denied"):
         lock_of(tmp_path).take()
 

@@ -197,6 +197,7 @@ def test_a_disk_that_went_away_frees_no_image_from_its_identity(images: Path, tm
     trainer.step = stepping  # type: ignore[method-assign]
     with pytest.raises(UnreadableDataError, match="No such file or directory.. Mend that, then run the same command"):
         train(trainer, options(tmp_path / "out", save_every=100))
+    assert "unreadable" not in load_training(tmp_path / "out" / STATE_FILE)[0]["settings"]
     images.mkdir()
     for index in range(TOTAL):
         Image.new("L", (8, 8), 3).save(images / f"{index:03d}.png")
