@@ -45,6 +45,17 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     with files_of_at_most(4096), pytest.raises(OSError) as raised:
         write(tmp_path / "file", bytes(1 << 16))
     assert raised.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
+    assert str(raised.value).endswith(f"'{tmp_path / 'file'}'")
+
+
+def test_a_rename_that_fails_names_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(OSError) as raised:
+        write(tmp_path / "file", "new")
+    assert str(raised.value).endswith(f"link: '{tmp_path / 'file'}'")
 
 
 @pytest.mark.parametrize("number", NOT_SUPPORTED)

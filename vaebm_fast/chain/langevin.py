@@ -312,12 +312,6 @@ class LangevinSampler:
         self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None = None
     ) -> _Outcome:
         """The chains of `keys`, finite or not; the caller's autocast does not reach them."""
-        with without_autocast(self.device):
-            return self._chains_without_autocast(keys, start, plan, on_step)
-
-    def _chains_without_autocast(
-        self, keys: Tensor, start: Tensor, plan: _Plan, on_step: Callable[[int, Tensor], None] | None
-    ) -> _Outcome:
         every = plan.trace_every
         norms: list[Tensor] = []
         images: list[Tensor] = []
@@ -329,10 +323,11 @@ class LangevinSampler:
                 images.append(self._mean_images(eps))
 
         update = partial(langevin_update, seeds=keys, stream=plan.stream, prior=self._has_prior)
-        course = langevin_chain(
-            self._potential_and_grad, start, update, step_sizes=plan.step_sizes, before_step=look, on_step=on_step
-        )
-        final = self._mean_images(course.eps)
+        with without_autocast(self.device):
+            course = langevin_chain(
+                self._potential_and_grad, start, update, step_sizes=plan.step_sizes, before_step=look, on_step=on_step
+            )
+            final = self._mean_images(course.eps)
         traced_norms = torch.stack(norms) if norms else course.potentials.new_empty(0, len(keys))
         traced_images = torch.stack(images) if images else final.new_empty(0, *final.shape)
         return _Outcome(*course, final, traced_norms, traced_images)

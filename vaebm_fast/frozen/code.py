@@ -27,10 +27,8 @@ UNUSED = frozenset(
     {"elbo", "log_importance_weights", "importance_weighted_bound", "initialize_from_data", "initialize_from"}
     | {"from_preset", "freeze", "channels_last", "bits_per_dim", "num_logits"}
 )
-TORCH_CLASSES = [
-    *(nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.Sequential, nn.ModuleList, nn.Identity),
-    *(nn.ELU, nn.ReLU, nn.Sigmoid),
-]
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.Identity)
+LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ELU, nn.ReLU, nn.Sigmoid)
 ABSENT = object()
 
 Definition = tuple[str, Mapping[str, Any], str, Any]  # its name for people; where it stands, its key there, what it is
@@ -42,7 +40,7 @@ def _definitions() -> Iterator[Definition]:
     These are functions, classes and numbers of `models`, methods of its classes, and methods through which torch runs
     modules.
     """
-    kinds: list[type] = [*TORCH_CLASSES]
+    kinds: list[type] = [*CONTAINERS, *LAYERS]
     for module in (layers, distributions, energy, nvae, vaebm):
         for name, value in list(vars(module).items()):
             if name in UNUSED or name.startswith("__") or not isinstance(value, (FunctionType, type, int, float)):
@@ -139,9 +137,10 @@ def _advice(model: nn.Module) -> str:
     return "Undo that, or sample the model as it is, more slowly, with LangevinSampler(model, ..., freeze=False)."
 
 
-def _fault(model: nn.Module) -> str | None:
+def _fault(model: VAEBM | NVAE) -> str | None:
     """The first code of the model's own, as a clause; None if there is none."""
-    for name, network, kind in _networks(model):
+    networks = _networks(model)
+    for name, network, kind in networks:
         if type(network) is not kind:
             return f"{name} is a {_called(type(network))}, not {kind.__name__} itself"
     patched = _patched_definition()
@@ -149,21 +148,18 @@ def _fault(model: nn.Module) -> str | None:
         return f"{patched} is patched"
     if _has_global_hooks():
         return "torch.nn.modules.module has global hooks"
-    for prefix, network in (("vae", getattr(model, "vae", model)), ("energy", getattr(model, "energy", None))):
-        if network is not None:
-            fault = _difference(prefix, network, skeleton(network.config))
-            if fault is not None:
-                return fault
-    return _own_code("the joint model", model)
+    for name, network, kind in networks:
+        fault = _own_code(name, network) if kind is VAEBM else _difference(name, network, skeleton(network.config))
+        if fault is not None:
+            return fault
+    return None
 
 
-def _networks(model: nn.Module) -> Iterator[tuple[str, Any, type]]:
+def _networks(model: VAEBM | NVAE) -> list[tuple[str, Any, type]]:
+    """Name, network and the class that it must have."""
     if isinstance(model, NVAE):
-        yield "the NVAE", model, NVAE
-        return
-    yield "the joint model", model, VAEBM
-    yield "vae", getattr(model, "vae", None), NVAE
-    yield "energy", getattr(model, "energy", None), EnergyNetwork
+        return [("vae", model, NVAE)]
+    return [("the joint model", model, VAEBM), ("vae", model.vae, NVAE), ("energy", model.energy, EnergyNetwork)]
 
 
 def _difference(prefix: str, network: nn.Module, expected: nn.Module) -> str | None:

@@ -83,7 +83,9 @@ def naming(path: Path, *others: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.filename is None or str(error.filename) in map(str, others):
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            with contextlib.suppress(AttributeError):
+                del error.filename2  # of a rename; None would be printed
         raise
 
 
