@@ -27,11 +27,16 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        **({"cuda": torch.version.cuda, "triton": _version("triton")} if cuda else {}),
+        **(_of_the_gpu() if cuda else {}),
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _of_the_gpu() -> dict[str, Any]:
+    major, minor = torch.cuda.get_device_capability()
+    return {"capability": f"{major}.{minor}", "cuda": torch.version.cuda, "triton": _version("triton")}
 
 
 def _cpu_name() -> str:

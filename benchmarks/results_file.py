@@ -37,15 +37,15 @@ class ResultsFile:
         self._write()
 
     def keep(self, what: str, row: Row) -> None:
-        """Record a row, or {"refused": why} as the refusal of `what`."""
+        """Record a row, or {"refused": why} as the refusal of `what`, with the row's other facts."""
         if "refused" in row:
-            self.refuse(what, row["refused"])
+            self.refuse(what, row["refused"], {name: value for name, value in row.items() if name != "refused"})
         else:
             self.add(row)
 
-    def refuse(self, what: str, reason: str) -> None:
+    def refuse(self, what: str, reason: str, facts: Row | None = None) -> None:
         """Record why a figure is missing."""
-        self.content["refused"].append({"what": what, "reason": reason})
+        self.content["refused"].append({"what": what, "reason": reason, **(facts or {})})
         self._write()
 
     def _write(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.captured import EAGER, captured, launched_by
+from benchmarks.gpu.sources import sources_of
 from benchmarks.measure import Sample, summary, take_turns
 from benchmarks.ops.cases import Case, Run, backends_of
 
@@ -43,7 +44,9 @@ def measure_case(
         "flops": case.work.flop,
     }
     backends, on_gpu = backends_of(case.op, device, without), device.type == "cuda"
-    rows: dict[str, dict[str, Any]] = {name: {**facts, "candidate": name, "backend": name} for name in backends}
+    rows: dict[str, dict[str, Any]] = {
+        name: {**facts, "candidate": name, "backend": name, **sources_of(case.op, name)} for name in backends
+    }
     runs = [case.make(device) for _ in range(buffers_of(case, cache_bytes(device)) if on_gpu else 1)]
     timed: dict[str, Timed] = {}
     for name in backends:

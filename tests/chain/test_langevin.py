@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.builders import tiny_grey_model
+from vaebm_fast.chain import langevin
 from vaebm_fast.chain.langevin import LangevinSampler, NonFiniteChainError, langevin_chain, to_uint8
 from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.config import POTENTIALS, NoiseLayout, Potential
@@ -332,3 +333,27 @@ def test_arguments_of_a_run_that_do_not_fit_are_refused() -> None:
     for batch_size in (0, -1):
         with pytest.raises(ValueError, match="batch_size is .*; it must be at least 1"):
             sampler.sample([1, 2], batch_size)
+
+
+@pytest.mark.parametrize(
+    ("device", "pairs", "chosen"),
+    [("cuda", "cuda", "cuda"), ("cuda", "triton", "triton"), ("cuda", "reference", "auto"), ("cpu", "cuda", "auto")],
+)
+def test_on_a_gpu_noise_and_update_run_on_the_backend_of_the_pair(
+    device: str, pairs: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def noted(*arguments: Any, backend: str, **others: Any) -> Tensor:
+        asked.append(backend)
+        return torch.zeros(2, Bowl.noise_layout.dim)
+
+    monkeypatch.setattr(langevin, "normal", noted)
+    monkeypatch.setattr(langevin, "langevin_update", noted)
+    model = Bowl()
+    model.backend = pairs  # type: ignore[attr-defined]
+    model.device = torch.device(device)
+    sampler = LangevinSampler(model, steps=2, step_size=0.1, capture=False)
+    sampler.device = torch.device("cpu")  # where the tensors are
+    sampler.run(range(2))
+    assert asked == [chosen] * 3

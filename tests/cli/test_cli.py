@@ -23,7 +23,7 @@ from vaebm_fast.checkpoint import describe, load_energy, save_nvae, save_trainin
 from vaebm_fast.cli import demo, info, sample
 from vaebm_fast.config import PRESETS
 from vaebm_fast.models import NVAE
-from vaebm_fast.ops import _backend
+from vaebm_fast.ops import _backend, _measured
 from vaebm_fast.runtime import command as commands
 from vaebm_fast.sampling import SampleOptions
 
@@ -98,6 +98,33 @@ def test_info_says_what_a_missing_package_is_for_and_how_to_get_it(name: str, mo
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     part = info.environment()["parts"][name]
     assert part["present"] is False and purpose in part["needs"] and f"pip install {package}" in part["needs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "pair", "by"),
+    [
+        ("NVIDIA H100 80GB HBM3", "9.0", "cuda", "On CUDA by these measurements: NVIDIA H200, 2026-11-27, commit "),
+        (
+            "NVIDIA A100-SXM4-80GB", "8.0", "reference",
+            "nothing: no NVIDIA A100-SXM4-80GB and no other GPU of compute capability 8.0 was measured; `make gpu`",
+        ),
+    ],
+)  # fmt: skip
+def test_info_says_by_which_measurements_auto_decides_on_a_gpu(
+    name: str, capability: str, pair: str, by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: name)
+    monkeypatch.setattr(_measured, "model_of", lambda index: (name, capability))
+    monkeypatch.setattr(_backend, "why_absent", lambda backend: None)
+    row = replace(_measured.table()[0], what=_measured.PAIR, backend="cuda", dtype="bfloat16", speedup=2.0)
+    monkeypatch.setattr(_measured, "table", lambda: (row,))
+    shown = lines_of(capsys, "info")
+    assert shown["frozen pair in bfloat16 on cuda"] == pair and shown["frozen pair on cuda"] == "reference"
+    info.info()
+    assert by in capsys.readouterr().out
 
 
 def test_info_without_the_compiled_part_says_so_and_picks_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

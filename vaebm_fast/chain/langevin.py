@@ -19,6 +19,7 @@ from vaebm_fast import reference
 from vaebm_fast.chain.graphs import Graphs
 from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.config import ChainConfig, NoiseLayout, Potential, plain, whole_number
+from vaebm_fast.ops._backend import GPU_BACKENDS, Backend
 from vaebm_fast.ops.langevin_update import langevin_update
 from vaebm_fast.runtime.devices import without_autocast
 from vaebm_fast.runtime.errors import NonFiniteError, UserError
@@ -240,11 +241,14 @@ class LangevinSampler:
         self.start_temperature = chain.start_temperature
         self.device = self.model.device
         self.noise_layout = self.model.noise_layout
+        on_gpu, pairs = self.device.type == "cuda", getattr(model, "backend", "auto")
+        self._noise_backend: Backend = pairs if on_gpu and pairs in GPU_BACKENDS else "auto"  # the bits are the same
         self._graphs = Graphs() if capture and not runs_live else None
 
     def start(self, seeds: Iterable[int] | Tensor, stream: Stream = Stream.CHAIN) -> Tensor:
         """Starting states drawn from the seeds, N(0, start_temperature^2 I), [N, D]: draw 0 of their noise."""
-        return normal(self._keys(seeds), 0, stream, self.noise_layout.dim).mul_(self.start_temperature)
+        keys, dim = self._keys(seeds), self.noise_layout.dim
+        return normal(keys, 0, stream, dim, backend=self._noise_backend).mul_(self.start_temperature)
 
     def _keys(self, seeds: Iterable[int] | Tensor) -> Tensor:
         if not isinstance(seeds, Tensor):
@@ -322,7 +326,9 @@ class LangevinSampler:
                 norms.append(torch.linalg.vector_norm(gradient + eps if self._has_prior else gradient, dim=1))
                 images.append(self._mean_images(eps))
 
-        update = partial(langevin_update, seeds=keys, stream=plan.stream, prior=self._has_prior)
+        update = partial(
+            langevin_update, seeds=keys, stream=plan.stream, prior=self._has_prior, backend=self._noise_backend
+        )
         with without_autocast(self.device):
             course = langevin_chain(
                 self._potential_and_grad, start, update, step_sizes=plan.step_sizes, before_step=look, on_step=on_step

@@ -15,7 +15,7 @@ import tyro
 
 from vaebm_fast import __version__, checkpoint
 from vaebm_fast.cli._options import EnergyArch, ImageSize, Switch, aligned
-from vaebm_fast.ops import _backend
+from vaebm_fast.ops import _backend, _measured
 
 # optional packages; name: (module, package, purpose)
 PACKAGES = {
@@ -67,11 +67,22 @@ def environment() -> dict[str, Any]:
         "auto": {
             device: {
                 "frozen pair": _backend.resolve("auto", torch.device(device), torch.float32).name,
+                "frozen pair in bfloat16": _backend.resolve("auto", torch.device(device), torch.bfloat16).name,
                 **{report.op: report.backend for report in _backend.report(torch.device(device))},
             }
             for device in ("cpu", "cuda")[: 1 + bool(gpus)]
         },
+        "auto_on_cuda_by": _measurements() if gpus else None,
     }
+
+
+def _measurements() -> str:
+    """The measurements by which `auto` decides on the current GPU."""
+    rows = _measured.rows_for(torch.device("cuda"))
+    if not rows:
+        name, capability = _measured.model_of(torch.cuda.current_device())
+        return f"nothing: no {name} and no other GPU of compute capability {capability} was measured; `make gpu` does"
+    return "; ".join(sorted({f"{row.device}, {row.date}, commit {row.commit}" for row in rows}))
 
 
 def _why_no_cuda_device() -> str | None:
@@ -103,7 +114,9 @@ def _environment_text(facts: Mapping[str, Any]) -> str:
     for name, part in facts["parts"].items():
         rows[name] = "there" if part["present"] else f"missing: {part['needs']}."
     picks = {f"{op} on {device}": name for device, picked in facts["auto"].items() for op, name in picked.items()}
-    return f"{aligned(rows)}\n\nWhat backend=auto picks:\n{aligned(picks)}"
+    by = facts["auto_on_cuda_by"]
+    decided = f"\n\nOn CUDA by these measurements: {by}." if by else ""
+    return f"{aligned(rows)}\n\nWhat backend=auto picks:\n{aligned(picks)}{decided}"
 
 
 def _file_text(facts: Mapping[str, Any]) -> str:

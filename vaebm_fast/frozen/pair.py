@@ -34,10 +34,11 @@ def freeze(model: VAEBM, dtype: torch.dtype = torch.float32, backend: Backend = 
     """The compiled form of `model`: same noise, same U and gradients, folded weights in `dtype`.
 
     dtype: float32, bfloat16 or float64 for weights and features; noise, latents, pixels and U are float32 (float64 for
-    float64). backend: "auto" is "cpp" for float32 on a CPU with the compiled extension, otherwise "reference". "triton"
-    and "cuda" are opt-in; on an H200 "cuda" is the fastest and "triton" second. "cuda" runs an inverted residual as one
-    CUDA kernel in bfloat16 from 128 pixels a side on (`frozen.cells.FUSED_SIDE`), otherwise as the CUDA depthwise
-    kernel between cuBLAS products; gates, latents and heads are Triton kernels.
+    float64). backend: "auto" is "cpp" for float32 on a CPU with the compiled extension; on a GPU the fastest that was
+    measured to be faster than plain PyTorch on such a GPU in this dtype (`vaebm-fast info` says which); otherwise
+    "reference". "cuda" runs an inverted residual as one CUDA kernel in bfloat16 from 128 pixels a side on
+    (`frozen.cells.FUSED_SIDE`), otherwise as the CUDA depthwise kernel between cuBLAS products; gates, latents and
+    heads are Triton kernels.
     After `model` changes, call `refresh()`. Raises ValueError for a VAE in training mode, weights that are not finite
     or on several devices, an unknown dtype or name, and for code of the model's own, which freezing would ignore:
     subclasses, replaced modules, hooks, patched methods; RuntimeError for a missing backend.

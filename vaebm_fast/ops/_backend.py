@@ -1,7 +1,8 @@
 """Backend selection for every op: the table of implementations and the only dispatcher.
 
-Every op has `reference` (plain PyTorch, any device). `auto` picks the best implementation for the tensors' device that
-is available on this machine. A backend requested by name either runs or raises an error that says how to get it.
+Every op has `reference` (plain PyTorch, any device). `auto` is `cpp` on a CPU, if it is built; on a GPU it is what was
+measured to be faster than plain PyTorch (`_measured`). A backend requested by name either runs or raises an error that
+says how to get it.
 `resolve` selects the backend of every op of a frozen pair at once.
 """
 
@@ -17,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from vaebm_fast.ops._measured import PAIR, fastest
 from vaebm_fast.runtime import extension
 from vaebm_fast.runtime.errors import UserError
 
@@ -62,7 +64,7 @@ DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
     }
 )
 
-_PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("cpp",), "cuda": ("cuda", "triton")})
+GPU_BACKENDS: tuple[Backend, ...] = ("cuda", "triton")
 
 
 @functools.cache
@@ -124,14 +126,16 @@ def why_not(op: str, device: torch.device, backend: str) -> str | None:
     return None
 
 
-def choose(op: str, device: torch.device, backend: str) -> str:
-    """The backend that runs `op` on tensors of `device`: the best one for "auto", otherwise the one named.
+def choose(op: str, device: torch.device, backend: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs `op` on tensors of this device and dtype: by the rule for "auto", otherwise the one named.
 
     Raises ValueError for a name that does not exist, BackendError when the named backend cannot run here.
     """
     if backend == "auto":
-        usable = (name for name in _PREFERENCE.get(device.type, ()) if why_not(op, device, name) is None)
-        return next(usable, "reference")
+        if device.type == "cuda":
+            ways = (op, f"{op}_backward") if op in _WITH_GRADIENT else (op,)  # autograd keeps to the forward's backend
+            return fastest(device, dtype, ways, (name for name in _compiled() if why_not(op, device, name) is None))
+        return "cpp" if device.type == "cpu" and why_not(op, device, "cpp") is None else "reference"
     if backend not in BACKENDS:
         raise UserError(f"Backend {backend!r} is not known; it must be one of auto, {', '.join(BACKENDS)}.")
     reason = why_not(op, device, backend)
@@ -178,22 +182,38 @@ class OpBackends:
 
 
 def resolve(backend: Backend, device: torch.device, dtype: torch.dtype) -> OpBackends:
-    """The backend of each op in a pair frozen with `backend`: "auto" is "cpp" if available for this device and dtype.
+    """The backend of each op in a pair frozen with `backend`; "auto" follows the rule of `choose` for whole pairs.
 
     Raises ValueError for an unknown name or a dtype that the backend does not take, RuntimeError for a missing backend.
     """
     if backend == "auto":
-        is_compiled = dtype in dtypes("cpp") and why_not("pointwise", device, "cpp") is None
-        backend = "cpp" if is_compiled else "reference"
+        backend = _auto_pair(device, dtype)
     backends = OpBackends.of(backend)
     for op in ("depthwise_swish", "energy_epilogue"):  # one op with a CUDA C++ kernel, one without
         require_dtype("A frozen pair", choose(op, device, backends[op]), dtype)
     return backends
 
 
+def _auto_pair(device: torch.device, dtype: torch.dtype) -> Backend:
+    if device.type != "cuda":
+        is_compiled = dtype in dtypes("cpp") and why_not("pointwise", device, "cpp") is None
+        return "cpp" if is_compiled else "reference"
+
+    def runs(name: Backend) -> bool:
+        return all(why_not(op, device, backend) is None for op, backend in OpBackends.of(name).by_op.items())
+
+    measured = fastest(device, dtype, (PAIR,), (name for name in _compiled() if runs(name)))
+    return next((name for name in GPU_BACKENDS if name == measured), "reference")
+
+
+def _compiled() -> tuple[Backend, ...]:
+    """The GPU's backends, without Triton where its kernels are interpreted: none of them was measured so."""
+    return tuple(name for name in GPU_BACKENDS if not (name == "triton" and is_interpreting()))
+
+
 @dataclass(frozen=True)
 class OpReport:
-    """The backend that `auto` picks for an op, and why each unusable implementation cannot run."""
+    """The backend that `auto` picks for an op in float32, and why each unusable implementation cannot run."""
 
     op: str
     backend: str

@@ -37,9 +37,12 @@ def check_energy_terms(op: str, y: Tensor, skip: Tensor | None, shift: Tensor | 
 
 
 def choose_for(op: str, backend: Backend, *tensors: Tensor | None) -> str:
-    """`choose` for the device of the tensors; raises ValueError if that backend does not take their dtypes."""
+    """`choose` for the device of the tensors and the dtype of the first.
+
+    Raises ValueError if that backend does not take their dtypes.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
-    chosen = choose(op, given[0].device, backend)
+    chosen = choose(op, given[0].device, backend, given[0].dtype)
     for tensor in given:
         require_dtype(op, chosen, tensor.dtype)
     return chosen

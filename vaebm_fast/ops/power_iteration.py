@@ -29,7 +29,7 @@ def power_iteration(
     _check(weight, u, v, iterations, eps)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, u, v)):
         raise ValueError("power_iteration has no gradient; call it under torch.no_grad().")
-    chosen = choose("power_iteration", weight.device, backend)
+    chosen = choose("power_iteration", weight.device, backend, weight.dtype)
     if chosen == "reference":
         return reference.power_iteration(weight, u, v, iterations=iterations, eps=eps)
     if weight.dtype != torch.float32:

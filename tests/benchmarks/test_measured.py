@@ -1,0 +1,239 @@
+"""From result files to the table by which `auto` decides, and that its kernels are the ones that were measured."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import measured, sources
+from benchmarks.gpu.sources import CUDA, TRITON, code_of, digest
+from benchmarks.step.pair import NHWC_BF16, PLAIN
+from vaebm_fast.ops._measured import PAIR, Measured
+
+H200 = {"device": "NVIDIA H200", "capability": "9.0", "date": "2026-11-27", "commit": "abc"}
+REPOSITORY = measured.REPOSITORY
+
+
+known = functools.cache(digest)
+
+
+def content(
+    *rows: dict[str, Any], refused: tuple[dict[str, Any], ...] = (), red: Sequence[str] = (), **ran: str
+) -> dict[str, Any]:
+    return {"environment": {**H200, **ran}, "results": list(rows), "refused": list(refused), "red": list(red)}
+
+
+def pair_row(candidate: str, median_s: float, **others: Any) -> dict[str, Any]:
+    names = {PLAIN: "plain modules", NHWC_BF16: "plain modules, autocast"}
+    is_kernel = "triton" in candidate or "cuda" in candidate
+    facts = {
+        "preset": "celeba_256", "batch": 16, "candidate": candidate, "launched": "CUDA graph",
+        "backend": names.get(candidate) or candidate.split(", ")[1],
+        "dtype": "bfloat16" if "bf16" in candidate else "float32",
+        **({"sources": known(PAIR, candidate.split(", ")[1])} if is_kernel else {}),
+    }  # fmt: skip
+    return {**facts, "median_s": median_s, **others}
+
+
+def op_row(backend: str, median_s: float, shape: str = "16x64", **others: Any) -> dict[str, Any]:
+    kernel = {} if backend == "reference" else {"sources": known("energy_head", backend)}
+    facts = {"op": "energy_head", "shape": shape, "dtype": "float32", "candidate": backend, "backend": backend}
+    return {**facts, **kernel, "launched": "CUDA graph", "median_s": median_s, **others}
+
+
+def speedups(rows: list[Measured]) -> dict[tuple[str, str, str], float]:
+    return {(row.what, row.backend, row.dtype): row.speedup for row in rows}
+
+
+def test_a_factor_is_the_least_of_all_shapes_over_the_fastest_plain_pytorch_of_the_same_case() -> None:
+    found = content(
+        pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 9.0), pair_row(NHWC_BF16, 8.0),
+        pair_row("frozen, reference, bf16", 3.0), pair_row("frozen, triton", 4.0), pair_row("frozen, reference", 6.0),
+        pair_row("frozen, cuda, bf16", 2.0, batch=1), pair_row("frozen, reference, bf16", 4.0, batch=1),
+    )  # fmt: skip
+    rows = measured.update([], [found])
+    assert speedups(rows) == {(PAIR, "cuda", "bfloat16"): 2.0, (PAIR, "triton", "float32"): 1.5}
+    assert [row.cases for row in rows] == [2, 1] and rows[0].sources == digest(PAIR, "cuda")
+    assert (rows[0].device, rows[0].capability, rows[0].date, rows[0].commit) == tuple(H200.values())
+    ops = content(op_row("reference", 4.0), op_row("triton", 1.0), op_row("reference", 4.0, "1x3"), op_row("triton", 5.0, "1x3"))  # fmt: skip # noqa: E501
+    assert speedups(measured.update([], [ops])) == {("energy_head", "triton", "float32"): 0.8}
+
+
+def test_half_precision_of_plain_pytorch_is_no_rival_of_a_float32_pair_nor_an_eager_row_a_pair() -> None:
+    found = content(
+        pair_row("frozen, triton", 4.0), pair_row(NHWC_BF16, 1.0), pair_row(PLAIN, 8.0),
+        pair_row("frozen, cuda, bf16, eager", 100.0, launched="eager"), pair_row("frozen, cuda, bf16", 0.5),
+        pair_row("frozen, triton, tf32", 5.0),
+    )  # fmt: skip
+    rows = speedups(measured.update([], [found]))
+    assert len(rows) == 2
+    assert rows[PAIR, "triton", "float32"] == 2.0 and rows[PAIR, "cuda", "bfloat16"] == 2.0
+
+
+def test_a_pair_that_could_not_be_captured_is_measured_as_it_ran() -> None:
+    found = content(pair_row("frozen, cuda, bf16", 2.0, launched="eager: why"), pair_row(PLAIN, 1.0))
+    assert speedups(measured.update([], [found])) == {(PAIR, "cuda", "bfloat16"): 0.5}
+
+
+def test_files_are_not_compared_with_each_other_and_the_last_is_named() -> None:
+    first = content(pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 2.0))
+    second = content(pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 3.0), date="2026-11-28", commit="def")
+    third = content(pair_row("frozen, cuda, bf16", 1.0))
+    (row,) = measured.update([], [second, third, first])
+    assert (row.speedup, row.cases, row.commit) == (2.0, 2, "def")
+
+
+def test_each_gpu_model_has_rows_of_its_own() -> None:
+    h200 = content(pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 2.0))
+    a100 = content(
+        pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 3.0), device="NVIDIA A100-SXM4-80GB", capability="8.0"
+    )
+    rows = measured.update([], [h200, a100])
+    assert {(row.device, row.capability): (row.speedup, row.cases) for row in rows} == {
+        ("NVIDIA H200", "9.0"): (2.0, 1),
+        ("NVIDIA A100-SXM4-80GB", "8.0"): (3.0, 1),
+    }
+
+
+def test_what_failed_has_factor_0_and_what_did_not_fit_into_memory_did_not_fail() -> None:
+    """So that no other model's row takes its place."""
+    old = Measured(PAIR, "cuda", "bfloat16", 3.0, 1, "NVIDIA H200", "9.0", "2026-11-01", "old", known(PAIR, "cuda"))
+    elsewhere = replace(old, device="NVIDIA A100-SXM4-80GB", capability="8.0")
+    facts = {"preset": "celeba_256", "batch": 64, "candidate": "frozen, cuda, bf16", "sources": known(PAIR, "cuda")}
+    full = {"what": "celeba_256", "reason": "it does not fit into memory", **facts}
+    works = content(pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 2.0), refused=(full,))
+    assert speedups(measured.update([old], [works])) == {(PAIR, "cuda", "bfloat16"): 2.0}
+    fails = content(refused=({**full, "failed": True},))
+    for contents in ([fails], [works, fails]):
+        rows = measured.update([old, elsewhere], contents)
+        assert rows[0] == elsewhere and rows[1].speedup == 0 and rows[1].commit == "abc"
+    eager = {**full, "candidate": "frozen, cuda, bf16, eager", "failed": True}  # for comparison alone
+    assert speedups(measured.update([], [{**works, "refused": [eager]}])) == {(PAIR, "cuda", "bfloat16"): 2.0}
+    whole = content(refused=({"what": "celeba_256, N = 16", "reason": "a test is red"},))
+    assert measured.update([old], [whole]) == [old]
+    other = content(op_row("reference", 4.0), op_row("triton", 1.0))
+    assert len(measured.update([old, elsewhere], [other])) == 3
+
+
+def test_red_tests_of_ops_or_the_pair_withhold_a_row_and_others_do_not() -> None:
+    rows = content(pair_row("frozen, cuda, bf16", 1.0), pair_row("frozen, triton, bf16", 1.0), pair_row(PLAIN, 2.0))
+
+    def left(red: str) -> list[str]:
+        return [row.backend for row in measured.update([], [{**rows, "red": [red]}]) if row.speedup]
+
+    assert left("tests/test_gpu.py::test_the_frozen_pair_has[cuda-torch.bfloat16]") == ["triton"]
+    assert left("tests/test_gpu.py::test_sanitised_op[pointwise 2x20-triton]") == [], "a pair on cuda runs Triton's too"
+    assert left("tests/test_gpu.py::test_a_frozen_step[reference]") == left("racecheck (exit code 9)") == []
+    for other in ("tests/training/test_replay_gpu.py::test_a[cuda]", "tests/test_gpu.py::test_a_sampling_job"):
+        assert left(other) == ["cuda", "triton"]
+    noise = content(
+        op_row("reference", 4.0), op_row("cuda", 1.0), red=["tests/test_gpu.py::test_sanitised_op[a-triton]"]
+    )
+    assert len(measured.update([], [noise])) == 1
+
+
+def test_rows_of_other_kernels_or_of_unknown_ones_are_passed_over() -> None:
+    for facts in ({"sources": "0"}, {"sources": None}):
+        assert measured.update([], [content(pair_row("frozen, cuda, bf16", 1.0, **facts), pair_row(PLAIN, 2.0))]) == []
+
+
+def test_the_command_keeps_other_rows_and_drops_those_of_changed_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measured, "TABLE", tmp_path / "measured.json")
+    measured.write_rows([])
+    (tmp_path / "ops_cuda.json").write_text(json.dumps(content(op_row("reference", 4.0), op_row("triton", 1.0))))
+    (tmp_path / "pair_cuda.json").write_text(
+        json.dumps(content(pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 2.0)))
+    )
+    assert measured.main(["--results", str(tmp_path)]) == 0
+    assert "energy_head, triton, float32: 4.00x plain PyTorch (NVIDIA H200, 2026-11-27)" in capsys.readouterr().out
+    assert len(measured.read()) == 2
+    monkeypatch.setattr(measured, "digest", lambda what, backend: digest(what, backend) + "0" * (what == PAIR))
+    (tmp_path / "empty").mkdir()
+    assert measured.main(["--results", str(tmp_path / "empty")]) == 0
+    assert [row.what for row in measured.read()] == ["energy_head"]
+    assert "frozen pair, cuda, bfloat16: dropped, because its kernel is no longer" in capsys.readouterr().out
+    for damaged in ("{", "{}"):
+        (tmp_path / "empty" / "ops_cuda.json").write_text(damaged)
+        with pytest.raises(SystemExit):
+            measured.main(["--results", str(tmp_path / "empty")])
+        assert "measured.json is unchanged: one of ops_cuda.json in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        measured.main(["--results", str(tmp_path / "missing")])
+    assert "There is no folder" in capsys.readouterr().err and len(measured.read()) == 1
+
+
+def test_the_committed_results_give_the_committed_table() -> None:
+    paths = [path for name in ("ops", "pair*") for path in measured.RESULTS.glob(f"{name}_cuda.json")]
+    contents = [json.loads(path.read_text()) for path in paths]
+    assert contents and measured.update(measured.read(), contents) == measured.read()
+
+
+def test_the_kernels_in_the_table_are_those_that_were_measured() -> None:
+    changed = [f"{row.what} on {row.backend}" for row in measured.read() if not measured.is_present(row)]
+    assert not changed, (
+        f"The kernels of {', '.join(changed)} changed after they were measured. Measure them (`make gpu`), or let "
+        "`auto` be plain PyTorch until then: `python -m benchmarks measured` drops their rows."
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for folder in (TRITON, Path("csrc")):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder)
+    return tmp_path
+
+
+def edited(path: Path, change: Callable[[str], str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert change(text) != text
+    path.write_text(change(text), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "what", "backend"),
+    [
+        (CUDA / "philox_normal.cu", "philox_words", "cuda"),
+        (Path("csrc/math.h"), "langevin_update", "cuda"),  # by langevin.h and philox.h
+        (CUDA / "swish.h", PAIR, "cuda"),
+        (TRITON / "gaussian_latent.py", PAIR, "cuda"),  # which runs Triton's
+        (TRITON / "activation.py", "residual_tail_backward", "triton"),  # by depthwise_swish.py
+    ],
+    ids=str,
+)
+def test_a_digest_sees_code_and_not_comments(file: Path, what: str, backend: str, copy: Path) -> None:
+    before = digest(what, backend, copy)
+    assert before == digest(what, backend)
+    remark = "# a remark\n" if file.suffix == ".py" else "// a remark\n/* and\n\n another */\n"
+    edited(copy / file, lambda text: text + "\n" + remark)
+    assert digest(what, backend, copy) == before
+    edited(copy / file, lambda text: text + "\nint x = 1;\n")
+    assert digest(what, backend, copy) != before
+
+
+def test_a_digest_does_not_see_other_kernels(copy: Path) -> None:
+    before = digest("philox_normal", "triton", copy), digest("depthwise_swish", "cuda", copy)
+    edited(copy / TRITON / "energy_head.py", lambda text: text + "\nx = 1\n")
+    edited(copy / CUDA / "philox_normal.cu", lambda text: text + "\nint x;\n")
+    assert (digest("philox_normal", "triton", copy), digest("depthwise_swish", "cuda", copy)) == before
+
+
+def test_code_is_what_python_and_the_compiler_read(tmp_path: Path) -> None:
+    module, header = tmp_path / "kernel.py", tmp_path / "kernel.h"
+    module.write_text('"""Docs."""\n\nx = "text"  # remark\n\n\ndef f():\n    """More."""\n    return x\n')
+    assert code_of(module).split() == ["x", "=", '"text"', "def", "f", "(", ")", ":", "return", "x"]
+    header.write_text("// remark\nint  a = 1;  // b\n\n/* c\nd */ int e;\n")
+    assert code_of(header) == "int a = 1;\nint e;"
+
+
+def test_results_name_the_sources_of_gpu_kernels_alone() -> None:
+    assert sources.sources_of("energy_head", "triton") == {"sources": digest("energy_head", "triton")}
+    assert sources.sources_of("energy_head", "cpp") == {} == sources.sources_of(PAIR, "reference")
