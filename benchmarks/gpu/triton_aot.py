@@ -11,7 +11,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +20,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.gpu.launches import Launch, recorded_launches
 from vaebm_fast.triton_kernels import (
     bilinear_upsample,
     depthwise_swish,
@@ -51,30 +51,6 @@ class Compiled(NamedTuple):
     spills: int
     num_warps: int
     ptx: str
-
-
-class Launch(NamedTuple):
-    """A recorded launch."""
-
-    kernel: JITFunction[Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Context that records kernel launches instead of running them."""
-    launches: list[Launch] = []
-    run = JITFunction.run
-
-    def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(Launch(self, args, kwargs))
-
-    JITFunction.run = record
-    try:
-        yield launches
-    finally:
-        JITFunction.run = run
 
 
 def specialised(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks import work
 from benchmarks.gpu.cuda_work import Kernel
-from benchmarks.gpu.triton_aot import Launch, cases, recorded_launches
+from benchmarks.gpu.launches import Launch, recorded_launches
+from benchmarks.gpu.triton_aot import cases
 from benchmarks.work import SPECIALS, BothWays, Work
 
 RARE = ("7x7", "11x11")  # windows of no published decoder

@@ -1,21 +1,22 @@
 """Which configuration of a Triton kernel is fastest on this GPU? Writes the answer into the kernels' sources.
 
-    python -m benchmarks tune [pointwise ...]
+    python -m benchmarks tune [pointwise ...] [--all]
 
 Times every candidate at the shapes of celeba_256 that its table entry covers, with 16 images; the smallest sum of
 median times wins. A candidate replaces the configuration in the source only if it is faster by more than MARGIN. Tables
-are tuned in order, because later ones use the results of earlier ones; half precision comes first. After every entry
-the table is written between its marks, with the GPU's name, so an interrupted run keeps its results. No other line
-changes.
+are tuned in order, because later ones use the results of earlier ones: the entries of half precision, in which chains
+run, and with --all those of float32 too. All candidates are compiled beforehand, in parallel. After every entry the
+table is written between its marks, with the GPU's name, so an interrupted run keeps its results. No other line changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from benchmarks.gate import REPOSITORY
 from vaebm_fast.runtime.files import write
 from vaebm_fast.triton_kernels import depthwise_swish, pointwise, residual_tail
 
@@ -57,16 +59,42 @@ class Tuner(NamedTuple):
     calls: Callable[[Any, torch.device], Calls]
 
 
+def keys_of(tuner: Tuner, *, all_precisions: bool) -> list[Any]:
+    """The entries to tune, half precision first."""
+    keys = sorted(getattr(tuner.module, tuner.table), key=lambda key: key[-1] not in HALF)
+    return [key for key in keys if all_precisions or key[-1] in HALF]
+
+
+def candidate_calls(
+    tuner: Tuner, device: torch.device, *, all_precisions: bool = False
+) -> Iterator[Callable[[], object]]:
+    """Every call that `tune` times, with its candidate in the table until the next is asked for."""
+    table = getattr(tuner.module, tuner.table)
+    for key in keys_of(tuner, all_precisions=all_precisions):
+        in_source = table[key]
+        try:
+            for candidate in dict.fromkeys((in_source, *tuner.candidates)):
+                table[key] = candidate
+                yield from tuner.calls(key, device)
+        finally:
+            table[key] = in_source
+
+
 def time_ms(calls: Calls) -> float:
     """Sum of the median times; infinite if a block needs more resources than the GPU has."""
     try:
-        return sum(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median") for call in calls)
+        return sum(triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median") for call in calls)
     except (OutOfResources, PTXASError):
         return float("inf")
 
 
 def tune(
-    tuner: Tuner, clock: Clock, device: torch.device, keep: Callable[[list[Any]], None] = lambda timed: None
+    tuner: Tuner,
+    clock: Clock,
+    device: torch.device,
+    keep: Callable[[list[Any]], None] = lambda timed: None,
+    *,
+    all_precisions: bool = False,
 ) -> None:
     """Put the winners into the module's table and print them with both times.
 
@@ -74,7 +102,7 @@ def tune(
     """
     timed: list[Any] = []
     table = getattr(tuner.module, tuner.table)
-    for key in sorted(table, key=lambda key: key[-1] not in HALF):
+    for key in keys_of(tuner, all_precisions=all_precisions):
         in_source = table[key]
         calls = tuner.calls(key, device)
         if not calls:
@@ -187,36 +215,46 @@ def _randoms(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
     return new
 
 
-def _strips() -> tuple[depthwise_swish.Config, ...]:
-    """Configurations with one to four elements per thread."""
-    sizes = map(depthwise_swish.Config._make, product((2, 4, 8), (1, 2, 4, 8), (32, 64, 128), (True,), (2, 4, 8)))
-    return tuple(size for size in sizes if 1 <= size.BLOCK_X * size.BLOCK_C / (32 * size.num_warps) <= 4)
-
-
-def _blocks() -> tuple[pointwise.Config, ...]:
-    """Configurations with 32 to 128 sums per thread: fewer leave the tensor cores idle, more do not fit."""
-    sizes = map(pointwise.Config._make, product((64, 128), (32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4)))
-    return tuple(size for size in sizes if 32 <= size.BLOCK_M * size.BLOCK_N / (32 * size.num_warps) <= 128)
+# One or two elements per thread; the faster half of what was timed on an H200.
+STRIPS = tuple(
+    depthwise_swish.Config(strip, block_x, block_c, True, num_warps)
+    for strip, block_x, block_c, num_warps in (
+        (2, 2, 64, 2), (2, 4, 32, 4), (2, 4, 64, 4), (2, 8, 32, 4), (4, 1, 64, 2), (4, 2, 64, 2), (4, 4, 64, 4),
+        (8, 2, 64, 4),
+    )
+)  # fmt: skip
+# 32 to 128 sums per thread: fewer leave the tensor cores idle, more do not fit into its registers.
+BLOCKS = tuple(
+    pointwise.Config(*sizes)
+    for sizes in (
+        (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 32, 64, 4, 3), (128, 64, 64, 4, 3),
+        (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3),
+    )
+)  # fmt: skip
 
 
 TUNERS = {
-    "depthwise_swish": Tuner(depthwise_swish, "CONFIGS", _strips(), depthwise_calls),
-    "pointwise": Tuner(pointwise, "CONFIGS", _blocks(), pointwise_calls),
+    "depthwise_swish": Tuner(depthwise_swish, "CONFIGS", STRIPS, depthwise_calls),
+    "pointwise": Tuner(pointwise, "CONFIGS", BLOCKS, pointwise_calls),
     "residual_tail": Tuner(residual_tail, "STORES_ACTIVATED", (False, True), residual_tail_calls),
 }
 
 
 def main(arguments: Sequence[str]) -> None:
     """Tune the named tables, or all; each is written into its module as it goes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="table", help=", ".join(TUNERS))
-    names = parser.parse_args(arguments).tables or list(TUNERS)
+    parser.add_argument("--all", action="store_true", help="entries of float32 too")
+    options = parser.parse_args(arguments)
+    names = options.tables or list(TUNERS)
     unknown = sorted(set(names) - set(TUNERS))
     if unknown:
         parser.error(f"{', '.join(unknown)} has no table; there are {', '.join(TUNERS)}")
     if not torch.cuda.is_available():
         parser.error("kernels are timed on a CUDA device, and there is none")
+    parts = [f"--for=tune {name}{', all' if options.all else ''}" for name in names]
+    subprocess.run([sys.executable, "-m", "benchmarks", "precompile", *parts], cwd=REPOSITORY, check=False)
     measured_on = f"Timed on an {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}."
     for name in (name for name in TUNERS if name in names):
         keep = partial(write_table, TUNERS[name], measured_on, None)
-        tune(TUNERS[name], time_ms, torch.device("cuda"), keep)
+        tune(TUNERS[name], time_ms, torch.device("cuda"), keep, all_precisions=options.all)

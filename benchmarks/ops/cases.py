@@ -349,6 +349,27 @@ def _table(one: int, four: int) -> tuple[Case, ...]:
 
 
 CASES, GPU_CASES = _table(1, 4), _table(16, 16)
+# Odd shapes, small enough for compute-sanitizer: for tests on a GPU.
+SMALL_CASES = (
+    *depthwise_cases(2, 35, 9),
+    *depthwise_cases(1, 70, 5, K=3),
+    *depthwise_cases(2, 33, 6, upsample=True),
+    *pointwise_cases(2, 20, 33, 7),
+    *pointwise_cases(1, 130, 70, 12, activation="swish"),
+    *bilinear_upsample_cases(2, 35, 9),
+    *energy_epilogue_cases(2, 17, 9),
+    *energy_head_cases(2, 17, 9),
+    *se_gate_residual_cases(2, 40, 9),
+    *se_gate_residual_cases(1, 300, 20),  # several blocks of channels, several chunks of pixels
+    *residual_tail_cases(2, 35, 17, 9),
+    *residual_tail_cases(2, 70, 300, 6),  # wide enough to store swish(h2)
+    *residual_tail_cases(2, 33, 20, 5, K=3, upsample=True),
+    *heads_cases(2, 5, 7),
+    *heads_cases(2, 3, 9, pixels=True),
+    *power_iteration_cases(2, 37, 140),
+    *power_iteration_cases(1, 19, 1029),
+    *(case for C in (32, 64, 128) for case in inverted_residual_cases(1, C, 64, 18)),
+)
 
 
 def backends_of(op: str, device: torch.device, without: Sequence[str] = ()) -> list[str]:

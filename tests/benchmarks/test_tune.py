@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 import vaebm_fast
-from benchmarks.gpu import triton_aot, tune
+from benchmarks.gpu import precompile, tune
+from benchmarks.gpu.launches import recorded_launches
 from benchmarks.gpu.tune import BEGIN, END, TUNERS, Calls, Tuner, write_table
 
 META = torch.device("meta")
@@ -37,7 +38,7 @@ def is_used(candidate: Any, calls: Calls) -> bool:
     """Whether every call launches a kernel with this candidate's constants, or, of a flag, that stores swish(h2)."""
     used = []
     for call in calls:
-        with triton_aot.recorded_launches() as launches:
+        with recorded_launches() as launches:
             call()
         if isinstance(candidate, bool):
             depthwise = next(launch for launch in launches if launch.kernel.__name__ == "depthwise_kernel")
@@ -50,7 +51,7 @@ def is_used(candidate: Any, calls: Calls) -> bool:
 
 def tune_for(tuner: Tuner, favourite: Any) -> None:
     """Tune by a clock that finds `favourite` twice as fast as everything else."""
-    tune.tune(tuner, lambda calls: 1.0 if is_used(favourite, calls) else 2.0, META)
+    tune.tune(tuner, lambda calls: 1.0 if is_used(favourite, calls) else 2.0, META, all_precisions=True)
 
 
 @pytest.mark.parametrize("name", TUNERS)
@@ -69,7 +70,12 @@ def test_the_fastest_candidate_wins_at_the_shapes_of_a_model(name: str) -> None:
 def test_a_slower_or_hardly_faster_candidate_does_not(name: str) -> None:
     tuner = TUNERS[name]
     before = dict(table_of(tuner))
-    tune.tune(tuner, lambda calls: 1.0 if any(table_of(tuner)[key] != before[key] for key in before) else 1.01, META)
+    tune.tune(
+        tuner,
+        lambda calls: 1.0 if any(table_of(tuner)[key] != before[key] for key in before) else 1.01,
+        META,
+        all_precisions=True,
+    )
     assert table_of(tuner) == before
 
 
@@ -153,8 +159,11 @@ def test_what_cannot_be_tuned_is_said(
     assert sentence in capsys.readouterr().err
 
 
-def test_the_command_tunes_and_writes_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """End to end but for the GPU, its clock, and the sources."""
+@pytest.mark.parametrize("all_precisions", [False, True])
+def test_the_command_tunes_and_writes_every_table(all_precisions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End to end but for the GPU, its clock, its compiler, and the sources."""
+    compiled: list[list[str]] = []
+    monkeypatch.setattr(tune.subprocess, "run", lambda command, **how: compiled.append(command))
     written: dict[str, str] = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
@@ -167,10 +176,15 @@ def test_the_command_tunes_and_writes_every_table(monkeypatch: pytest.MonkeyPatc
         timed.setdefault(tuner.table + tuner.module.__name__, []).append(list(keys))
 
     monkeypatch.setattr(tune, "write_table", write)
-    tune.main([])
+    tune.main(["--all"] if all_precisions else [])
+    (command,) = compiled
+    parts = [f"--for=tune {name}{', all' if all_precisions else ''}" for name in TUNERS]
+    assert command[1:] == ["-m", "benchmarks", "precompile", *parts] and set(parts) <= {
+        f"--for={part}" for part in precompile.TUNED
+    }
     assert [name.rpartition(".")[2] for name in written] == list(TUNERS)
     assert all(on.startswith("Timed on an H200, torch ") for on in written.values())
     for so_far in timed.values():  # after every entry, and those in which chains run first
         assert [len(keys) for keys in so_far] == list(range(1, len(so_far) + 1))
         is_half = [key[-1] in tune.HALF for key in so_far[-1]]
-        assert is_half == sorted(is_half, reverse=True) and any(is_half)
+        assert is_half == sorted(is_half, reverse=True) and set(is_half) == {True, not all_precisions}

@@ -160,7 +160,7 @@ def test_a_table_is_tuned_by_running_its_kernels(name: str, key: Any, monkeypatc
         results.append([t for out in outputs for t in (out if isinstance(out, tuple) else (out,))])
         return 2.0 - len(results)  # 1 ms, then none
 
-    tune.tune(tuner._replace(candidates=(other,)), clock, torch.device("cpu"))
+    tune.tune(tuner._replace(candidates=(other,)), clock, torch.device("cpu"), all_precisions=True)
     assert getattr(tuner.module, tuner.table) == {key: other}
     assert len(results) == 2 and all(t.isfinite().all() for t in results[0])
     for a, b in zip(*results, strict=True):

@@ -94,6 +94,7 @@ def test_batches_of_any_size_run_the_same_compiled_kernels(monkeypatch: pytest.M
     from triton.backends.compiler import GPUTarget
 
     from benchmarks.gpu import triton_aot
+    from benchmarks.gpu.launches import recorded_launches
     from vaebm_fast.triton_kernels import depthwise_swish, energy_epilogue, pointwise, residual_tail
 
     monkeypatch.setattr(pointwise, "shape_class", lambda *sizes: "small")  # which follows the number of images
@@ -101,7 +102,7 @@ def test_batches_of_any_size_run_the_same_compiled_kernels(monkeypatch: pytest.M
     weights = new(5, 5, 32), new(32), new(48, 32), new(48), new(4, 48), new(4), new(48, 4), new(48)
     for N in (1, 2, 16):
         h, y = new(N, 32, 9, 9), new(N, 48, 9, 9)
-        with triton_aot.recorded_launches() as launches:
+        with recorded_launches() as launches:
             depthwise_swish.depthwise_swish(h, *weights[:2], True)
             pointwise.pointwise(h, weights[2], weights[2].T, weights[3], y, "swish")
             pointwise.pointwise_backward(y, weights[2].T, 32, h, "swish")
@@ -155,12 +156,13 @@ def test_tensor_cores_get_rounded_tf32_operands(op: str, without: tuple[str, ...
     There the weight reaches them through shared memory; on sm_80 warps that share an operand round it once each.
     """
     from benchmarks.gpu import triton_aot
+    from benchmarks.gpu.launches import recorded_launches
 
     seen = 0
     for name, call in triton_aot.cases():
         if not name.startswith(op):
             continue
-        with triton_aot.recorded_launches() as launches:
+        with recorded_launches() as launches:
             call()
         for launch in launches:
             if launch.kwargs.get("PRECISION") != "tf32":
