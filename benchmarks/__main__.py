@@ -17,7 +17,11 @@ MODULES = {
     "training": "benchmarks.training",
     "loaders": "benchmarks.loaders",
     "gpu": "benchmarks.gpu.stages",
+    "kit": "benchmarks.gpu.kit",
+    "tests": "benchmarks.gpu.tests",
+    "precompile": "benchmarks.gpu.precompile",
     "profile": "benchmarks.gpu.profile",
+    "measured": "benchmarks.gpu.measured",
     "tune": "benchmarks.gpu.tune",
     "kernels": "benchmarks.gpu.kernels",
     "report": "benchmarks.report",
@@ -30,7 +34,7 @@ def usage() -> str:
     for name, module in MODULES.items():
         source = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
         docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {name:10}{docstring.splitlines()[0]}")
+        lines.append(f"  {name:12}{docstring.splitlines()[0]}")
     return "\n".join(lines)
 
 

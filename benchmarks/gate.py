@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-GPU_TESTS = "tests/test_gpu.py"
+GPU_TESTS = ("tests/test_gpu.py", "-m", "gpu", "-k", "sanitised or frozen")  # of ops and of the pair
 
 
 @functools.cache
@@ -18,9 +18,9 @@ def why_red(*files: str) -> str | None:
     """The last lines of pytest on these files if a test failed, else None.
 
     Runs in a separate process, because tests change threads and memory settings. Collecting no test counts as failure.
-    With a GPU, the GPU tests decide.
+    With a GPU, the tests of ops and of the pair on it decide.
     """
-    chosen = (*files, GPU_TESTS, "-m", "gpu") if torch.cuda.is_available() else files
+    chosen = (*files, *GPU_TESTS) if torch.cuda.is_available() else files
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode == 0:

@@ -183,6 +183,8 @@ def describe(content: dict[str, Any]) -> str:
         else ""
     )
     lines = [f"{reach}{facts}."]
+    if content.get("red"):
+        lines.append(f"Red in the same run: {', '.join(content['red'])}.")
     lines += [f"No figure for {entry['what']}: {entry['reason'].splitlines()[0]}" for entry in content["refused"]]
     return "\n\n".join(lines)
 

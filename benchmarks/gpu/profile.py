@@ -12,6 +12,7 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,12 +74,13 @@ def profile_step(preset: str, batch: int, backend: Any, dtype: torch.dtype) -> d
     seeds, draw = seed_tensor(range(batch), device), draw_tensor(1, device)
     start = normal(seeds, 0, Stream.CHAIN, layout.dim)
     eps, nonfinite_at = start.clone(), torch.full_like(seeds, -1)
-    step_size = PRESETS[preset].sampling.step_sizes[0]
+    step_size, stream = PRESETS[preset].sampling.step_sizes[0], int(Stream.CHAIN)
+    update = partial(langevin_update, stream=stream, step_size=step_size, backend=pair.backend)
 
     def step() -> None:
         _, gradients = pair.potential_and_grad(*layout.split(start), "official")
         gradient = layout.join(gradients[:-1], gradients[-1])
-        langevin_update(eps, gradient, seeds, draw, nonfinite_at, stream=int(Stream.CHAIN), step_size=step_size)
+        update(eps, gradient, seeds, draw, nonfinite_at)
 
     step()  # compiles Triton kernels
     rows, eager_ms = kernel_rows(step), median_ms(step)

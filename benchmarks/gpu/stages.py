@@ -1,13 +1,16 @@
 """What holds on this GPU, and how fast? Build, smoke tests, figures, tests and tuning within nine minutes.
 
-    make gpu, or: python3 -m benchmarks gpu [--budget SECONDS] [--results FOLDER] [--logs FOLDER] [--stage NAME ...]
+    make gpu, or: python3 -m benchmarks gpu [--budget SECONDS] [--results FOLDER] [--logs FOLDER] [--stage NAME] ...
 
-Builds in place with the Python that runs this. Each stage is a process with a time limit; only a failed build stops the
-others. Smoke tests run every op of a backend once: a backend whose smoke tests fail is not measured. A pair or chain is
-timed only after its gradient has agreed with the plain modules'. Other failing tests are reported and withhold nothing.
-Every stage writes its results as it goes; gpu_run.json in the results folder records the outcome of each stage, the
-logs folder its output. At the end it prints the measured tables and which of the design's targets hold. --stage runs
-what a budget left out.
+Runs with the Python at hand, in place. Each stage is a process with a time limit, and says beforehand what it takes.
+Smoke tests run every op of a backend once: a backend that was not built, or whose smoke tests fail, is not measured.
+Nothing else stops a later stage: a pair or chain is timed once its own gradient has agreed with the plain modules', and
+other red tests only mark the tables. By the estimates the stages up to `tune` fit the default budget. A smaller one
+cuts from the end; --stage runs what was cut, and what stands behind `tune`.
+
+Every stage writes its results as it goes; gpu_run.json in the results folder records the outcome of each, the logs
+folder its output. At the end come the measured tables, which of the design's targets hold, and the table by which
+backend="auto" decides (`measured`).
 """
 
 from __future__ import annotations
@@ -20,32 +23,43 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.environment import RESULTS, environment
 from benchmarks.gate import REPOSITORY
+from benchmarks.gpu import measured
+from benchmarks.gpu.kit import TRITON_CACHE
 from benchmarks.gpu.targets import verdict
+from benchmarks.gpu.tests import LOGS, PYTEST, red_tests
 from benchmarks.report import NHWC, PLAIN, write_table
+from benchmarks.results_file import as_text
 from benchmarks.step.pair import COMPILED_BF16, FROZEN, NHWC_BF16
 from vaebm_fast.runtime.files import expanded, write
 
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 BENCHMARK = (sys.executable, "-m", "benchmarks")
-PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # compiling kernels takes most of the time
+PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 SMOKE = ("-m", "gpu", "tests/test_gpu.py", "-k")
-SANITISED = (*SMOKE, "sanitised")  # cases that take seconds under compute-sanitizer
-LOGS = REPOSITORY / "build" / "gpu_logs"
+# Kernels with barriers, in shapes that take seconds under racecheck.
+RACES = (
+    "sanitised and (inverted_residual and 1x32x18x18 or power_iteration and 2x37x140 or se_gate_residual and 2x40x9x9"
+    " or energy_head and 2x17x9x9 or pointwise and 2x20x7x7)"
+)
+BUDGET_S, NO_TIME = 500.0, "no time left"
+# Modules that stages import, without which their time would be spent on errors; Triton may be missing.
+NEEDED = ("numpy", "safetensors", "PIL", "tqdm", "setuptools", "pytest", "pytest_benchmark", "hypothesis")
 # Cases of the pair, most important first; the last stage may not finish all.
 CASES = (
     ("celeba_256:16", "celeba_64:16", "cifar10:16", "celeba_256:1", "celeba_256:64"),
     ("celeba_256:4", "celeba_64:64", "cifar10:64", "celeba_64:4", "celeba_64:1", "cifar10:4", "cifar10:1"),
 )
-HALF = ("frozen, cuda, bf16", "frozen, triton, bf16")
-CANDIDATES = (*HALF, PLAIN, "frozen, cuda, bf16, eager", NHWC_BF16)
+HALF = ("frozen, triton, bf16", "frozen, cuda, bf16")
+# In the order of running: a kernel that ends the process takes no figure of plain PyTorch with it.
+CANDIDATES = (PLAIN, NHWC_BF16, "frozen, reference, bf16", *HALF, "frozen, cuda, bf16, eager")
 OTHERS = (NHWC, *(name for name in FROZEN if name not in CANDIDATES))
 SMOKE_OF = {backend: f"smoke, {backend}" for backend in ("triton", "cuda")}
 NEEDED_BY = {"triton": ("triton",), "cuda": ("triton", "cuda")}  # a pair on "cuda" uses kernels of both
@@ -55,74 +69,99 @@ Command = Sequence[str]
 
 
 class Stage(NamedTuple):
-    """`command(sound)` is the command line, given the backends that may be measured; limit_s: its time limit.
+    """`command(green)` is the command line, given the backends whose smoke tests have passed.
 
-    needs: stages that must have passed.
+    takes_s: an estimate, from the times of an H200 where they are known; limit_s: when it is stopped.
+    needs: stages that must have passed. variables: of its environment, beside those of all.
     """
 
     name: str
-    command: Callable[[Collection[str]], Command]
+    takes_s: float
     limit_s: float
-    needs: tuple[str, ...] = ("build",)
+    command: Callable[[Collection[str]], Command]
+    needs: tuple[str, ...] = ()
+    variables: Mapping[str, str] = MappingProxyType({})
 
 
-def stages(results: Path) -> list[Stage]:
-    """All stages in order."""
+def stages(results: Path, logs: Path = LOGS) -> list[Stage]:
+    """All stages in order, the most important first; those up to `tune` take BUDGET_S."""
     into = ("--results", str(results))
 
-    def fixed(name: str, limit_s: float, *command: str, needs: tuple[str, ...] = ("build",)) -> Stage:
-        return Stage(name, lambda sound: command, limit_s, needs)
+    def fixed(name: str, takes_s: float, limit_s: float, *command: str, needs: tuple[str, ...] = ()) -> Stage:
+        return Stage(name, takes_s, limit_s, lambda green: command, needs)
 
-    def figures(name: str, limit_s: float, *command: str) -> Stage:
-        def without_unsound(sound: Collection[str]) -> Command:
+    def figures(name: str, takes_s: float, limit_s: float, *command: str) -> Stage:
+        def without_unsound(green: Collection[str]) -> Command:
+            sound = green if command[0] == "ops" else sound_pairs(green)
             left_out = (backend for backend in SMOKE_OF if backend not in sound)
             return (*BENCHMARK, *command, "--tested", *into, *(f"--without={backend}" for backend in left_out))
 
-        return Stage(name, without_unsound, limit_s)
+        return Stage(name, takes_s, limit_s, without_unsound)
+
+    def smoke(backend: str, takes_s: float, *needs: str) -> Stage:
+        command = (*PYTEST, *PARALLEL, *SMOKE, f"sanitised and {backend}")
+        return fixed(SMOKE_OF[backend], takes_s, 60, *command, needs=needs)
 
     def pair(
-        name: str, limit_s: float, file: str, cases: Sequence[str], candidates: Sequence[str], *options: str
-    ) -> Stage:
+        name: str, takes_s: float, limit_s: float, file: str, cases: Sequence[str], candidates: Sequence[str],
+        *options: str,
+    ) -> Stage:  # fmt: skip
         chosen = [f"--case={case}" for case in cases] + [f"--candidate={name}" for name in candidates]
-        return figures(name, limit_s, "pair", "--into", file, *chosen, *options)
+        return figures(name, takes_s, limit_s, "pair", "--into", file, *chosen, *options)
 
     def profile(backend: str) -> Stage:
         command = (*BENCHMARK, "profile", "celeba_256", "16", backend, *into)
-        return fixed(f"profile, {backend}", 60, *command, needs=("build", SMOKE_OF[backend]))
+        return fixed(
+            f"profile, {backend}", 15, 60, *command, needs=tuple(SMOKE_OF[name] for name in NEEDED_BY[backend])
+        )
 
-    def chain(name: str, limit_s: float, preset: str, blocks: int, *options: str) -> Stage:
+    def chain(name: str, takes_s: float, limit_s: float, preset: str, blocks: int, *options: str) -> Stage:
         sizes = ("--batch", "16", "--blocks", str(blocks), "--rounds", "2", "--dtype", "bfloat16")
         command = (*BENCHMARK, "chains", "--preset", preset, *sizes, *options, *into)
-        return Stage(name, lambda sound: (*command, "--backend", fastest_backend(results, preset, sound)), limit_s)
+        return Stage(
+            name,
+            takes_s,
+            limit_s,
+            lambda green: (*command, "--backend", fastest_backend(results, preset, sound_pairs(green))),
+        )
 
-    def sanitiser(tool: str, limit_s: float) -> Stage:
-        uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # separate allocations, so that overruns are seen
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, *SANITISED)
-        return fixed(tool, limit_s, *uncached, *command)
+    def sanitiser(tool: str, takes_s: float, limit_s: float, cases: str) -> Stage:
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # separate allocations, so that overruns are seen
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, *SMOKE, cases)
+        return Stage(tool, takes_s, limit_s, lambda green: command, variables=uncached)
 
     compiled = (f"--compile={case}" for case in COMPILED)
     beside = (*HALF, NHWC, COMPILED_BF16)
     chain_alone = ("--compile", "--no-job", "--into", "chain_celeba_256_16_bf16_compiled")
     return [
-        fixed("build", 180, sys.executable, "setup.py", "build_ext", "--inplace", needs=()),
-        *(fixed(SMOKE_OF[name], 60, *PYTEST, *PARALLEL, *SMOKE, f"sanitised and {name}") for name in SMOKE_OF),
-        pair("pair", 130, "pair", CASES[0][:1], CANDIDATES),
+        fixed("build", 25, 180, *BENCHMARK, "kit", "install"),
+        fixed("kernels", 25, 60, *BENCHMARK, "precompile"),
+        smoke("triton", 12),
+        smoke("cuda", 10, "build"),
+        pair("pair", 55, 130, "pair", CASES[0][:1], CANDIDATES),
         profile("cuda"),
         profile("triton"),
-        chain("chain, celeba_256", 60, "celeba_256", 4, "--plain"),
-        fixed("tests", 120, *PYTEST, *PARALLEL, "-m", "gpu", "tests", "-k", "not sanitised"),
-        chain("chain, celeba_64", 150, "celeba_64", 16, "--plain", "--compile"),
-        pair("pair, other presets", 90, "pair_presets", CASES[0][1:], CANDIDATES),
-        figures("ops", 60, "ops"),
-        sanitiser("memcheck", 45),
-        chain("chain, celeba_256, torch.compile", 240, "celeba_256", 2, *chain_alone),
-        pair("pair, torch.compile", 300, "pair_compiled", COMPILED, beside, *compiled),
-        pair("pair, float32", 120, "pair_float32", CASES[0][:3], (*HALF, *OTHERS)),
-        sanitiser("racecheck", 60),
-        pair("pair, other sizes", 150, "pair_sizes", CASES[1], CANDIDATES),
-        fixed("training", 150, *BENCHMARK, "training", "--preset", "celeba_64", "--batch", "16", *into),
-        fixed("tune", 600, *BENCHMARK, "tune"),
+        fixed("tests", 55, 120, *BENCHMARK, "tests", "--logs", str(logs)),
+        chain("chain, celeba_256", 35, 70, "celeba_256", 4, "--plain", "--no-job"),
+        chain("chain, celeba_64", 150, 200, "celeba_64", 16, "--plain", "--compile"),
+        figures("ops", 20, 60, "ops"),
+        sanitiser("memcheck", 12, 45, "sanitised"),
+        sanitiser("racecheck", 15, 45, RACES),
+        fixed("tune", 55, 600, *BENCHMARK, "tune"),
+        # what there is no time for in a first run
+        pair("pair, other presets", 60, 120, "pair_presets", CASES[0][1:], CANDIDATES),
+        pair("pair, float32", 60, 120, "pair_float32", CASES[0][:3], (*HALF, *OTHERS)),
+        chain("chain, celeba_256, with a job", 90, 150, "celeba_256", 4, "--plain"),
+        chain("chain, celeba_256, torch.compile", 200, 240, "celeba_256", 2, *chain_alone),
+        pair("pair, torch.compile", 250, 300, "pair_compiled", COMPILED, beside, *compiled),
+        pair("pair, other sizes", 100, 150, "pair_sizes", CASES[1], CANDIDATES),
+        fixed("training", 100, 150, *BENCHMARK, "training", "--preset", "celeba_64", "--batch", "16", *into),
     ]
+
+
+def sound_pairs(green: Collection[str]) -> list[str]:
+    """The backends of pairs that may be measured, given those whose smoke tests have passed."""
+    return [name for name, needed in NEEDED_BY.items() if set(needed) <= set(green)]
 
 
 def fastest_backend(results: Path, preset: str, sound: Collection[str]) -> str:
@@ -140,23 +179,29 @@ def fastest_backend(results: Path, preset: str, sound: Collection[str]) -> str:
 
 
 def chosen(planned: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
-    """The build, the smoke tests, then the named stages (all if no name is given).
+    """The build, the kernels, the smoke tests, then the named stages (all if no name is given).
 
     Raises ValueError for an unknown name.
     """
     unknown = sorted(set(names) - {stage.name for stage in planned})
     if unknown:
         raise ValueError(f"No stage is named {', '.join(unknown)}; there are {'; '.join(s.name for s in planned)}.")
-    always = {"build", *SMOKE_OF.values()}
+    always = {"build", "kernels", *SMOKE_OF.values()}
     return [stage for stage in planned if not names or stage.name in always or stage.name in names]
 
 
 def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path = LOGS) -> list[dict[str, Any]]:
-    """Run the stages until `budget_s` has passed; writes outcomes to `path` after every stage."""
+    """Run the stages until `budget_s` has passed; writes outcomes to `path` after every stage.
+
+    What `path` says of stages that do not run now stays there.
+    """
     ends = time.monotonic() + budget_s
     done: list[dict[str, Any]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)
+    here = environment()
+    ran = {"commit": here["commit"], "date": here["date"]}
+    before = json.loads(path.read_text())["stages"] if path.exists() else []
     for stage in planned:
         left_s = ends - time.monotonic()
         passed = {entry["stage"] for entry in done if entry["outcome"] == "passed"}
@@ -164,26 +209,41 @@ def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path
         if missing:
             done.append({"stage": stage.name, "outcome": f"not run: it needs {' and '.join(missing)}"})
         elif left_s < 5:
-            done.append({"stage": stage.name, "outcome": "no time left"})
+            done.append({"stage": stage.name, "outcome": NO_TIME})
         else:
-            sound = [name for name, needed in NEEDED_BY.items() if all(SMOKE_OF[other] in passed for other in needed)]
+            green = [name for name, stage_name in SMOKE_OF.items() if stage_name in passed]
             log = logs / f"{stage.name.replace(', ', '_').replace(' ', '_')}.log"
-            done.append({"stage": stage.name, **_run(stage.command(sound), min(stage.limit_s, left_s), log)})
-        write(path, json.dumps({"environment": environment(), "stages": done}, indent=2) + "\n")
+            limit_s = min(stage.limit_s, left_s)
+            print(f"{stage.name}: about {stage.takes_s:.0f} s, at most {limit_s:.0f} of {left_s:.0f} s", flush=True)
+            done.append({"stage": stage.name, **ran, **_run(stage.command(green), stage.variables, limit_s, log)})
+        recorded = {entry["stage"]: entry for entry in before} | {e["stage"]: e for e in done if "seconds" in e}
+        others = [entry for entry in done if entry["stage"] not in recorded]
+        write(path, json.dumps({"environment": here, "stages": [*recorded.values(), *others]}, indent=2) + "\n")
         print(f"{stage.name}: {done[-1]['outcome']}, {done[-1].get('seconds', 0):.0f} s", flush=True)
+        if done[-1]["outcome"].startswith(("exit code", "stopped")):
+            print("\n".join(f"  {line}" for line in (*done[-1]["last_lines"][-1:], f"see {log}")), flush=True)
+        if stage.name == "build":
+            print("\n".join(f"  {line}" for line in done[-1].get("last_lines", ())[:1]), flush=True)
+        for test in done[-1].get("red", ()):
+            print(f"  red: {test}", flush=True)
     return done
 
 
-def _run(command: Command, limit_s: float, log: Path) -> dict[str, Any]:
+def _run(command: Command, variables: Mapping[str, str], limit_s: float, log: Path) -> dict[str, Any]:
     """Run one stage with its output in `log`; returns outcome, seconds and last lines."""
     began = time.monotonic()
-    variables = {**os.environ, "VAEBM_CUDA": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    inherited = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(TRITON_CACHE),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+    }
     with log.open("w", errors="replace") as output:
         try:
             process = subprocess.Popen(
                 command,
                 cwd=REPOSITORY,
-                env=variables,
+                env={**inherited, **variables},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -197,8 +257,10 @@ def _run(command: Command, limit_s: float, log: Path) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)  # also kills compilers and a sanitiser's children
             process.wait()
             outcome = f"stopped after {limit_s:.0f} s"
-    last_lines = log.read_text(errors="replace").splitlines()[-25:]
-    return {"outcome": outcome, "seconds": round(time.monotonic() - began, 1), "last_lines": last_lines}
+    text = log.read_text(errors="replace")
+    red = {"red": red_tests(text)} if red_tests(text) else {}
+    seconds = round(time.monotonic() - began, 1)
+    return {"outcome": outcome, "seconds": seconds, **red, "last_lines": text.splitlines()[-25:]}
 
 
 def measured_since(began: float, results: Path) -> list[Path]:
@@ -209,23 +271,63 @@ def measured_since(began: float, results: Path) -> list[Path]:
     return [path for path in found if path.stat().st_mtime >= began]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run all stages on the GPU at hand; exit code 1 if one did not pass."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=500, metavar="SECONDS")
-    parser.add_argument("--results", type=expanded, default=RESULTS)
-    parser.add_argument("--logs", type=expanded, default=LOGS)
-    parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this one, and what it needs")
-    options = parser.parse_args(arguments)
+def red_of(done: Sequence[dict[str, Any]]) -> list[str]:
+    """The red tests of all stages; a stage of tests that ended otherwise is red as a whole."""
+    checks = ("tests", *SMOKE_OF.values(), *measured.SANITISERS)
+    red: list[str] = []
+    for stage in done:
+        has_failed = stage["outcome"].startswith(("exit code", "stopped"))
+        whole = [f"{stage['stage']} ({stage['outcome']})"] if stage["stage"] in checks and has_failed else []
+        red += stage.get("red") or whole
+    return red
+
+
+def mark(paths: Sequence[Path], red: Sequence[str]) -> None:
+    """Note in result files which tests were red when they were measured; their tables say so."""
+    for path in paths:
+        content = json.loads(path.read_text())
+        if red or "red" in content:
+            write(path, as_text({**content, "red": list(red)}))
+
+
+def _seconds(text: str) -> float:
     try:
-        planned = chosen(stages(options.results), options.stage)
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to spend; name seconds, such as {BUDGET_S:.0f}")
+    return seconds
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run all stages on the GPU at hand; exit code 1 if one that there was time for did not pass."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=_seconds, default=BUDGET_S, metavar="SECONDS", help="default: 500")
+    parser.add_argument("--results", type=expanded, default=RESULTS, help="folder of JSON files and tables")
+    parser.add_argument("--logs", type=expanded, default=LOGS, help="folder of the stages' output")
+    names = "; ".join(stage.name for stage in stages(RESULTS))
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME",
+        help=f"this one and those that all need; may be given several times; the stages: {names}",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    options.results, options.logs = options.results.resolve(), options.logs.resolve()  # stages run elsewhere
+    try:
+        planned = chosen(stages(options.results, options.logs), options.stage)
     except ValueError as error:
         parser.error(str(error))
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{sys.executable} has no {', no '.join(missing)}; install them, or name another: GPU_PYTHON=...")
     if not torch.cuda.is_available():
         raise SystemExit(f"torch {torch.__version__} sees no GPU; `make gpu` needs one.")
     began = time.time()
     done = run_stages(planned, options.budget, options.results / "gpu_run.json", options.logs)
-    for path in measured_since(began, options.results):
+    paths = measured_since(began, options.results)
+    mark(paths, red_of(done))
+    for path in paths:
         print(f"\n{write_table(path)}", flush=True)
-    print(f"\n{verdict(options.results)}", flush=True)
-    return int(any(stage["outcome"] != "passed" for stage in done))
+    print(f"\n{verdict(options.results)}\n", flush=True)
+    measured.main(["--results", str(options.results)])
+    return int(any(stage["outcome"] not in ("passed", NO_TIME) for stage in done))

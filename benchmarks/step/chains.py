@@ -4,7 +4,7 @@ The job writes PNG files for all seeds into a temporary folder; it is timed from
 its loading time is reported separately. The bare chain is the same sampler over the same blocks, with images as uint8.
 --plain adds the same chain with U and gradient of the plain modules (on a CPU also in NHWC), --compile with those of
 torch.compile, in bfloat16 if the chain is; the frozen pair decodes its final images, which favours it. Weights are
-random.
+random. Nothing is timed unless the frozen pair's gradient is that of the plain modules.
 
 On a CPU all candidates take turns. On a GPU, whose memory does not hold all of them, they run one after another. There
 the bare chain is captured before it is timed. A job includes its capture, so a bare chain that includes it is measured
@@ -36,10 +36,21 @@ from benchmarks.measure import default_device, quantiles
 from benchmarks.report import NHWC, PLAIN
 from benchmarks.results_file import Keep, ResultsFile, Row
 from benchmarks.step.chain_candidates import BARE, COLD, JOB, Bench, Timed
-from benchmarks.step.pair import COMPILED, COMPILED_BF16, TO_COMPILE, plain_model, refusal, release
-from vaebm_fast import PRESETS, save_energy, save_nvae
+from benchmarks.step.pair import (
+    COMPILED,
+    COMPILED_BF16,
+    TO_COMPILE,
+    TORCHS_OWN,
+    agreement,
+    plain_model,
+    refusal,
+    release,
+    true_gradient,
+)
+from vaebm_fast import PRESETS, VAEBM, save_energy, save_nvae
+from vaebm_fast.chain.noise import Stream, normal, seed_tensor
 from vaebm_fast.config import ChainConfig
-from vaebm_fast.frozen import freeze
+from vaebm_fast.frozen import FrozenVAEBM, freeze
 from vaebm_fast.ops._backend import BACKENDS, Backend
 from vaebm_fast.runtime.files import expanded
 from vaebm_fast.sampling import SampleOptions
@@ -116,7 +127,19 @@ def _bench(preset: str, chain: ChainConfig, batch: int, blocks: int, dtype: Dtyp
             batch_size=batch, processes=1, progress=False, dtype=dtype, backend=backend,
         )  # fmt: skip
         frozen = freeze(model, getattr(torch, dtype), backend)
+        _require_agreement(preset, model, frozen)
         yield Bench(device, model, frozen, chain, batch, blocks, options)
+
+
+def _require_agreement(preset: str, model: VAEBM, frozen: FrozenVAEBM) -> None:
+    """Raise ValueError unless the frozen pair's gradient for two images is that of the plain modules."""
+    truth = true_gradient(preset, 2, frozen.device, model)
+    layout = frozen.noise_layout
+    start = normal(seed_tensor(range(2), frozen.device), 0, Stream.CHAIN, layout.dim)
+    _, gradients = frozen.potential_and_grad(*layout.split(start), "official")
+    on_gpu, is_half = frozen.device.type == "cuda", frozen.dtype == torch.bfloat16
+    products = "bf16" if is_half else TORCHS_OWN if on_gpu else "float32"
+    agreement("the frozen pair", layout.join(gradients[:-1], gradients[-1]), truth, products)
 
 
 def _measure_group(makers: dict[str, Callable[[], Timed]], bench: Bench, rounds: int) -> dict[str, Row]:

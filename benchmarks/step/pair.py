@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.captured import EAGER, GRAPH, captured, launched_by
 from benchmarks.gate import REPOSITORY
+from benchmarks.gpu.sources import sources_of
 from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
 from benchmarks.report import NHWC, PLAIN
 from benchmarks.results_file import Keep, Row
@@ -35,7 +36,9 @@ from benchmarks.work import STEPS
 from vaebm_fast import PRESETS, VAEBM
 from vaebm_fast.chain.noise import Stream, draw_tensor, normal, seed_tensor
 from vaebm_fast.models.layers import channels_last
-from vaebm_fast.ops._backend import Backend, why_absent
+from vaebm_fast.ops._backend import GPU_BACKENDS, Backend, why_absent
+from vaebm_fast.ops._backend import why_not as op_why_not
+from vaebm_fast.ops._measured import PAIR
 from vaebm_fast.ops.langevin_update import langevin_update
 
 COMPILED = f"{NHWC}, torch.compile"
@@ -107,7 +110,8 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
             return layout.join(gradients[:-1], gradients[-1])
 
     eps, draw, nonfinite_at = start.clone(), draw_tensor(1, device), torch.full_like(seeds, -1)
-    update = partial(langevin_update, stream=int(Stream.CHAIN), step_size=PRESETS[preset].sampling.step_sizes[0])
+    step_size, stream = PRESETS[preset].sampling.step_sizes[0], int(Stream.CHAIN)
+    update = partial(langevin_update, stream=stream, step_size=step_size, backend=backend_of_update(candidate, device))
     last: list[Tensor] = []  # the captured step's gradient; held so that its memory is not reused
 
     def step() -> None:
@@ -128,6 +132,13 @@ def build(candidate: str, preset: str, batch: int, device: torch.device, model: 
         return last[0].clone()
 
     return Candidate(replayed, gradient_of_replay, backend, products, compile_s)
+
+
+def backend_of_update(candidate: str, device: torch.device) -> Backend:
+    """The candidate's own on a GPU, as in the sampler; plain PyTorch's steps, too, are updated by a kernel there."""
+    own = FROZEN.get(candidate, ("reference", None))[0]
+    names = (own,) if own in GPU_BACKENDS else GPU_BACKENDS[::-1]
+    return next((name for name in names if op_why_not("langevin_update", device, name) is None), "auto")
 
 
 def is_captured(candidate: str, device: torch.device) -> bool:
@@ -181,9 +192,8 @@ def multiplying(products: str) -> Iterator[None]:
 
 def plain_model(preset: str, device: torch.device, *, nhwc: bool) -> VAEBM:
     """The plain modules with the weights of `make_sensitive`, which make wrong parts visible; no weight gradients."""
-    model = make_sensitive(VAEBM.from_preset(preset))
-    assert isinstance(model, VAEBM)
-    model.to(device).requires_grad_(False)
+    model = VAEBM.from_preset(preset).to(device)
+    make_sensitive(model).requires_grad_(False)
     return channels_last(model) if nhwc else model
 
 
@@ -227,12 +237,15 @@ def _measure_group(
     rounds: int | None,
 ) -> dict[str, Row]:
     """Rows of candidates that are built together and take turns."""
-    rows: dict[str, Row] = {name: {"preset": preset, "batch": batch, "candidate": name} for name in group}
+    rows: dict[str, Row] = {
+        name: {"preset": preset, "batch": batch, "candidate": name, **sources_of(PAIR, FROZEN.get(name, (name,))[0])}
+        for name in group
+    }
     built: dict[str, Candidate] = {}
     for name in group:
         try:
             candidate, memory = _built(name, preset, batch, device, layouts[name != PLAIN])
-            rows[name] |= memory | {"gradient_error": _agreement(truth, name, candidate)}
+            rows[name] |= memory | {"gradient_error": agreement(name, candidate.gradient(), truth, candidate.products)}
             built[name] = candidate
         except Exception as error:  # other candidates may still run
             rows[name] |= refusal(error)
@@ -309,10 +322,10 @@ def true_gradient(preset: str, batch: int, device: torch.device, model: VAEBM) -
     return torch.cat([layout.join(gradients[:-1], gradients[-1]) for gradients in each])
 
 
-def _agreement(truth: Tensor, name: str, candidate: Candidate) -> float:
-    """Relative error of the candidate's gradient (norm). Raises ValueError if its precision does not explain it."""
-    error = float((candidate.gradient() - truth).norm() / truth.norm())
-    if not error < AGREEMENT[candidate.products]:
+def agreement(name: str, gradient: Tensor, truth: Tensor, products: str) -> float:
+    """Relative error of the gradient (norm). Raises ValueError if the precision of products does not explain it."""
+    error = float((gradient - truth).norm() / truth.norm())
+    if not error < AGREEMENT[products]:
         raise ValueError(f"The gradients of {name} and of the plain modules differ by {error:.1e} of their norm.")
     return error
 

@@ -203,9 +203,17 @@ def test_the_job_is_measured_beside_the_bare_chain_of_the_same_images(capfd: pyt
         chains.measure("digits", chain, batch=2, blocks=1, rounds=1, plain=True, compile=False)
 
 
+def test_chains_of_a_pair_that_is_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_gradient = chains.true_gradient
+    monkeypatch.setattr(chains, "true_gradient", lambda *arguments: 1.5 * true_gradient(*arguments))
+    monkeypatch.setattr(chains, "_measure_group", lambda *arguments: pytest.fail("was timed"))
+    with pytest.raises(ValueError, match="The gradients of the frozen pair and of the plain modules differ by 3.3e-01"):
+        chains.measure("digits", ChainConfig(1, 1e-3), batch=2, blocks=1, rounds=1, plain=False, compile=False)
+
+
 def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
     def stage(name: str, limit_s: float, *command: str, needs: tuple[str, ...] = ("build",)) -> gpu.Stage:
-        return gpu.Stage(name, lambda sound: command, limit_s, needs)
+        return gpu.Stage(name, 1, limit_s, lambda sound: command, needs)
 
     def python(program: str) -> tuple[str, ...]:
         return (sys.executable, "-c", program)
@@ -226,8 +234,8 @@ def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
 
 
 def test_nothing_that_needs_a_stage_follows_its_failure_nor_anything_the_end_of_the_time(tmp_path: Path) -> None:
-    failing = gpu.Stage("build", lambda sound: (sys.executable, "-c", "raise SystemExit(1)"), 60, needs=())
-    profile = gpu.Stage("profile, cuda", lambda sound: (sys.executable, "-c", ""), 60, ("build", "smoke, cuda"))
+    failing = gpu.Stage("build", 1, 60, lambda sound: (sys.executable, "-c", "raise SystemExit(1)"), needs=())
+    profile = gpu.Stage("profile, cuda", 1, 60, lambda sound: (sys.executable, "-c", ""), ("build", "smoke, cuda"))
     done = gpu.run_stages([failing, profile], 300, tmp_path / "run.json", tmp_path)
     assert done[1] == {"stage": "profile, cuda", "outcome": "not run: it needs build and smoke, cuda"}
     late = gpu.run_stages([failing], 1, tmp_path / "run.json", tmp_path)

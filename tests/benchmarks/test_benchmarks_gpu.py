@@ -255,7 +255,7 @@ def test_a_backend_is_left_out_of_pairs_and_ops(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(measure, "default_device", lambda: CUDA)
     monkeypatch.setattr(pair, "why_not", lambda name, device: None)
     names = conftest.candidates_of("celeba_64:16", None, list(stages_of.CANDIDATES), "cuda")
-    assert names == ["frozen, triton, bf16", PLAIN, pair.NHWC_BF16]
+    assert names == [PLAIN, pair.NHWC_BF16, "frozen, reference, bf16", "frozen, triton, bf16"]
     monkeypatch.setattr(cases._backend, "why_not", lambda op, device, name: None)
     assert cases.backends_of("depthwise_swish", CUDA, without="cuda") == ["reference", "cpp", "triton"]
 

@@ -87,10 +87,10 @@ def test_what_multiplies_with_what_and_that_settings_come_back() -> None:
 def test_a_wrong_gradient_is_not_timed() -> None:
     truth = torch.ones(2, 3)
     right = pair.Candidate(lambda: None, lambda: truth + 1e-6, "reference", "float32")
-    assert 0 < pair._agreement(truth, "right", right) < 1e-5
+    assert 0 < pair.agreement("right", right.gradient(), truth, right.products) < 1e-5
     wrong = pair.Candidate(lambda: None, lambda: truth + 1e-3, "reference", "float32")
     with pytest.raises(ValueError, match="The gradients of wrong and of the plain modules differ by 1.0e-03"):
-        pair._agreement(truth, "wrong", wrong)
+        pair.agreement("wrong", wrong.gradient(), truth, wrong.products)
 
 
 def test_what_memory_does_not_hold_is_left_out_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +126,15 @@ def test_what_was_left_out_is_in_the_file_and_the_table(tmp_path: Path) -> None:
     assert "No figure for digits, N = 1, plain: it does not fit into memory: 80 GiB" in report.table(
         json.loads(path.read_text())
     )
+
+
+def test_on_a_gpu_every_step_is_updated_by_a_kernel_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch's noise would count against plain PyTorch's networks."""
+    cuda = torch.device("cuda")
+    there = {"cuda", "triton"}
+    monkeypatch.setattr(pair, "op_why_not", lambda op, device, name: None if name in there else "it is not there")
+    chosen = {name: pair.backend_of_update(name, cuda) for name in pair.CANDIDATES}
+    assert chosen["frozen, cuda, bf16"] == "cuda" and chosen["frozen, triton"] == "triton"
+    assert {chosen[name] for name in (pair.PLAIN, pair.NHWC_BF16, "frozen, reference, bf16")} == {"triton"}
+    there.clear()
+    assert pair.backend_of_update(pair.PLAIN, cuda) == "auto"

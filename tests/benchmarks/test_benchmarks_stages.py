@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import __main__ as runner
+from benchmarks import report
 from benchmarks.gpu import stages as gpu
 from benchmarks.gpu import targets
 from benchmarks.step import chains, pair
@@ -18,30 +22,65 @@ from benchmarks.step.pair import COMPILED_BF16, PLAIN
 BOTH = ("triton", "cuda")
 
 
-def test_the_most_important_comes_first_and_the_plan_fits_its_time(tmp_path: Path) -> None:
+def test_the_most_important_comes_first_and_what_follows_fits_the_budget(tmp_path: Path) -> None:
     planned = {stage.name: stage for stage in gpu.stages(tmp_path)}
     names = list(planned)
-    assert names[:4] == ["build", "smoke, triton", "smoke, cuda", "pair"]
-    assert names.index("profile, cuda") < names.index("chain, celeba_256") < names.index("tests") < names.index("ops")
-    assert names.index("chain, celeba_256, torch.compile") > names.index("memcheck") and names[-1] == "tune"
+    plan = names[: names.index("tune") + 1]
+    assert plan == [
+        "build", "kernels", "smoke, triton", "smoke, cuda", "pair", "profile, cuda", "profile, triton", "tests",
+        "chain, celeba_256", "chain, celeba_64", "ops", "memcheck", "racecheck", "tune",
+    ]  # fmt: skip
+    assert sum(planned[name].takes_s for name in plan) <= gpu.BUDGET_S == 500
+    assert all(0 < stage.takes_s < stage.limit_s for stage in planned.values())
     assert all(stage.limit_s <= 300 for stage in planned.values() if stage.name != "tune")
+
+
+def test_stages_measure_what_there_is(tmp_path: Path) -> None:
+    planned = {stage.name: stage for stage in gpu.stages(tmp_path)}
     for words in (stage.command(BOTH) for stage in planned.values() if stage.name.startswith("pair")):
         candidates = [word.removeprefix("--candidate=") for word in words if word.startswith("--candidate=")]
         assert candidates and set(candidates) <= set(pair.CANDIDATES)
-    for name in (name for name in names if name.startswith("chain")):
+    for name in (name for name in planned if name.startswith("chain")):
         options = chains._parser().parse_args(list(planned[name].command(BOTH))[4:])
         assert (options.dtype, options.backend, options.batch) == ("bfloat16", "cuda", 16)
-        assert (
-            options.results == tmp_path and options.preset in name and options.compile == (name != "chain, celeba_256")
-        )
+        assert options.results == tmp_path and options.preset in name
+        assert options.compile == (name in ("chain, celeba_64", "chain, celeba_256, torch.compile"))
+    for words in (stage.command(BOTH) for stage in planned.values()):
+        if words[1:3] == ("-m", "benchmarks"):
+            assert words[3] in runner.MODULES
 
 
-def test_no_figure_needs_more_than_the_build_but_profiles_need_their_backend(tmp_path: Path) -> None:
-    for stage in gpu.stages(tmp_path):
-        if stage.name.startswith("profile"):
-            assert stage.needs == ("build", stage.name.replace("profile", "smoke"))
-        elif stage.name != "build":
-            assert stage.needs == ("build",)
+def test_plain_pytorch_is_measured_before_kernels_that_may_end_the_process() -> None:
+    kernels = [name for name in gpu.CANDIDATES if "cuda" in name or "triton" in name]
+    assert gpu.CANDIDATES[-len(kernels) :] == tuple(kernels) and "frozen, reference, bf16" in gpu.CANDIDATES
+
+
+@pytest.mark.parametrize(("tool", "fewest", "most"), [("memcheck", 60, 120), ("racecheck", 6, 20)])
+def test_sanitisers_run_small_cases(tool: str, fewest: int, most: int, tmp_path: Path) -> None:
+    (stage,) = (stage for stage in gpu.stages(tmp_path) if stage.name == tool)
+    words = list(stage.command(BOTH))
+    assert stage.variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} and words[:3] == [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+    ]
+    collected = subprocess.run(
+        [*words[words.index(sys.executable) :], "--collect-only"],
+        cwd=gpu.REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    tests = [line for line in collected.stdout.splitlines() if "::test_sanitised" in line]
+    assert fewest <= len(tests) <= most
+    if tool == "racecheck":
+        assert {"cuda", "triton"} == {name for name in BOTH if any(name in test for test in tests)}
+        for op in ("inverted_residual", "power_iteration", "se_gate_residual", "energy_head", "pointwise"):
+            assert any(op in test for test in tests), op
+
+
+def test_no_figure_needs_another_stage_but_profiles_need_their_backend(tmp_path: Path) -> None:
+    """Without the compiled part, Triton and plain PyTorch are measured."""
+    needs = {stage.name: stage.needs for stage in gpu.stages(tmp_path) if stage.needs}
+    smoke = ("smoke, triton", "smoke, cuda")
+    assert needs == {"smoke, cuda": ("build",), "profile, triton": smoke[:1], "profile, cuda": smoke}
 
 
 def test_chains_run_on_the_sound_backend_that_was_fastest_in_the_pair(tmp_path: Path) -> None:
@@ -62,36 +101,50 @@ def test_chains_run_on_the_sound_backend_that_was_fastest_in_the_pair(tmp_path: 
 
 
 def test_backends_whose_smoke_tests_are_red_are_not_measured_and_the_others_are(tmp_path: Path) -> None:
+    """A pair on cuda has Triton's kernels too; the ops on cuda have not."""
     planned = {stage.name: stage for stage in gpu.stages(tmp_path)}
+
+    def without(name: str, *green: str) -> list[str]:
+        return [word for word in planned[name].command(green) if word.startswith("--without")]
+
     for name in ("pair", "ops"):
-        every, one, none = (list(planned[name].command(sound)) for sound in (BOTH, ["triton"], []))
-        assert one == [*every, "--without=cuda"] and none == [*every, "--without=triton", "--without=cuda"]
+        assert without(name, *BOTH) == [] and without(name, "triton") == ["--without=cuda"]
+        assert without(name) == ["--without=triton", "--without=cuda"]
+    assert without("ops", "cuda") == ["--without=triton"]
+    assert without("pair", "cuda") == ["--without=triton", "--without=cuda"]
+    chain = planned["chain, celeba_256"].command
+    assert [chain(green)[-1] for green in (BOTH, ["triton"], ["cuda"])] == ["cuda", "triton", "reference"]
 
 
-def test_a_red_stage_withholds_only_what_needs_it(tmp_path: Path) -> None:
+def test_a_red_stage_withholds_only_what_needs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def say(sound: Any) -> list[str]:
         return [sys.executable, "-c", f"print({list(sound)!r})"]
 
     def fail(sound: Any) -> list[str]:
-        return [sys.executable, "-c", "print('what was wrong'); raise SystemExit(3)"]
+        return [sys.executable, "-c", "print('FAILED tests/test_a.py::test_b[c d] - no'); raise SystemExit(3)"]
 
     def outcomes(red: str) -> dict[str, Any]:
         planned = [
-            gpu.Stage("smoke, triton", fail if red == "smoke, triton" else say, 60, ()),
-            gpu.Stage("smoke, cuda", fail if red == "smoke, cuda" else say, 60, ()),
-            gpu.Stage("tests", fail, 60, ()),
-            gpu.Stage("figures", say, 60, ()),
-            gpu.Stage("profile", say, 60, ("smoke, cuda",)),
+            gpu.Stage("smoke, triton", 1, 60, fail if red == "smoke, triton" else say, ()),
+            gpu.Stage("smoke, cuda", 1, 60, fail if red == "smoke, cuda" else say, ()),
+            gpu.Stage("tests", 1, 60, fail, ()),
+            gpu.Stage("figures", 1, 60, say, ()),
+            gpu.Stage("profile", 1, 60, say, ("smoke, cuda",)),
         ]
         return {done["stage"]: done for done in gpu.run_stages(planned, 60, tmp_path / "run.json", tmp_path / "logs")}
 
     found = outcomes("none")
     assert found["tests"]["outcome"] == "exit code 3" and found["figures"]["last_lines"] == ["['triton', 'cuda']"]
-    assert (tmp_path / "logs" / "tests.log").read_text() == "what was wrong\n"
+    assert (tmp_path / "logs" / "tests.log").read_text() == "FAILED tests/test_a.py::test_b[c d] - no\n"
+    assert found["tests"]["red"] == ["tests/test_a.py::test_b[c d]"] and "red" not in found["figures"]
+    assert (
+        f"  FAILED tests/test_a.py::test_b[c d] - no\n  see {tmp_path / 'logs' / 'tests.log'}\n"
+        in capsys.readouterr().out
+    )
     found = outcomes("smoke, cuda")
     assert found["figures"]["last_lines"] == ["['triton']"]
     assert found["profile"]["outcome"] == "not run: it needs smoke, cuda"
-    assert outcomes("smoke, triton")["figures"]["last_lines"] == ["[]"], "a pair on cuda has Triton's kernels too"
+    assert outcomes("smoke, triton")["figures"]["last_lines"] == ["['cuda']"]
 
 
 def test_stages_by_name_come_after_the_build_and_the_smoke_tests(tmp_path: Path) -> None:
@@ -100,10 +153,12 @@ def test_stages_by_name_come_after_the_build_and_the_smoke_tests(tmp_path: Path)
     def names(*asked: str) -> list[str]:
         return [stage.name for stage in gpu.chosen(planned, asked)]
 
-    always = ["build", "smoke, triton", "smoke, cuda"]
+    always = ["build", "kernels", "smoke, triton", "smoke, cuda"]
     assert names() == [stage.name for stage in planned]
     assert names("tune", "memcheck") == [*always, "memcheck", "tune"]
-    with pytest.raises(ValueError, match="No stage is named dance; there are build; smoke, triton; smoke, cuda; pair;"):
+    with pytest.raises(
+        ValueError, match="No stage is named dance; there are build; kernels; smoke, triton; smoke, cuda; pair;"
+    ):
         names("dance")
 
 
@@ -116,6 +171,93 @@ def test_tables_of_chains_are_shown_too(tmp_path: Path) -> None:
     ]
     os.utime(tmp_path / "pair_cuda.json", (100.0, 100.0))
     assert len(gpu.measured_since(150.0, tmp_path)) == 1
+
+
+def test_each_stage_says_what_it_takes_and_a_smaller_budget_cuts_from_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sleep(sound: Any) -> list[str]:
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    planned = [gpu.Stage(name, takes_s, 40, sleep, ()) for name, takes_s in (("first", 7), ("second", 8))]
+    first, second = gpu.run_stages(planned, 6, tmp_path / "run.json", tmp_path / "logs")
+    assert first["outcome"] == "stopped after 6 s" and second["outcome"] == "no time left"
+    out = capsys.readouterr().out
+    assert (
+        "first: about 7 s, at most 6 of 6 s\nfirst: stopped after 6 s, 6 s\n" in out and "second: no time left" in out
+    )
+
+
+def test_stages_share_tritons_cache_with_the_kit(tmp_path: Path) -> None:
+    def say(sound: Any) -> list[str]:
+        return [sys.executable, "-c", "import os; print(os.environ['TRITON_CACHE_DIR'], os.environ.get('OWN'))"]
+
+    planned = [gpu.Stage("a", 1, 60, say), gpu.Stage("b", 1, 60, say, variables={"OWN": "1"})]
+    first, second = gpu.run_stages(planned, 60, tmp_path / "run.json", tmp_path / "logs")
+    assert first["last_lines"] == [f"{gpu.TRITON_CACHE} None"] and second["last_lines"] == [f"{gpu.TRITON_CACHE} 1"]
+
+
+def test_a_second_run_keeps_what_the_first_found_of_other_stages(tmp_path: Path) -> None:
+    def say(sound: Any) -> list[str]:
+        return [sys.executable, "-c", ""]
+
+    def run(budget_s: float, *names: str) -> list[tuple[str, str]]:
+        planned = [gpu.Stage(name, 1, 60, say) for name in names]
+        gpu.run_stages(planned, budget_s, tmp_path / "run.json", tmp_path / "logs")
+        stages = json.loads((tmp_path / "run.json").read_text())["stages"]
+        return [(entry["stage"], entry["outcome"]) for entry in stages]
+
+    assert run(60, "a", "b") == [("a", "passed"), ("b", "passed")]
+    assert all("commit" in entry for entry in json.loads((tmp_path / "run.json").read_text())["stages"])
+    assert run(1, "b", "c") == [("a", "passed"), ("b", "passed"), ("c", gpu.NO_TIME)]
+    assert run(60, "c") == [("a", "passed"), ("b", "passed"), ("c", "passed")]
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("passed", 0), (gpu.NO_TIME, 0), ("exit code 1", 1), ("stopped", 1)])
+def test_the_exit_code_is_of_what_there_was_time_for(
+    outcome: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run_stages", lambda *arguments: [{"stage": "ops", "outcome": outcome}])
+    monkeypatch.setattr(gpu.measured, "main", lambda arguments: 0)
+    assert gpu.main(["--results", str(tmp_path)]) == code
+
+
+def test_what_a_stage_would_miss_is_said_before_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "NEEDED", ("json", "no_such_module"))
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "has no no_such_module; install them, or name another: GPU_PYTHON=" in capsys.readouterr().err
+
+
+def test_stages_of_tests_that_name_no_red_test_are_red_as_a_whole() -> None:
+    done = [
+        {"stage": "smoke, cuda", "outcome": "exit code 1", "red": ["tests/test_gpu.py::test_a"]},
+        {"stage": "tests", "outcome": "stopped after 120 s"},
+        {"stage": "memcheck", "outcome": "exit code 9"},
+        {"stage": "racecheck", "outcome": "compute-sanitizer is not on this machine"},
+        {"stage": "pair", "outcome": "exit code 1"},
+        {"stage": "smoke, triton", "outcome": "passed"},
+    ]
+    assert gpu.red_of(done) == ["tests/test_gpu.py::test_a", "tests (stopped after 120 s)", "memcheck (exit code 9)"]
+
+
+@pytest.mark.parametrize("budget", ["0", "-5", "inf", "nan", "soon"])
+def test_a_budget_is_a_time(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main([f"--budget={budget}"])
+    assert f"{budget} is no time to spend; name seconds" in capsys.readouterr().err
+
+
+def test_tables_say_which_tests_were_red_until_none_is(tmp_path: Path) -> None:
+    write(tmp_path, "pair_cuda", "A GPU", step_row("frozen, cuda, bf16", 0.1, rounds=5, p20_s=0.1, p80_s=0.1))
+    path = tmp_path / "pair_cuda.json"
+    gpu.mark([path], ["tests/test_a.py::test_b"])
+    assert "Red in the same run: tests/test_a.py::test_b." in report.describe(json.loads(path.read_text()))
+    gpu.mark([path], [])
+    assert "Red" not in report.describe(json.loads(path.read_text()))
 
 
 def content(gpu_name: str, *rows: pair.Row) -> dict[str, Any]:

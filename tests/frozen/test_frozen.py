@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vaebm_fast as vf
 import vaebm_fast.models.vaebm
+from benchmarks.step.sensitive import make_sensitive
 from tests.helpers.frozen_pairs import (
     FLOAT32_ERROR,
     TINY,
@@ -121,7 +122,7 @@ def test_any_configuration(
 
 
 def test_bfloat16_is_no_further_from_the_truth_than_the_plain_modules_in_bfloat16() -> None:
-    model = tiny()
+    model = make_sensitive(tiny())
     noise = noise_of(model, batch=4)
     _, truth = model.potential_and_grad(*noise)
     with torch.autocast("cpu", torch.bfloat16):
@@ -238,7 +239,7 @@ def test_compiled_and_reference_pairs_agree(arch: str) -> None:
         num_channels_dec=8,
     )
     blocks = (EnergyBlock(1, 1, True),)
-    model = vf.VAEBM(vf.NVAE(config), vf.EnergyNetwork(EnergyConfig(16, 3, 4, blocks))).eval()
+    model = make_sensitive(vf.VAEBM(vf.NVAE(config), vf.EnergyNetwork(EnergyConfig(16, 3, 4, blocks))).eval())
     eps_z = [torch.randn(2, *shape) for shape in model.latent_shapes]
     eps_x = torch.randn(2, *model.image_shape)
     u, gradients = model.freeze(backend="cpp").potential_and_grad(eps_z, eps_x, "official")
