@@ -77,10 +77,24 @@ def _rows_of(contents: Sequence[dict[str, Any]]) -> list[Measured]:
     return [replace(row, speedup=round(row.speedup, 2)) for row in last.values()]
 
 
+def withdrawn(rows: Sequence[Measured], run: dict[str, Any]) -> list[Measured]:
+    """The rows after a run of `make gpu`: factor 0 on its GPU model for what its red tests speak against.
+
+    A backend with red smoke tests is not measured, so that its earlier rows, or those of another model, would stay.
+    """
+    ran, red = run["environment"], [test for stage in run["stages"] for test in stage.get("red", ())]
+    table = {(row.device, row.what, row.dtype, row.backend): row for row in rows}
+    for row in (row for row in rows if row.capability == ran.get("capability")):
+        if any(_speaks_against(row.what, row.backend, test) for test in red):
+            facts = {"device": ran["device"], "date": ran["date"], "commit": ran["commit"]}
+            table[ran["device"], row.what, row.dtype, row.backend] = replace(row, **facts, speedup=0.0, cases=0)
+    return [table[key] for key in sorted(table)]
+
+
 def _speaks_against(what: str, backend: str, test: str) -> bool:
-    """Whether a red test or sanitiser is about these kernels: it names one of their backends, or none at all."""
+    """Whether a red test or stage is about these kernels: it names one of their backends, or none at all."""
     is_of_kernels = test.startswith(GPU_TESTS[0]) and ("sanitised" in test or "frozen" in test)
-    if not is_of_kernels and not test.startswith(SANITISERS):
+    if not is_of_kernels and not test.startswith(("smoke", *SANITISERS)):
         return False
     used = {backend, *(["triton"] if what == PAIR else [])}
     named = {name for name in GPU_BACKENDS if name in test}
@@ -130,11 +144,14 @@ def main(arguments: Sequence[str]) -> int:
     if not results.is_dir():
         parser.error(f"There is no folder {results}.")
     paths = sorted([*results.glob("ops_cuda.json"), *results.glob("pair*_cuda.json")])
+    runs = sorted(results.glob("gpu_run.json"))
     before = read()
     try:
         rows = update(before, [json.loads(path.read_text()) for path in paths])
+        for run in runs:
+            rows = withdrawn(rows, json.loads(run.read_text()))
     except (ValueError, KeyError) as error:
-        names = ", ".join(path.name for path in paths)
+        names = ", ".join(path.name for path in (*paths, *runs))
         parser.error(f"{TABLE.name} is unchanged: one of {names} in {results} is no result file ({error!r}).")
     write_rows(rows)
     for row in rows:

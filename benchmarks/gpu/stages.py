@@ -62,6 +62,7 @@ HALF = ("frozen, triton, bf16", "frozen, cuda, bf16")
 CANDIDATES = (PLAIN, NHWC_BF16, "frozen, reference, bf16", *HALF, "frozen, cuda, bf16, eager")
 OTHERS = (NHWC, *(name for name in FROZEN if name not in CANDIDATES))
 SMOKE_OF = {backend: f"smoke, {backend}" for backend in ("triton", "cuda")}
+CHECKS = ("tests", *SMOKE_OF.values(), *measured.SANITISERS)  # stages of tests
 NEEDED_BY = {"triton": ("triton",), "cuda": ("triton", "cuda")}  # a pair on "cuda" uses kernels of both
 COMPILED = ("celeba_64:16", "celeba_256:16")  # fastest to compile first
 
@@ -216,11 +217,14 @@ def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path
             limit_s = min(stage.limit_s, left_s)
             print(f"{stage.name}: about {stage.takes_s:.0f} s, at most {limit_s:.0f} of {left_s:.0f} s", flush=True)
             done.append({"stage": stage.name, **ran, **_run(stage.command(green), stage.variables, limit_s, log)})
+        has_failed = done[-1]["outcome"].startswith(("exit code", "stopped"))
+        if has_failed and stage.name in CHECKS and "red" not in done[-1]:  # names no test, so it is red as a whole
+            done[-1]["red"] = [f"{stage.name} ({done[-1]['outcome']})"]
         recorded = {entry["stage"]: entry for entry in before} | {e["stage"]: e for e in done if "seconds" in e}
         others = [entry for entry in done if entry["stage"] not in recorded]
         write(path, json.dumps({"environment": here, "stages": [*recorded.values(), *others]}, indent=2) + "\n")
         print(f"{stage.name}: {done[-1]['outcome']}, {done[-1].get('seconds', 0):.0f} s", flush=True)
-        if done[-1]["outcome"].startswith(("exit code", "stopped")):
+        if has_failed:
             print("\n".join(f"  {line}" for line in (*done[-1]["last_lines"][-1:], f"see {log}")), flush=True)
         if stage.name == "build":
             print("\n".join(f"  {line}" for line in done[-1].get("last_lines", ())[:1]), flush=True)
@@ -271,17 +275,6 @@ def measured_since(began: float, results: Path) -> list[Path]:
     return [path for path in found if path.stat().st_mtime >= began]
 
 
-def red_of(done: Sequence[dict[str, Any]]) -> list[str]:
-    """The red tests of all stages; a stage of tests that ended otherwise is red as a whole."""
-    checks = ("tests", *SMOKE_OF.values(), *measured.SANITISERS)
-    red: list[str] = []
-    for stage in done:
-        has_failed = stage["outcome"].startswith(("exit code", "stopped"))
-        whole = [f"{stage['stage']} ({stage['outcome']})"] if stage["stage"] in checks and has_failed else []
-        red += stage.get("red") or whole
-    return red
-
-
 def mark(paths: Sequence[Path], red: Sequence[str]) -> None:
     """Note in result files which tests were red when they were measured; their tables say so."""
     for path in paths:
@@ -325,7 +318,7 @@ def main(arguments: Sequence[str]) -> int:
     began = time.time()
     done = run_stages(planned, options.budget, options.results / "gpu_run.json", options.logs)
     paths = measured_since(began, options.results)
-    mark(paths, red_of(done))
+    mark(paths, [test for stage in done for test in stage.get("red", ())])
     for path in paths:
         print(f"\n{write_table(path)}", flush=True)
     print(f"\n{verdict(options.results)}\n", flush=True)

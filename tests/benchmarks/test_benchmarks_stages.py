@@ -232,16 +232,19 @@ def test_what_a_stage_would_miss_is_said_before_the_first(
     assert "has no no_such_module; install them, or name another: GPU_PYTHON=" in capsys.readouterr().err
 
 
-def test_stages_of_tests_that_name_no_red_test_are_red_as_a_whole() -> None:
-    done = [
-        {"stage": "smoke, cuda", "outcome": "exit code 1", "red": ["tests/test_gpu.py::test_a"]},
-        {"stage": "tests", "outcome": "stopped after 120 s"},
-        {"stage": "memcheck", "outcome": "exit code 9"},
-        {"stage": "racecheck", "outcome": "compute-sanitizer is not on this machine"},
-        {"stage": "pair", "outcome": "exit code 1"},
-        {"stage": "smoke, triton", "outcome": "passed"},
+def test_stages_of_tests_that_name_no_red_test_are_red_as_a_whole(tmp_path: Path) -> None:
+    def fail(sound: Any) -> list[str]:
+        return [sys.executable, "-c", "raise SystemExit(9)"]
+
+    planned = [
+        gpu.Stage("memcheck", 1, 60, fail),
+        gpu.Stage("ops", 1, 60, fail),
+        gpu.Stage("racecheck", 1, 60, lambda green: ["no-such-sanitizer"]),
+        gpu.Stage("tests", 1, 60, lambda green: [sys.executable, "-c", ""]),
     ]
-    assert gpu.red_of(done) == ["tests/test_gpu.py::test_a", "tests (stopped after 120 s)", "memcheck (exit code 9)"]
+    done = gpu.run_stages(planned, 60, tmp_path / "run.json", tmp_path / "logs")
+    assert [stage.get("red") for stage in done] == [["memcheck (exit code 9)"], None, None, None]
+    assert json.loads((tmp_path / "run.json").read_text())["stages"] == done
 
 
 @pytest.mark.parametrize("budget", ["0", "-5", "inf", "nan", "soon"])

@@ -139,6 +139,27 @@ def test_red_tests_of_ops_or_the_pair_withhold_a_row_and_others_do_not() -> None
     assert len(measured.update([], [noise])) == 1
 
 
+def test_a_backend_whose_smoke_tests_are_red_loses_what_was_measured_before_and_elsewhere() -> None:
+    """It has no results in that run."""
+    pair = Measured(PAIR, "cuda", "bfloat16", 3.0, 1, "NVIDIA H200", "9.0", "2026-11-01", "old", known(PAIR, "cuda"))
+    noise = replace(pair, what="philox_normal", backend="triton", dtype="float32")
+    a100 = replace(pair, device="NVIDIA A100-SXM4-80GB", capability="8.0")
+
+    def after(red: list[str], **ran: str) -> dict[tuple[str, str], float]:
+        run = {"environment": {**H200, **ran}, "stages": [{"stage": "build"}, {"stage": "smoke, cuda", "red": red}]}
+        return {(row.device, row.what): row.speedup for row in measured.withdrawn([pair, noise, a100], run)}
+
+    before = after([])
+    assert set(before.values()) == {3.0} and len(before) == 3
+    test = "tests/test_gpu.py::test_sanitised_op[a-cuda]"
+    for red in ([test], ["smoke, cuda (exit code 139)"]):
+        assert after(red) == {**before, ("NVIDIA H200", PAIR): 0.0}
+        h100 = after(red, device="NVIDIA H100 80GB HBM3")
+        assert h100 == {**before, ("NVIDIA H100 80GB HBM3", PAIR): 0.0}
+    assert set(after(["memcheck (exit code 9)"]).values()) == {0.0, 3.0}
+    assert after(["tests/training/test_replay_gpu.py::test_a"]) == before
+
+
 def test_rows_of_other_kernels_or_of_unknown_ones_are_passed_over() -> None:
     for facts in ({"sources": "0"}, {"sources": None}):
         assert measured.update([], [content(pair_row("frozen, cuda, bf16", 1.0, **facts), pair_row(PLAIN, 2.0))]) == []
@@ -156,6 +177,13 @@ def test_the_command_keeps_other_rows_and_drops_those_of_changed_kernels(
     assert measured.main(["--results", str(tmp_path)]) == 0
     assert "energy_head, triton, float32: 4.00x plain PyTorch (NVIDIA H200, 2026-11-27)" in capsys.readouterr().out
     assert len(measured.read()) == 2
+    red = {"environment": H200, "stages": [{"stage": "smoke, triton", "red": ["smoke, triton (exit code 1)"]}]}
+    (tmp_path / "gpu_run.json").write_text(json.dumps(red))
+    measured.main(["--results", str(tmp_path)])
+    assert {row.speedup for row in measured.read()} == {0.0}
+    (tmp_path / "gpu_run.json").unlink()
+    measured.main(["--results", str(tmp_path)])
+    assert len(measured.read()) == 2 and all(row.speedup for row in measured.read())
     monkeypatch.setattr(measured, "digest", lambda what, backend: digest(what, backend) + "0" * (what == PAIR))
     (tmp_path / "empty").mkdir()
     assert measured.main(["--results", str(tmp_path / "empty")]) == 0

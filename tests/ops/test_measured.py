@@ -152,4 +152,4 @@ def test_the_table_says_what_auto_is_on_an_h200() -> None:
     assert {row.device for row in _measured.table()} >= {"NVIDIA H200"}
     for row in _measured.table():
         known = _backend.GPU_BACKENDS if row.what == PAIR else _backend.OP_BACKENDS[row.what]
-        assert row.backend in known and row.cases > 0 and row.date and row.commit
+        assert row.backend in known and (row.cases > 0 or row.speedup == 0) and row.date and row.commit
