@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from benchmarks.gate import GPU_TESTS, REPOSITORY
 from benchmarks.gpu.sources import digest
 from benchmarks.results_file import Row
 from benchmarks.step.pair import FROZEN
-from vaebm_fast.ops._backend import GPU_BACKENDS
+from vaebm_fast.ops._backend import GPU_BACKENDS, OP_BACKENDS, OpBackends
 from vaebm_fast.ops._measured import PAIR, Measured
 from vaebm_fast.runtime.files import expanded, write
 
@@ -33,6 +34,7 @@ TABLE = REPOSITORY / "vaebm_fast" / "ops" / "measured.json"
 Subject = tuple[str, str, str]  # (op or PAIR, backend, dtype)
 TF32 = "tf32"
 SANITISERS = ("memcheck", "racecheck")
+KERNEL_TESTS = (GPU_TESTS[0], "tests/csrc/", "tests/ops/", "tests/chain/test_noise.py")
 PLAIN_BACKENDS = ("reference", "plain modules", "plain modules, autocast")
 
 
@@ -54,8 +56,8 @@ def _rows_of(contents: Sequence[dict[str, Any]]) -> list[Measured]:
     A subject that failed in one of the files, or that a red test speaks against, has factor 0.
     """
     factors: dict[Subject, list[float]] = defaultdict(list)
-    last: dict[Subject, Measured] = {}
-    for content in sorted(contents, key=lambda each: each["environment"]["date"]):
+    least: dict[Subject, Measured] = {}
+    for content in contents:
         ran = content["environment"]
         for row in (*content["results"], *content["refused"]):
             if row.get("sources") is None or row["candidate"].endswith(EAGER):  # plain PyTorch; for comparison alone
@@ -66,15 +68,18 @@ def _rows_of(contents: Sequence[dict[str, Any]]) -> list[Measured]:
             same_case = [other for other in content["results"] if _case(other) == _case(row)]
             plain_s = [other["median_s"] for other in same_case if _is_plain(other, dtype)]
             if row.get("failed") or any(_speaks_against(what, backend, test) for test in content.get("red", ())):
-                factors[subject].append(0.0)
+                factor = 0.0
             elif "median_s" in row and plain_s:
-                factors[subject].append(min(plain_s) / row["median_s"])
-            if factors[subject]:
-                last[subject] = Measured(
-                    *subject, min(factors[subject]), len(factors[subject]), ran["device"], ran["capability"],
-                    ran["date"], ran["commit"], row["sources"],
+                factor = min(plain_s) / row["median_s"]
+            else:  # nothing to compare with, or it did not fit into memory
+                continue
+            factors[subject].append(factor)
+            if factor == min(factors[subject]):
+                least[subject] = Measured(
+                    *subject, round(factor, 2), 0, ran["device"], ran["capability"], ran["date"], ran["commit"],
+                    row["sources"],
                 )  # fmt: skip
-    return [replace(row, speedup=round(row.speedup, 2)) for row in last.values()]
+    return [replace(row, cases=len(factors[subject])) for subject, row in least.items()]
 
 
 def withdrawn(rows: Sequence[Measured], run: dict[str, Any]) -> list[Measured]:
@@ -92,13 +97,32 @@ def withdrawn(rows: Sequence[Measured], run: dict[str, Any]) -> list[Measured]:
 
 
 def _speaks_against(what: str, backend: str, test: str) -> bool:
-    """Whether a red test or stage is about these kernels: it names one of their backends, or none at all."""
-    is_of_kernels = test.startswith(GPU_TESTS[0]) and ("sanitised" in test or "frozen" in test)
-    if not is_of_kernels and not test.startswith(("smoke", *SANITISERS)):
-        return False
-    used = {backend, *(["triton"] if what == PAIR else [])}
-    named = {name for name in GPU_BACKENDS if name in test}
-    return not named or not used.isdisjoint(named)
+    """Whether a red test or stage is about these kernels: about one of their backends and ops, or about any.
+
+    A stage without a red test counts if its process died, or if a sanitiser found an error; not if it was stopped.
+    """
+    if not test.startswith(KERNEL_TESTS):
+        return (
+            test.startswith("smoke")
+            and "exit code" in test
+            and _is_about({backend}, GPU_BACKENDS, test)
+            or (test.startswith(SANITISERS) and "exit code 9" in test)
+        )
+    if test.startswith(GPU_TESTS[0]) and "sanitised" not in test and "frozen" not in test:
+        return False  # of jobs
+    used = set(OpBackends.of(backend).by_op) if what == PAIR else {what.removesuffix("_backward")}  # type: ignore[arg-type]
+    ops = {op.removesuffix("_backward") for op in OP_BACKENDS}
+    if "noise" in test:
+        return what.startswith(("philox", "langevin")) and _is_about({backend}, GPU_BACKENDS, test)
+    return _is_about({backend, *(["triton"] if what == PAIR else [])}, GPU_BACKENDS, test) and _is_about(
+        used, ops, test
+    )
+
+
+def _is_about(used: Collection[str], names: Iterable[str], test: str) -> bool:
+    """Whether the test names one of `used`, or none of `names`."""
+    named = {name for name in names if name in test}
+    return not named or not named.isdisjoint(used)
 
 
 def _case(row: Row) -> tuple[object, ...]:
@@ -136,6 +160,29 @@ def is_present(row: Measured) -> bool:
     return row.sources == digest(row.what, row.backend)
 
 
+def record(results: Path, run: dict[str, Any] | None = None) -> None:
+    """Update the table from a folder of results, and from the red tests of the run of `make gpu` that ends; print it.
+
+    Raises ValueError if a file is no result file; the table is then unchanged.
+    """
+    paths = sorted([*results.glob("ops_cuda.json"), *results.glob("pair*_cuda.json")])
+    before = read()
+    try:
+        rows = update(before, [json.loads(path.read_text()) for path in paths])
+    except (ValueError, KeyError) as error:
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(
+            f"{TABLE.name} is unchanged: one of {names} in {results} is no result file ({error!r})."
+        ) from error
+    rows = rows if run is None else withdrawn(rows, run)
+    write_rows(rows)
+    for row in rows:
+        taken = "" if row.speedup > 1 else "; not for auto"
+        print(f"{_name(row)}: {row.speedup:.2f}x plain PyTorch ({row.device}, {row.date}){taken}")
+    for name in sorted({_name(row) for row in before} - {_name(row) for row in rows}):
+        print(f"{name}: dropped, because its kernel is no longer what was measured")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Update the table from a folder of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,22 +190,10 @@ def main(arguments: Sequence[str]) -> int:
     results = parser.parse_args(arguments).results
     if not results.is_dir():
         parser.error(f"There is no folder {results}.")
-    paths = sorted([*results.glob("ops_cuda.json"), *results.glob("pair*_cuda.json")])
-    runs = sorted(results.glob("gpu_run.json"))
-    before = read()
     try:
-        rows = update(before, [json.loads(path.read_text()) for path in paths])
-        for run in runs:
-            rows = withdrawn(rows, json.loads(run.read_text()))
-    except (ValueError, KeyError) as error:
-        names = ", ".join(path.name for path in (*paths, *runs))
-        parser.error(f"{TABLE.name} is unchanged: one of {names} in {results} is no result file ({error!r}).")
-    write_rows(rows)
-    for row in rows:
-        taken = "" if row.speedup > 1 else "; not for auto"
-        print(f"{_name(row)}: {row.speedup:.2f}x plain PyTorch ({row.device}, {row.date}){taken}")
-    for name in sorted({_name(row) for row in before} - {_name(row) for row in rows}):
-        print(f"{name}: dropped, because its kernel is no longer what was measured")
+        record(results)
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

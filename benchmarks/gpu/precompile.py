@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -103,10 +105,10 @@ def main(arguments: Sequence[str]) -> int:
         metavar="PART",
         help=f"of {', '.join(CALLS | TUNED)}; default: all but what tune times",
     )
-    parser.add_argument("--processes", type=at_least_one, default=os.cpu_count())
+    parser.add_argument("--processes", type=at_least_one, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args(arguments)
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks without initialising CUDA
-    if not torch.cuda.is_available():
+    ask = "import torch; raise SystemExit(not torch.cuda.is_available())"  # elsewhere: it may initialise CUDA
+    if subprocess.run([sys.executable, "-c", ask], check=False).returncode != 0:
         parser.error("kernels are compiled for the GPU at hand, and there is none; `make gpu-kit` compiles for another")
     began = time.perf_counter()
     torch.set_num_threads(1)  # threads do not survive a fork

@@ -12,6 +12,7 @@ from benchmarks.gate import REPOSITORY
 from vaebm_fast.ops._backend import GPU_BACKENDS, OpBackends
 from vaebm_fast.ops._measured import PAIR
 
+BEGIN, END = "# tune_triton: begin", "# tune_triton: end"
 TRITON, CUDA = Path("vaebm_fast/triton_kernels"), Path("csrc/cuda")
 
 
@@ -53,6 +54,7 @@ def _with_included(source: Path, root: Path) -> set[Path]:
 def code_of(file: Path) -> str:
     """The file's tokens (Python) or lines (C++) without comments, docstrings and empty lines."""
     text = file.read_text(encoding="utf-8")
+    text = re.sub(rf"{BEGIN}.*?{END}", "", text, flags=re.DOTALL)  # what `tune` writes was timed
     if file.suffix != ".py":
         text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
         return "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip())

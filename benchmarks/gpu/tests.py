@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         parser.error("these tests need a CUDA device, and there is none")
     logs.mkdir(parents=True, exist_ok=True)
-    at_once = max((os.cpu_count() or 1) // PER_FILE, 1)
+    at_once = max(len(os.sched_getaffinity(0)) // PER_FILE, 1)
     with ThreadPoolExecutor(at_once) as pool:
         done = [pool.submit(run, path, logs) for path in files()]
         for each in as_completed(done):  # what is red is said even if there is no time for the rest

@@ -27,13 +27,13 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from benchmarks.gate import REPOSITORY
+from benchmarks.gpu.sources import BEGIN, END
 from vaebm_fast.runtime.files import write
 from vaebm_fast.triton_kernels import depthwise_swish, pointwise, residual_tail
 
 Calls = list[Callable[[], object]]
 Clock = Callable[[Calls], float]  # total time in milliseconds
 
-BEGIN, END = "# tune_triton: begin", "# tune_triton: end"
 HALF = (2, "half")  # last element of a key: bytes per element, or precision of products
 MARGIN = 0.02
 BATCH = 16

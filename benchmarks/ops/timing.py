@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.captured import EAGER, captured, launched_by
 from benchmarks.gpu.sources import sources_of
-from benchmarks.measure import Sample, summary, take_turns
+from benchmarks.measure import Sample, summary, synchronize, take_turns
 from benchmarks.ops.cases import Case, Run, backends_of
 
 CACHES, MOST_BUFFERS = 4, 32  # rotated tensors: multiple of the GPU's cache, and the most sets
@@ -51,13 +51,21 @@ def measure_case(
     timed: dict[str, Timed] = {}
     for name in backends:
         try:
+            synchronize(device)
+        except RuntimeError as error:  # a kernel before this one
+            rows[name] |= {"refused": f"the GPU had failed before: {error}"}
+            continue
+        try:
             timed[name] = _graph(case, runs, name, device) if on_gpu else Timed(_bound(runs[0], name))
         except Exception as error:  # other backends may still run
             rows[name] |= {"refused": f"{type(error).__name__}: {error}", "failed": True}
     if not timed:
         return rows
     steps = {name: entry.call for name, entry in timed.items()}
-    samples = take_turns(steps, device, rounds=rounds, seconds=0.1 if on_gpu else 0.5)
+    try:
+        samples = take_turns(steps, device, rounds=rounds, seconds=0.1 if on_gpu else 0.5)
+    except Exception as error:  # which of them is not known
+        return rows | {name: rows[name] | {"refused": f"{type(error).__name__}: {error}"} for name in timed}
     for name, entry in timed.items():
         each = [_shared(taken, entry.calls) for taken in samples[name]]
         rows[name] |= {"launched": entry.launched, "calls": entry.calls, "buffers": len(runs), **summary(each)}

@@ -218,12 +218,12 @@ def measure_pair(
     rows: dict[str, Row] = {}
     for group in [[name] for name in candidates] if on_gpu else [list(candidates)]:
         found = _measure_group(preset, batch, group, device, layouts, truth, rounds)
-        release(device, compiled=not set(group).isdisjoint(TO_COMPILE))
         for name, row in found.items():
             if not on_gpu and "refused" not in row:
                 row |= peak_memory(preset, batch, name)
             keep(name, row)
         rows |= found
+        release(device, compiled=not set(group).isdisjoint(TO_COMPILE))
     return rows
 
 

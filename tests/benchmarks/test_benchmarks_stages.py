@@ -180,7 +180,9 @@ def test_each_stage_says_what_it_takes_and_a_smaller_budget_cuts_from_the_end(
         return [sys.executable, "-c", "import time; time.sleep(60)"]
 
     planned = [gpu.Stage(name, takes_s, 40, sleep, ()) for name, takes_s in (("first", 7), ("second", 8))]
-    first, second = gpu.run_stages(planned, 6, tmp_path / "run.json", tmp_path / "logs")
+    (own_limit,) = gpu.run_stages([gpu.Stage("a", 1, 1, sleep)], 60, tmp_path / "run.json", tmp_path / "logs")
+    assert own_limit["outcome"] == "stopped after 1 s"
+    first, second = gpu.run_stages(planned, 6, tmp_path / "other.json", tmp_path / "logs")
     assert first["outcome"] == "stopped after 6 s" and second["outcome"] == "no time left"
     out = capsys.readouterr().out
     assert (
@@ -219,8 +221,12 @@ def test_the_exit_code_is_of_what_there_was_time_for(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "run_stages", lambda *arguments: [{"stage": "ops", "outcome": outcome}])
-    monkeypatch.setattr(gpu.measured, "main", lambda arguments: 0)
+    monkeypatch.setattr(gpu, "environment", dict)
+    recorded: list[Any] = []
+    monkeypatch.setattr(gpu.measured, "record", lambda *given: recorded.append(given))
     assert gpu.main(["--results", str(tmp_path)]) == code
+    ((results, run),) = recorded
+    assert results == tmp_path and run["stages"] == [{"stage": "ops", "outcome": outcome}]
 
 
 def test_what_a_stage_would_miss_is_said_before_the_first(

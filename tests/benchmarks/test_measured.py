@@ -82,12 +82,12 @@ def test_a_pair_that_could_not_be_captured_is_measured_as_it_ran() -> None:
     assert speedups(measured.update([], [found])) == {(PAIR, "cuda", "bfloat16"): 0.5}
 
 
-def test_files_are_not_compared_with_each_other_and_the_last_is_named() -> None:
+def test_files_are_not_compared_with_each_other() -> None:
     first = content(pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 2.0))
     second = content(pair_row("frozen, cuda, bf16", 1.0), pair_row(PLAIN, 3.0), date="2026-11-28", commit="def")
     third = content(pair_row("frozen, cuda, bf16", 1.0))
     (row,) = measured.update([], [second, third, first])
-    assert (row.speedup, row.cases, row.commit) == (2.0, 2, "def")
+    assert (row.speedup, row.cases, row.commit) == (2.0, 2, "abc"), "the file with the least factor is named"
 
 
 def test_each_gpu_model_has_rows_of_its_own() -> None:
@@ -129,14 +129,39 @@ def test_red_tests_of_ops_or_the_pair_withhold_a_row_and_others_do_not() -> None
         return [row.backend for row in measured.update([], [{**rows, "red": [red]}]) if row.speedup]
 
     assert left("tests/test_gpu.py::test_the_frozen_pair_has[cuda-torch.bfloat16]") == ["triton"]
-    assert left("tests/test_gpu.py::test_sanitised_op[pointwise 2x20-triton]") == [], "a pair on cuda runs Triton's too"
-    assert left("tests/test_gpu.py::test_a_frozen_step[reference]") == left("racecheck (exit code 9)") == []
-    for other in ("tests/training/test_replay_gpu.py::test_a[cuda]", "tests/test_gpu.py::test_a_sampling_job"):
-        assert left(other) == ["cuda", "triton"]
-    noise = content(
-        op_row("reference", 4.0), op_row("cuda", 1.0), red=["tests/test_gpu.py::test_sanitised_op[a-triton]"]
+    assert left("tests/test_gpu.py::test_sanitised_op[pixel_head 2x20-triton]") == [], (
+        "a pair on cuda runs Triton's too"
     )
-    assert len(measured.update([], [noise])) == 1
+    assert left("tests/csrc/test_inverted_residual_cuda.py::test_the_op") == ["triton"]
+    assert left("tests/test_gpu.py::test_a_frozen_step[reference]") == left("racecheck (exit code 9)") == []
+    for other in (
+        "tests/training/test_replay_gpu.py::test_a[cuda]",
+        "tests/test_gpu.py::test_a_sampling_job",
+        "tests/test_gpu.py::test_sanitised_op[power_iteration 2x37x140-cuda]",
+        "tests/test_gpu.py::test_sanitised_noise_and_update[cuda]",
+        "racecheck (stopped after 6 s)",
+        "memcheck (exit code 1)",
+        "tests (stopped after 120 s)",
+        "smoke, cuda (stopped after 60 s)",
+    ):
+        assert left(other) == ["cuda", "triton"], other
+    for test, factor in (
+        ("tests/test_gpu.py::test_sanitised_op[energy_head 1x2-triton]", 4.0),
+        ("tests/test_gpu.py::test_sanitised_op[energy_head 1x2-cuda]", 0.0),
+        ("tests/test_gpu.py::test_sanitised_op[energy_epilogue 1x2-cuda]", 4.0),
+        ("smoke, cuda (exit code -11)", 0.0),
+    ):
+        (row,) = measured.update([], [content(op_row("reference", 4.0), op_row("cuda", 1.0), red=[test])])
+        assert row.speedup == factor, test
+
+
+@pytest.mark.parametrize("what", ["philox_normal", "langevin_update"])
+def test_red_tests_of_noise_speak_against_noise_and_update_of_their_backend(what: str) -> None:
+    for test in (
+        "tests/test_gpu.py::test_sanitised_noise_and_update[cuda-6]",
+        "tests/chain/test_noise.py::test_a[cuda]",
+    ):
+        assert measured._speaks_against(what, "cuda", test) and not measured._speaks_against(what, "triton", test)
 
 
 def test_a_backend_whose_smoke_tests_are_red_loses_what_was_measured_before_and_elsewhere() -> None:
@@ -178,11 +203,9 @@ def test_the_command_keeps_other_rows_and_drops_those_of_changed_kernels(
     assert "energy_head, triton, float32: 4.00x plain PyTorch (NVIDIA H200, 2026-11-27)" in capsys.readouterr().out
     assert len(measured.read()) == 2
     red = {"environment": H200, "stages": [{"stage": "smoke, triton", "red": ["smoke, triton (exit code 1)"]}]}
-    (tmp_path / "gpu_run.json").write_text(json.dumps(red))
-    measured.main(["--results", str(tmp_path)])
-    assert {row.speedup for row in measured.read()} == {0.0}
-    (tmp_path / "gpu_run.json").unlink()
-    measured.main(["--results", str(tmp_path)])
+    measured.record(tmp_path, red)
+    assert {row.speedup for row in measured.read() if row.backend == "triton"} == {0.0}
+    measured.record(tmp_path)
     assert len(measured.read()) == 2 and all(row.speedup for row in measured.read())
     monkeypatch.setattr(measured, "digest", lambda what, backend: digest(what, backend) + "0" * (what == PAIR))
     (tmp_path / "empty").mkdir()
@@ -211,6 +234,15 @@ def test_the_kernels_in_the_table_are_those_that_were_measured() -> None:
         f"The kernels of {', '.join(changed)} changed after they were measured. Measure them (`make gpu`), or let "
         "`auto` be plain PyTorch until then: `python -m benchmarks measured` drops their rows."
     )
+
+
+def test_what_tune_writes_is_no_change_of_a_kernel(copy: Path) -> None:
+    """It was timed; the code around it counts."""
+    before = digest("pointwise", "triton", copy)
+    edited(copy / TRITON / "pointwise.py", lambda text: text.replace('("large", "half"): Config(128', '("large", "half"): Config(64'))  # fmt: skip # noqa: E501
+    assert digest("pointwise", "triton", copy) == before
+    edited(copy / TRITON / "pointwise.py", lambda text: text.replace("GROUP = 8", "GROUP = 4"))
+    assert digest("pointwise", "triton", copy) != before
 
 
 @pytest.fixture

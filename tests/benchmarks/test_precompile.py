@@ -64,6 +64,10 @@ def test_every_stage_has_its_launches() -> None:
     smoke = {launch.kernel.__name__ for launch in precompile.recorded(["smoke"])}
     pair = [launch.kernel.__name__ for launch in precompile.recorded(["pair"])]
     assert {"depthwise_kernel", "pointwise_kernel", "head_kernel"} <= smoke, smoke
+    stored = [
+        arg.dtype for launch in precompile.recorded(["pair"]) for arg in launch.args if isinstance(arg, torch.Tensor)
+    ]
+    assert stored.count(torch.bfloat16) > len(stored) / 2
     assert len(pair) > 100 and {"depthwise_kernel", "pointwise_kernel"} <= set(pair)
     ops = {case.op for case in (*cases.SMALL_CASES, *cases.GPU_CASES)}
     assert ops >= {op for op, backends in _backend.OP_BACKENDS.items() if "triton" in backends} - {"philox_words"}
@@ -242,8 +246,11 @@ def test_a_compiled_part_that_does_not_fit_is_not_installed_but_the_kernels_are(
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
-def test_a_changed_source_is_another_one(made: Path, tmp_path: Path) -> None:
-    (tmp_path / "target" / "csrc" / "module.cpp").write_text("int y;")
+@pytest.mark.parametrize("file", ["setup.py", "csrc/module.cpp", "csrc/cuda/kernel.cu", "csrc/math.h"])
+def test_a_changed_source_is_another_one(file: str, made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "target" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("int y;")
     with pytest.raises(ValueError, match="other sources"):
         kit.install(made, tmp_path / "cache")
 
@@ -305,8 +312,7 @@ def test_a_kit_needs_a_compiled_part_with_cuda(tmp_path: Path, monkeypatch: pyte
 def test_what_cannot_be_is_said(
     main: Any, words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] != "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit):
         main(words)
     assert sentence in capsys.readouterr().err

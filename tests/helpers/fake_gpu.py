@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from benchmarks.step import pair
 from tests.helpers.capturing import emulate
 from vaebm_fast.chain import graphs
 
@@ -33,6 +34,7 @@ class CudaIsCpu(TorchFunctionMode):
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graphs.Recording]]:
     """Makes `CUDA` a device of this process; gives the recordings that were made."""
     made = emulate(monkeypatch)
+    monkeypatch.setattr(pair, "op_why_not", lambda op, device, backend: "its tensors are on the CPU")
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
