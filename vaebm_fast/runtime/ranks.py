@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -80,6 +81,9 @@ def _losing_none() -> Iterator[None]:
 def joined(ranks: Ranks, store: Path | None = None) -> Iterator[Ranks]:
     """Inside, a gloo process group connects the ranks, through the file `store` or torchrun's environment."""
     if ranks.world > 1:
+        # An import while the group exists would make it a default argument there, which outlives it: its threads would
+        # then run into the interpreter's end, where one that frees a Python object aborts the process.
+        importlib.import_module("torch.distributed.nn.functional")
         meeting = f"file://{store}" if store else "env://"
         with _losing_none():
             distributed.init_process_group(
