@@ -18,6 +18,7 @@ from benchmarks import measure, report
 from benchmarks.environment import RESULTS
 from benchmarks.gate import why_red
 from benchmarks.ops import cases as op_cases
+from benchmarks.options import at_least_one
 from benchmarks.results_file import Keep, ResultsFile, Row
 from benchmarks.step import pair
 from vaebm_fast import PRESETS
@@ -73,7 +74,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--op": {"action": "append", "metavar": "NAME", "help": "ops to measure; default: all"},
     "--without": {"action": "append", "default": [], "metavar": "BACKEND", "help": "leave out this backend"},
-    "--rounds": {"type": int, "help": "rounds; by default depends on the time of a call"},
+    "--rounds": {"type": at_least_one, "help": "rounds; by default depends on the time of a call"},
     "--tested": {"action": "store_true", "help": "skip the tests: this build has just passed them"},
     "--into": {"default": "pair", "metavar": "NAME", "help": "name of the pair's result file; default: pair"},
     "--results": {"type": Path, "default": RESULTS, "help": "folder of the JSON and Markdown files"},

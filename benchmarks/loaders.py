@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import report
 from benchmarks.environment import RESULTS
 from benchmarks.measure import summary, take_turns
+from benchmarks.options import at_least_one
 from benchmarks.results_file import ResultsFile, Row
 from vaebm_fast.data import ArraySource, ImageSource, TorchLoader
 from vaebm_fast.data.folder import ImageFolder
@@ -122,10 +123,10 @@ def measure(images: int, batch: int, side: int, folder: Path, rounds: int | None
 def main(arguments: Sequence[str]) -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--images", type=at_least_one, default=256)
+    parser.add_argument("--batch", type=at_least_one, default=32)
+    parser.add_argument("--side", type=at_least_one, default=256)
+    parser.add_argument("--rounds", type=at_least_one)
     parser.add_argument("--into", metavar="NAME", default="loaders", help="the result file")
     parser.add_argument("--results", type=expanded, default=RESULTS)
     options = parser.parse_args(arguments)

@@ -25,6 +25,7 @@ from torch import nn
 from benchmarks import report
 from benchmarks.environment import RESULTS
 from benchmarks.measure import default_device, summary, take_turns
+from benchmarks.options import at_least_one
 from benchmarks.report import PLAIN
 from benchmarks.results_file import ResultsFile, Row
 from benchmarks.step.chain_candidates import OtherPair
@@ -131,9 +132,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="celeba_64")
     parser.add_argument("--stage", choices=STAGES, action="append", help="by default both")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, help="of stage 2's chains; by default the preset's")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--batch", type=at_least_one, default=4)
+    parser.add_argument("--steps", type=at_least_one, help="of stage 2's chains; by default the preset's")
+    parser.add_argument("--rounds", type=at_least_one)
     parser.add_argument("--into", metavar="NAME", default="training", help="the result file")
     parser.add_argument("--results", type=expanded, default=RESULTS)
     options = parser.parse_args(arguments)

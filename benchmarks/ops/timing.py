@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.captured import EAGER, captured, launched_by
 from benchmarks.gpu.sources import sources_of
 from benchmarks.measure import Sample, summary, synchronize, take_turns
 from benchmarks.ops.cases import Case, Run, backends_of
 
+ALLOWED = 0.02  # of the norm: more than any rounding, and less than a wrong part of the result
 CACHES, MOST_BUFFERS = 4, 32  # rotated tensors: multiple of the GPU's cache, and the most sets
 GRAPH_BYTES, MOST_CALLS = 10**9, 128  # a replay moves at least this, about 0.3 ms, in at most so many calls
 
@@ -56,7 +58,11 @@ def measure_case(
             rows[name] |= {"refused": f"the GPU had failed before: {error}"}
             continue
         try:
-            timed[name] = _graph(case, runs, name, device) if on_gpu else Timed(_bound(runs[0], name))
+            ready = _graph(case, runs, name, device) if on_gpu else Timed(_bound(runs[0], name))
+            synchronize(device)  # for a failing kernel to be this backend's, not the next one's
+            if "reference" in timed:
+                _require_agreement(runs[0], name)
+            timed[name] = ready
         except Exception as error:  # other backends may still run
             rows[name] |= {"refused": f"{type(error).__name__}: {error}", "failed": True}
     if not timed:
@@ -65,11 +71,24 @@ def measure_case(
     try:
         samples = take_turns(steps, device, rounds=rounds, seconds=0.1 if on_gpu else 0.5)
     except Exception as error:  # which of them is not known
-        return rows | {name: rows[name] | {"refused": f"{type(error).__name__}: {error}"} for name in timed}
+        why = {"refused": f"{type(error).__name__}: {error}", "failed": True}
+        return rows | {name: rows[name] | why for name in timed}
     for name, entry in timed.items():
         each = [_shared(taken, entry.calls) for taken in samples[name]]
         rows[name] |= {"launched": entry.launched, "calls": entry.calls, "buffers": len(runs), **summary(each)}
     return rows
+
+
+def _require_agreement(run: Run, backend: str) -> None:
+    """Raise ArithmeticError if the results are not the reference's, but for rounding; tests have smaller shapes."""
+    for result, expected in zip(_tensors(run(backend=backend)), _tensors(run(backend="reference")), strict=True):
+        error = float((result.float() - expected.float()).norm() / expected.float().norm())
+        if not error <= ALLOWED:
+            raise ArithmeticError(f"its results are {error:.0%} from those of plain PyTorch")
+
+
+def _tensors(results: object) -> list[Tensor]:
+    return [x for x in (results if isinstance(results, tuple) else (results,)) if isinstance(x, Tensor)]
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -33,6 +33,7 @@ import torch
 from benchmarks import report
 from benchmarks.environment import RESULTS
 from benchmarks.measure import default_device, quantiles
+from benchmarks.options import at_least_one
 from benchmarks.report import NHWC, PLAIN
 from benchmarks.results_file import Keep, ResultsFile, Row
 from benchmarks.step.chain_candidates import BARE, COLD, JOB, Bench, Timed
@@ -208,10 +209,10 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="celeba_64")
-    parser.add_argument("--steps", type=int, help="by default the preset's")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=at_least_one, help="by default the preset's")
+    parser.add_argument("--batch", type=at_least_one, default=4)
+    parser.add_argument("--blocks", type=at_least_one, default=4)
+    parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float32", help="of the frozen pair")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="of the frozen pair")
     parser.add_argument("--plain", action="store_true", help="the plain modules' chain too")

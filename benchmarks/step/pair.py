@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.captured import EAGER, GRAPH, captured, launched_by
 from benchmarks.gate import REPOSITORY
 from benchmarks.gpu.sources import sources_of
-from benchmarks.measure import default_device, peak_memory_mib, summary, take_turns
+from benchmarks.measure import default_device, peak_memory_mib, summary, synchronize, take_turns
 from benchmarks.report import NHWC, PLAIN
 from benchmarks.results_file import Keep, Row
 from benchmarks.step.sensitive import make_sensitive
@@ -243,6 +243,11 @@ def _measure_group(
     }
     built: dict[str, Candidate] = {}
     for name in group:
+        try:
+            synchronize(device)
+        except RuntimeError as error:  # a kernel before this one
+            rows[name] |= {"refused": f"the GPU had failed before: {error}"}
+            continue
         try:
             candidate, memory = _built(name, preset, batch, device, layouts[name != PLAIN])
             rows[name] |= memory | {"gradient_error": agreement(name, candidate.gradient(), truth, candidate.products)}

@@ -224,8 +224,34 @@ def test_an_op_on_a_gpu_is_timed_by_a_graph_of_calls_on_other_tensors_each(monke
     row = rows["reference"]
     assert len(made) == row["buffers"] == 3 and row["calls"] == 5 and row["launched"] == "CUDA graph"
     assert "philox_normal cannot run with backend='triton'" in rows["triton"]["refused"] and rows["triton"]["failed"]
+
+    def fail_behind_the_call(device: torch.device) -> None:
+        if synchronised.append(device) or len(synchronised) == 2:  # 1: before the first backend, 2: behind it
+            raise RuntimeError("an illegal memory access")
+
+    synchronised: list[Any] = []
+    monkeypatch.setattr(timing, "synchronize", fail_behind_the_call)
+    row = timing.measure_case(counting, CUDA, rounds=2)["reference"]
+    assert row["failed"] and row["refused"] == "RuntimeError: an illegal memory access"
     shared = timing._shared(measure.Sample(1.0, 0.5, 0.25, 10), 5)
     assert shared == measure.Sample(0.2, 0.1, 0.05, 2)
+
+
+@pytest.mark.parametrize(("change", "failed"), [(0.0, False), (0.03, True), (-0.03, True), (float("nan"), True)])
+def test_an_op_that_is_wrong_at_a_timed_shape_has_failed(
+    change: float, failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = cases.philox_normal_cases(2, 10)
+    x = torch.linspace(-1, 1, 9)
+
+    def make(device: torch.device) -> cases.Run:
+        return lambda *, backend: (x, (1 + change) * x if backend == "cpp" else x, None)
+
+    monkeypatch.setattr(timing, "backends_of", lambda op, device, without: ["reference", "cpp"])
+    row = timing.measure_case(replace(case, make=make), torch.device("cpu"), rounds=2)["cpp"]
+    assert row.get("failed", False) == failed and ("median_s" in row) != failed
+    if failed:
+        assert row["refused"] == f"ArithmeticError: its results are {abs(change):.0%} from those of plain PyTorch"
 
 
 def test_a_gpus_ops_have_the_batches_that_its_chains_have() -> None:
