@@ -19,10 +19,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ KIT = REPOSITORY / "build" / "gpu_kit.tar"
 TRITON_CACHE = REPOSITORY / "build" / "triton_cache"
 MANIFEST, COMPILED, KERNELS = "manifest.json", "compiled", "triton_cache"
 CHECK = "import vaebm_fast\nfrom vaebm_fast.runtime import extension\nraise SystemExit(not extension.has_cuda())"
+LAUNCHED = (".json", ".cubin")  # files that a launch reads
 GROUP = "__grp__"  # prefix of Triton's lists of a kernel's files, which hold absolute paths
 
 
@@ -85,10 +88,12 @@ def make(out: Path, capability: str) -> str:
         kernels = [path for path in sorted(Path(folder).iterdir()) if path.is_dir()]
         files = {f"{COMPILED}/{compiled.name}": compiled}
         for path in (path for kernel in kernels for path in sorted(kernel.iterdir())):
-            if path.suffix in (".json", ".cubin"):  # a launch reads no more
+            if path.suffix in LAUNCHED:
                 files[f"{KERNELS}/{path.parent.name}/{path.name}"] = path
         manifest = Path(folder, MANIFEST)
-        manifest.write_text(json.dumps({**facts(), "files": {name: _sha256(path) for name, path in files.items()}}))
+        of_kernels = {"triton": version("triton"), "capability": capability}
+        hashes = {name: _sha256(path) for name, path in files.items()}
+        manifest.write_text(json.dumps({**facts(), **of_kernels, "files": hashes}))
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as temporary, tarfile.open(temporary, "w:gz") as tar:
             for name, path in {MANIFEST: manifest, **files}.items():
@@ -111,7 +116,8 @@ def _compile_kernels(capability: str) -> list[str]:
 
     torch.set_num_threads(1)  # threads do not survive a fork
     driver.set_active(OtherGPU(capability))
-    return compile_all(recorded(list(CALLS)), os.cpu_count() or 1, load=False)
+    launches, failures = recorded(list(CALLS))
+    return failures + compile_all(launches, os.cpu_count() or 1, load=False)
 
 
 def install(kit: Path, cache: Path) -> str:
@@ -145,7 +151,10 @@ def install(kit: Path, cache: Path) -> str:
         (compiled,) = Path(folder, COMPILED).iterdir()
         with replacing(REPOSITORY / "vaebm_fast" / compiled.name) as temporary:
             shutil.copyfile(compiled, temporary)
-    return f"{compiled.name} comes from {kit}; so do the Triton kernels, {kernels} of which were not in the cache."
+    return (
+        f"{compiled.name} comes from {kit}; so do kernels of Triton {made['triton']} for compute capability "
+        f"{made['capability']}, {kernels} of which were not in the cache."
+    )
 
 
 def _sha256(path: Path) -> str:
@@ -155,9 +164,10 @@ def _sha256(path: Path) -> str:
 def _put_kernels(folder: Path, cache: Path) -> int:
     """Move the kernels that `cache` lacks there, with the paths in their lists made right; returns their number.
 
-    Triton leaves a folder without a list where it has looked a kernel up, or failed to compile it.
+    Triton leaves a folder without a list, or without files of the list, where it has looked a kernel up, or failed to
+    compile it.
     """
-    kernels = [kernel for kernel in sorted(folder.iterdir()) if not [*(cache / kernel.name).glob(f"{GROUP}*")]]
+    kernels = [kernel for kernel in sorted(folder.iterdir()) if not _is_whole(cache / kernel.name)]
     for kernel in kernels:
         for group in kernel.glob(f"{GROUP}*"):
             listed = json.loads(group.read_text())
@@ -168,10 +178,35 @@ def _put_kernels(folder: Path, cache: Path) -> int:
     return len(kernels)
 
 
+def _is_whole(kernel: Path) -> bool:
+    """Whether the folder of a kernel in Triton's cache has a list, and all files of it that a launch reads."""
+    try:
+        lists = [json.loads(path.read_text())["child_paths"].values() for path in kernel.glob(f"{GROUP}*")]
+    except (ValueError, KeyError):
+        return False
+    read = [Path(name) for listed in lists for name in listed if name.endswith(LAUNCHED)]
+    return bool(read) and all(path.exists() for path in read)
+
+
 def build() -> int:
-    """Build the compiled part in place, with CUDA; the compiler's exit code."""
+    """Build the compiled part in place, with CUDA, and load it; 0, or the exit code of what failed.
+
+    One that was there stays if there is no other.
+    """
+    library = REPOSITORY / "vaebm_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    aside = library.with_suffix(".before")
+    if library.exists():
+        library.replace(aside)  # setuptools would keep one that is newer than its sources
     command, variables = [sys.executable, "setup.py", "build_ext", "--inplace"], {**os.environ, "VAEBM_CUDA": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, env=variables, check=False).returncode
+    code = subprocess.run(command, cwd=REPOSITORY, env=variables, check=False).returncode
+    if aside.exists():
+        aside.replace(library) if code else aside.unlink()
+    return code or _load()
+
+
+def _load() -> int:
+    """0 if a new process loads the compiled part and finds CUDA kernels in it."""
+    return subprocess.run([sys.executable, "-c", CHECK], cwd=REPOSITORY, check=False).returncode
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -191,5 +226,4 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # a damaged kit, too, costs no more than the time to build
         print(f"Building: {error}", flush=True)
         return build()
-    works = subprocess.run([sys.executable, "-c", CHECK], cwd=REPOSITORY, check=False).returncode == 0
-    return 0 if works else build()
+    return 0 if _load() == 0 else build()

@@ -23,6 +23,7 @@ import torch
 from benchmarks.gpu.launches import META, Launch, launches_of, op_calls, pair_call
 from benchmarks.gpu.tune import TUNERS, candidate_calls
 from benchmarks.ops import cases
+from benchmarks.options import at_least_one
 
 Call = Callable[[], object]
 
@@ -46,20 +47,20 @@ TUNED: dict[str, Callable[[], Iterator[Call]]] = {
 }
 
 
-def at_least_one(text: str) -> int:
-    """A number of processes, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
 _inherited: list[Launch] = []  # by forked processes: a launch cannot be pickled
 
 
-def recorded(names: Sequence[str]) -> list[Launch]:
-    """The launches of these parts, each of its specialisations once."""
-    launches = [launch for name in names for call in (CALLS | TUNED)[name]() for launch in launches_of(call)]
-    return list({launch.specialisation: launch for launch in launches}.values())
+def recorded(names: Sequence[str]) -> tuple[list[Launch], list[str]]:
+    """The launches of these parts, each of its specialisations once; and what could not be recorded, a line each."""
+    launches: dict[object, Launch] = {}
+    failures = []
+    for name in names:
+        try:
+            for call in (CALLS | TUNED)[name]():
+                launches |= {launch.specialisation: launch for launch in launches_of(call)}
+        except Exception as error:  # other parts are compiled all the same
+            failures.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+    return list(launches.values()), failures
 
 
 def compile_all(launches: Sequence[Launch], processes: int, *, load: bool = True) -> list[str]:
@@ -112,9 +113,9 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("kernels are compiled for the GPU at hand, and there is none; `make gpu-kit` compiles for another")
     began = time.perf_counter()
     torch.set_num_threads(1)  # threads do not survive a fork
-    launches = recorded(options.parts or list(CALLS))
+    launches, failures = recorded(options.parts or list(CALLS))
     recorded_s = time.perf_counter() - began
-    failures = compile_all(launches, options.processes)
+    failures += compile_all(launches, options.processes)
     print("\n".join(failures))
     seconds = time.perf_counter() - began
     print(

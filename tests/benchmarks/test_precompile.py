@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sysconfig
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +18,12 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from triton import knobs
 from triton.runtime.driver import driver
 
-from benchmarks.gpu import kit, launches, precompile, tune
+from benchmarks import training
+from benchmarks.gpu import kit, launches, precompile, stages, tune
 from benchmarks.gpu.launches import Launch, launches_of, recorded_launches
 from benchmarks.ops import cases
 from tests.helpers.frozen_pairs import TINY, build
@@ -61,11 +65,11 @@ def test_a_specialisation_is_kernel_types_alignments_and_constants() -> None:
 
 
 def test_every_stage_has_its_launches() -> None:
-    smoke = {launch.kernel.__name__ for launch in precompile.recorded(["smoke"])}
-    pair = [launch.kernel.__name__ for launch in precompile.recorded(["pair"])]
+    smoke = {launch.kernel.__name__ for launch in precompile.recorded(["smoke"])[0]}
+    pair = [launch.kernel.__name__ for launch in precompile.recorded(["pair"])[0]]
     assert {"depthwise_kernel", "pointwise_kernel", "head_kernel"} <= smoke, smoke
     stored = [
-        arg.dtype for launch in precompile.recorded(["pair"]) for arg in launch.args if isinstance(arg, torch.Tensor)
+        arg.dtype for launch in precompile.recorded(["pair"])[0] for arg in launch.args if isinstance(arg, torch.Tensor)
     ]
     assert stored.count(torch.bfloat16) > len(stored) / 2
     assert len(pair) > 100 and {"depthwise_kernel", "pointwise_kernel"} <= set(pair)
@@ -78,7 +82,7 @@ def test_what_tune_times_is_compiled_before_and_the_tables_are_as_they_were(all_
     before = {name: dict(getattr(tuner.module, tuner.table)) for name, tuner in tune.TUNERS.items()}
     for name, tuner in tune.TUNERS.items():
         assert 2 <= len(set(tuner.candidates)) == len(tuner.candidates) <= 12
-        compiled = precompile.recorded([f"tune {name}{', all' if all_precisions else ''}"])
+        compiled, _ = precompile.recorded([f"tune {name}{', all' if all_precisions else ''}"])
         timed: list[Launch] = []
 
         def clock(calls: tune.Calls, timed: list[Launch] = timed) -> float:
@@ -159,6 +163,25 @@ def end_the_process(index: int, load: bool) -> None:
     os._exit(1)
 
 
+def test_pairs_of_all_presets_that_stages_measure_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    presets: set[str] = set()
+    monkeypatch.setattr(precompile, "pair_call", lambda preset, *_: presets.add(preset) or (lambda: None))
+    precompile.recorded(["pair", "other presets"])
+    assert presets == {case.partition(":")[0] for cases in stages.CASES for case in cases}
+
+
+def test_a_part_that_cannot_be_recorded_withholds_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Iterator[Any]:
+        yield from launches.op_calls(tuple(cases.energy_head_cases(2, 17, 9)))
+        raise ValueError("first\nsecond")
+
+    monkeypatch.setitem(precompile.CALLS, "smoke", fails)
+    monkeypatch.setitem(precompile.CALLS, "ops", lambda: launches.op_calls(tuple(cases.energy_head_cases(2, 64, 4))))
+    found, failures = precompile.recorded(["smoke", "ops"])
+    assert failures == ["smoke: ValueError: first"]
+    assert len(found) > len(precompile.recorded(["ops"])[0]) >= 3
+
+
 def test_forks_are_refused_once_cuda_is_initialised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA is initialised in this process"):
@@ -177,7 +200,7 @@ def made(other_gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     compiled.write_bytes(b"compiled")
     monkeypatch.setattr(kit, "REPOSITORY", source)
     monkeypatch.setattr(kit, "_compiled_part", lambda: compiled)
-    monkeypatch.setattr(precompile, "recorded", lambda parts: few_launches())
+    monkeypatch.setattr(precompile, "recorded", lambda parts: (few_launches(), []))
     said = kit.make(tmp_path / "kit.tar", "9.0")
     assert "_C.so and 3 Triton kernels" in said
     monkeypatch.setattr(kit, "REPOSITORY", target)
@@ -208,7 +231,10 @@ def test_a_kit_holds_what_a_launch_reads(made: Path) -> None:
 
 def test_an_installed_kit_is_what_triton_looks_for(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "elsewhere" / "cache"
-    assert "_C.so comes from" in kit.install(made, cache)
+    assert "_C.so comes from" in (said := kit.install(made, cache))
+    assert said.endswith(
+        f"of Triton {triton.__version__} for compute capability 9.0, 3 of which were not in the cache."
+    )
     assert (tmp_path / "target" / "vaebm_fast" / "_C.so").read_bytes() == b"compiled"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
@@ -225,13 +251,17 @@ def test_a_kit_leaves_the_kernels_that_are_there(made: Path, tmp_path: Path) -> 
     kit.install(made, cache)
     first = next(iter(sorted(cache.iterdir())))
     (first / "mine").touch()
-    second = sorted(cache.iterdir())[1]
+    _, second, third = sorted(cache.iterdir())
     shutil.rmtree(second)
     second.mkdir()  # as a look-up leaves it
+    next(third.glob("*.cubin")).unlink()
     with (tmp_path / "target" / "vaebm_fast" / "_C.so").open("rb") as in_use:
-        assert "1 of which were not in the cache" in kit.install(made, cache)
+        assert "2 of which were not in the cache" in kit.install(made, cache)
         assert os.fstat(in_use.fileno()).st_nlink == 0, "a library that a process has loaded is not written over"
-    assert (first / "mine").exists() and list(second.glob("*.cubin"))
+        assert "0 of which were not in the cache" in kit.install(made, cache)
+    next(third.glob("__grp__*")).write_text("{")
+    assert "1 of which were not in the cache" in kit.install(made, cache)
+    assert (first / "mine").exists() and list(second.glob("*.cubin")) and list(third.glob("*.cubin"))
 
 
 @pytest.mark.parametrize("fact", ["python", "torch", "machine", "sources"])
@@ -294,6 +324,24 @@ def test_a_compiled_part_that_does_not_load_is_built_anew(
     assert kit.main(["install", "--kit", str(made)]) == 0 and builds == [1]
 
 
+def test_a_build_replaces_the_library_that_is_there_and_is_loaded(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """setuptools would keep one that is newer than its sources, such as one of a kit that does not load."""
+    library = tmp_path / "target" / "vaebm_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library.write_bytes(b"of a kit")
+    text = f"import os, pathlib\nassert os.environ['VAEBM_CUDA'] == '1'\npathlib.Path({str(library)!r}).touch(exist_ok=False)\n"  # noqa: E501
+    (tmp_path / "target" / "setup.py").write_text(text)
+    monkeypatch.setattr(kit, "CHECK", "pass")
+    assert kit.build() == 0 and library.read_bytes() == b""
+    monkeypatch.setattr(kit, "CHECK", "raise SystemExit(4)")
+    assert kit.build() == 4
+    (tmp_path / "target" / "setup.py").write_text("raise SystemExit(5)")
+    library.write_bytes(b"of pip")
+    assert kit.build() == 5 and library.read_bytes() == b"of pip"
+    assert [path.name for path in library.parent.iterdir() if path.name.startswith("_C")] == [library.name]
+
+
 def test_a_kit_needs_a_compiled_part_with_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kit.extension, "has_cuda", lambda: False)
     with pytest.raises(SystemExit, match="no compiled part with CUDA kernels for this Python; `make gpu-kit` builds"):
@@ -306,6 +354,7 @@ def test_a_kit_needs_a_compiled_part_with_cuda(tmp_path: Path, monkeypatch: pyte
         (kit.main, ["make", "--capability", "9"], "--capability is 9; it must be like 8.0 or 9.0."),
         (kit.main, ["make", "--capability", "sm_90"], "--capability is sm_90; it must"),
         (precompile.main, ["--processes", "0"], "0 is not a whole number of at least 1"),
+        (training.main, ["--rounds", "-1"], "argument --rounds: -1 is not a whole number of at least 1"),
         (precompile.main, [], "kernels are compiled for the GPU at hand, and there is none; `make gpu-kit` compiles"),
     ],
 )
@@ -327,7 +376,23 @@ def test_recording_leaves_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_cuda_getDeviceCount", "_cuda_init"):
         monkeypatch.setattr(torch._C, name, asked, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", asked)
-    assert precompile.recorded(list(precompile.CALLS))
+    launches, failures = precompile.recorded(list(precompile.CALLS))
+    assert launches and not failures
+
+
+def test_what_was_not_recorded_or_did_not_compile_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(precompile.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), 0))
+    monkeypatch.setattr(precompile.torch, "set_num_threads", lambda number: None)
+    for unrecorded, failures in ((["smoke: a"], []), ([], ["kernel: b"]), (["smoke: a"], ["kernel: b"]), ([], [])):
+        monkeypatch.setattr(precompile, "recorded", lambda parts, found=unrecorded: (few_launches(), [*found]))
+        monkeypatch.setattr(precompile, "compile_all", lambda *_, found=failures, **__: [*found])
+        assert precompile.main([]) == bool(unrecorded + failures)
+        *lines, last = capsys.readouterr().out.strip().splitlines()
+        assert [line for line in lines if line] == unrecorded + failures
+        assert last.startswith(f"3 kernels, {len(unrecorded + failures)} failed; ")
+        assert kit._compile_kernels("9.0") == unrecorded + failures
 
 
 def test_a_kernel_that_does_not_compile_makes_no_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,34 @@ def test_a_candidate_that_a_gpu_cannot_hold_loses(monkeypatch: pytest.MonkeyPatc
     assert tune.time_ms([lambda: None, too_large]) == float("inf")
 
 
+def test_a_candidate_with_other_results_loses() -> None:
+    x, state = torch.linspace(-4, 4, 9), {"change": 0.0, "fails": False}
+
+    def first() -> Any:
+        if state["fails"]:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return x, None
+
+    def second() -> Any:
+        y = x.clone()
+        y[3] += state["change"]
+        return y
+
+    clock = tune.with_equal_results(lambda calls: 1.0)
+    calls: Calls = [first, second]
+    for change, time in ((0.0, 1.0), (0.07, 1.0), (0.09, inf), (math.nan, inf), (-0.07, 1.0), (-0.09, inf)):
+        state["change"] = change
+        assert clock(calls) == time, change
+    state["fails"] = True
+    assert clock(calls) == inf
+    other = list(calls)
+    assert clock(other) == inf
+    state["fails"] = False
+    assert clock(other) == inf, "there is nothing to compare with"
+    state |= {"change": 2.0, "fails": False}
+    assert clock(list(calls)) == 1.0, "another entry has its own"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"), [(["pixel_head"], "pixel_head has no table; there are depthwise"), ([], "CUDA device")]
 )
@@ -168,7 +198,9 @@ def test_the_command_tunes_and_writes_every_table(all_precisions: bool, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     monkeypatch.setattr(torch, "device", lambda kind: META)
+    checked: list[Any] = []
     monkeypatch.setattr(tune, "time_ms", lambda calls: 1.0)
+    monkeypatch.setattr(tune, "with_equal_results", lambda clock: checked.append(clock) or clock)
     timed: dict[str, list[Any]] = {}
 
     def write(tuner: Tuner, on: str, source: None, keys: list[Any]) -> None:
@@ -178,6 +210,7 @@ def test_the_command_tunes_and_writes_every_table(all_precisions: bool, monkeypa
     monkeypatch.setattr(tune, "write_table", write)
     tune.main(["--all"] if all_precisions else [])
     (command,) = compiled
+    assert len(checked) == len(TUNERS)
     parts = [f"--for=tune {name}{', all' if all_precisions else ''}" for name in TUNERS]
     assert command[1:] == ["-m", "benchmarks", "precompile", *parts] and set(parts) <= {
         f"--for={part}" for part in precompile.TUNED
