@@ -26,8 +26,8 @@ bench: $(BUILT) ## Measure the ops and the whole pair on this machine; results i
 	@$(BIN)/python -m benchmarks pair $(addprefix --compile ,$(COMPILE)) $(addprefix --case ,$(CASES))
 	@$(BIN)/python -m benchmarks report
 
-# Installs nothing: GPU_PYTHON brings torch for CUDA, Triton, pytest and pytest-benchmark. GPU_OPTIONS: such as
-# --stage tune, for stages that ran out of time.
+# Installs nothing; docs/gpu.md says what GPU_PYTHON has to bring. GPU_OPTIONS: such as --stage tune, for stages that ran
+# out of time.
 GPU_PYTHON ?= python3
 gpu: ## On a GPU machine: build in place, tests, sanitisers and benchmarks within nine minutes
 	@$(GPU_PYTHON) -c 'import torch' || { echo "Name the Python that has torch for CUDA: make gpu GPU_PYTHON=..."; exit 1; }

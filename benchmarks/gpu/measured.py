@@ -3,15 +3,20 @@
     python -m benchmarks measured [--results FOLDER]
 
 A row says by how much a backend of an op or of a frozen pair is faster than plain PyTorch in the same run: the least
-factor of all shapes. The factor is 0 if the backend failed at one of them, if a pair's gradient was not that of the
-plain modules, or if a GPU test of its kernels was red. Rows of other GPU models stay. Rows of kernels whose code is no
-longer what was measured are dropped: for these "auto" is plain PyTorch until they are measured again.
+factor of all shapes. The factor is 0 if the backend failed at one of them, or if a pair's gradient was not that of the
+plain modules. Figures count if, by gpu_run.json in their folder, the smoke tests passed and the GPU tests ran to their
+end with these kernels. A red test of a kernel makes its factor 0 until its stage has ended without it, and the kernel
+has been measured again.
+
+Rows of other GPU models stay. Rows of kernels whose code is no longer what was measured are dropped: there "auto" is
+plain PyTorch until they are measured again. The code is that of the kernels, not of the Python and C++ around them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -23,7 +28,7 @@ import torch
 from benchmarks.captured import EAGER
 from benchmarks.environment import RESULTS
 from benchmarks.gate import GPU_TESTS, REPOSITORY
-from benchmarks.gpu.sources import digest
+from benchmarks.gpu.sources import digest, digest_of_all
 from benchmarks.results_file import Row
 from benchmarks.step.pair import FROZEN
 from vaebm_fast.ops._backend import GPU_BACKENDS, OP_BACKENDS, OpBackends
@@ -31,29 +36,63 @@ from vaebm_fast.ops._measured import PAIR, Measured
 from vaebm_fast.runtime.files import expanded, write
 
 TABLE = REPOSITORY / "vaebm_fast" / "ops" / "measured.json"
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError)  # of a file with other contents
 Subject = tuple[str, str, str]  # (op or PAIR, backend, dtype)
 TF32 = "tf32"
+RUN = "gpu_run.json"  # what `make gpu` writes of its stages
+SMOKE, TESTS = "smoke, {}", "tests"
 SANITISERS = ("memcheck", "racecheck")
+FOUND = "exit code 9"  # of a sanitiser that found an error, as `stages` asks
 KERNEL_TESTS = (GPU_TESTS[0], "tests/csrc/", "tests/ops/", "tests/chain/test_noise.py")
 PLAIN_BACKENDS = ("reference", "plain modules", "plain modules, autocast")
 
 
-def update(old: Sequence[Measured], contents: Sequence[dict[str, Any]]) -> list[Measured]:
-    """The table after these result files: their rows, and the old ones of other subjects or GPU models.
+def update(old: Sequence[Measured], contents: Sequence[dict[str, Any]], run: dict[str, Any]) -> list[Measured]:
+    """The table after these result files and the run of `make gpu` beside them, by its gpu_run.json.
 
-    No row is of a kernel whose code has changed since.
+    Rows of other subjects or GPU models stay; none is of a kernel whose code has changed since.
     """
+    ran, tested = run["environment"], tested_backends(run)
     rows = {(row.device, row.what, row.dtype, row.backend): row for row in old if is_present(row)}
-    for device in {content["environment"]["device"] for content in contents}:
-        own = [content for content in contents if content["environment"]["device"] == device]
-        rows |= {(device, row.what, row.dtype, row.backend): row for row in _rows_of(own)}
+    own = [content for content in contents if content["environment"]["device"] == ran["device"]]
+    for row in rows_of(own):
+        key = row.device, row.what, row.dtype, row.backend
+        before = rows.get(key, row)
+        is_partial = row.cases < before.cases and row.speedup > before.speedup  # such as of a stage that was stopped
+        if _kernels(row.what, row.backend)[1] <= tested and not is_partial:
+            rows[key] = row
+    for row in [row for row in rows.values() if row.capability == ran["capability"]]:
+        if _red(row, run):  # also if another model's row held here
+            facts = {"device": ran["device"], "date": ran["date"], "commit": ran["commit"]}
+            rows[ran["device"], row.what, row.dtype, row.backend] = replace(row, **facts, speedup=0.0, cases=0)
     return [rows[key] for key in sorted(rows)]
 
 
-def _rows_of(contents: Sequence[dict[str, Any]]) -> list[Measured]:
+def _entries(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages that ran on the GPU model of the last run."""
+    device = run["environment"]["device"]
+    return [entry for entry in run["stages"] if entry.get("device", device) == device]
+
+
+def tested_backends(run: dict[str, Any]) -> set[str]:
+    """Those whose smoke tests passed with today's kernels, if the other GPU tests, too, ran to their end with them."""
+    kernels = digest_of_all()
+    entries = {entry["stage"]: entry for entry in _entries(run) if entry.get("kernels") == kernels}
+    tests = entries.get(TESTS, {})
+    seen = tests["green"] if tests.get("ended") else ()  # backends that were there when the tests ran
+    return {name for name in seen if entries.get(SMOKE.format(name), {}).get("outcome") == "passed"}
+
+
+def _red(row: Measured, run: dict[str, Any]) -> list[str]:
+    """What is red of the row's kernels."""
+    red = [test for entry in _entries(run) for test in entry.get("red", ())]
+    return [test for test in red if _speaks_against(row.what, row.backend, test)]
+
+
+def rows_of(contents: Sequence[dict[str, Any]]) -> list[Measured]:
     """The rows that follow from the result files of one GPU model. Factors are of one case in one file.
 
-    A subject that failed in one of the files, or that a red test speaks against, has factor 0.
+    A subject that failed in one of the files has factor 0.
     """
     factors: dict[Subject, list[float]] = defaultdict(list)
     least: dict[Subject, Measured] = {}
@@ -67,7 +106,7 @@ def _rows_of(contents: Sequence[dict[str, Any]]) -> list[Measured]:
                 continue
             same_case = [other for other in content["results"] if _case(other) == _case(row)]
             plain_s = [other["median_s"] for other in same_case if _is_plain(other, dtype)]
-            if row.get("failed") or any(_speaks_against(what, backend, test) for test in content.get("red", ())):
+            if row.get("failed"):
                 factor = 0.0
             elif "median_s" in row and plain_s:
                 factor = min(plain_s) / row["median_s"]
@@ -82,46 +121,39 @@ def _rows_of(contents: Sequence[dict[str, Any]]) -> list[Measured]:
     return [replace(row, cases=len(factors[subject])) for subject, row in least.items()]
 
 
-def withdrawn(rows: Sequence[Measured], run: dict[str, Any]) -> list[Measured]:
-    """The rows after a run of `make gpu`: factor 0 on its GPU model for what its red tests speak against.
+def _kernels(what: str, backend: str) -> tuple[set[str], set[str]]:
+    """The ops of a subject and the GPU backends that run them."""
+    if what != PAIR:
+        return {what.removesuffix("_backward")}, {backend}
+    by_op = OpBackends.of(backend).by_op  # type: ignore[arg-type]
+    return set(by_op), set(by_op.values())
 
-    A backend with red smoke tests is not measured, so that its earlier rows, or those of another model, would stay.
+
+def _speaks_against(what: str, backend: str, red: str) -> bool:
+    """Whether a red test, or a file or stage that ended early, is about these kernels.
+
+    It is if it names one of their backends and one of their ops, or none. A stage that was stopped, or that could not
+    collect its tests, says nothing.
     """
-    ran, red = run["environment"], [test for stage in run["stages"] for test in stage.get("red", ())]
-    table = {(row.device, row.what, row.dtype, row.backend): row for row in rows}
-    for row in (row for row in rows if row.capability == ran.get("capability")):
-        if any(_speaks_against(row.what, row.backend, test) for test in red):
-            facts = {"device": ran["device"], "date": ran["date"], "commit": ran["commit"]}
-            table[ran["device"], row.what, row.dtype, row.backend] = replace(row, **facts, speedup=0.0, cases=0)
-    return [table[key] for key in sorted(table)]
+    ops, backends = _kernels(what, backend)
+    if red.startswith(("smoke", *SANITISERS)):
+        code = rf"{FOUND}\b" if red.startswith(SANITISERS) else r"exit code (?![2-5]\b)"  # 2 to 5: pytest's, of no test
+        return re.search(code, red) is not None and _is_about(backends, GPU_BACKENDS, red)
+    file, _, test = red.partition("::")
+    is_of_jobs = file == GPU_TESTS[0] and test and "sanitised" not in test and "frozen" not in test
+    parameters = re.split(r"[^a-z]", test.partition("[")[2])
+    is_of_plain = "reference" in parameters and not set(GPU_BACKENDS) & set(parameters)
+    if not file.startswith(KERNEL_TESTS) or is_of_jobs or is_of_plain:
+        return False
+    if "noise" in red:
+        return what.startswith(("philox", "langevin")) and _is_about(backends, GPU_BACKENDS, red)
+    known = {op.removesuffix("_backward") for op in OP_BACKENDS}
+    return _is_about(backends, GPU_BACKENDS, red) and _is_about(ops, known, red)
 
 
-def _speaks_against(what: str, backend: str, test: str) -> bool:
-    """Whether a red test or stage is about these kernels: about one of their backends and ops, or about any.
-
-    A stage without a red test counts if its process died, or if a sanitiser found an error; not if it was stopped.
-    """
-    if not test.startswith(KERNEL_TESTS):
-        return (
-            test.startswith("smoke")
-            and "exit code" in test
-            and _is_about({backend}, GPU_BACKENDS, test)
-            or (test.startswith(SANITISERS) and "exit code 9" in test)
-        )
-    if test.startswith(GPU_TESTS[0]) and "sanitised" not in test and "frozen" not in test:
-        return False  # of jobs
-    used = set(OpBackends.of(backend).by_op) if what == PAIR else {what.removesuffix("_backward")}  # type: ignore[arg-type]
-    ops = {op.removesuffix("_backward") for op in OP_BACKENDS}
-    if "noise" in test:
-        return what.startswith(("philox", "langevin")) and _is_about({backend}, GPU_BACKENDS, test)
-    return _is_about({backend, *(["triton"] if what == PAIR else [])}, GPU_BACKENDS, test) and _is_about(
-        used, ops, test
-    )
-
-
-def _is_about(used: Collection[str], names: Iterable[str], test: str) -> bool:
-    """Whether the test names one of `used`, or none of `names`."""
-    named = {name for name in names if name in test}
+def _is_about(used: Collection[str], names: Iterable[str], red: str) -> bool:
+    """Whether `red` names one of `used`, or none of `names`."""
+    named = {name for name in names if name in red}
     return not named or not named.isdisjoint(used)
 
 
@@ -160,27 +192,45 @@ def is_present(row: Measured) -> bool:
     return row.sources == digest(row.what, row.backend)
 
 
-def record(results: Path, run: dict[str, Any] | None = None) -> None:
-    """Update the table from a folder of results, and from the red tests of the run of `make gpu` that ends; print it.
+def record(results: Path) -> None:
+    """Update the table from a folder of results of `make gpu`, and print it.
 
-    Raises ValueError if a file is no result file; the table is then unchanged.
+    Raises ValueError if gpu_run.json is missing or damaged; the table is then unchanged. Also if another file is no
+    result file, after the table has been updated from the others.
     """
-    paths = sorted([*results.glob("ops_cuda.json"), *results.glob("pair*_cuda.json")])
+    if not (results / RUN).exists():
+        raise ValueError(f"{TABLE.name} is unchanged: {results} has no {RUN}, which `make gpu` writes.")
     before = read()
     try:
-        rows = update(before, [json.loads(path.read_text()) for path in paths])
-    except (ValueError, KeyError) as error:
-        names = ", ".join(path.name for path in paths)
-        raise ValueError(
-            f"{TABLE.name} is unchanged: one of {names} in {results} is no result file ({error!r})."
-        ) from error
-    rows = rows if run is None else withdrawn(rows, run)
+        run = json.loads((results / RUN).read_text())
+        update(before, [], run)
+        tested = tested_backends(run)
+    except DAMAGED as error:
+        raise ValueError(f"{TABLE.name} is unchanged: {results / RUN} is damaged ({error!r}).") from error
+    contents, damaged = [], []
+    for path in sorted([*results.glob("ops_cuda.json"), *results.glob("pair*_cuda.json")]):
+        try:
+            content = json.loads(path.read_text())
+            update(before, [content], run)
+            contents.append(content)
+        except DAMAGED as error:
+            damaged.append(f"{path.name} ({error!r})")
+    rows = update(before, contents, run)
     write_rows(rows)
+    for backend in (name for name in GPU_BACKENDS if name not in tested):
+        print(
+            f"{backend}: no new rows, because its smoke tests have not passed, or the GPU tests have not run to their "
+            "end, with these kernels"
+        )
     for row in rows:
         taken = "" if row.speedup > 1 else "; not for auto"
+        if row.device == run["environment"]["device"]:
+            taken += "".join(f"; red: {test}" for test in _red(row, run)[:1])
         print(f"{_name(row)}: {row.speedup:.2f}x plain PyTorch ({row.device}, {row.date}){taken}")
     for name in sorted({_name(row) for row in before} - {_name(row) for row in rows}):
         print(f"{name}: dropped, because its kernel is no longer what was measured")
+    if damaged:
+        raise ValueError(f"{TABLE.name} has no figures of {', '.join(damaged)} in {results}: no result file.")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import tokenize
 from pathlib import Path
 
 from benchmarks.gate import REPOSITORY
-from vaebm_fast.ops._backend import GPU_BACKENDS, OpBackends
+from vaebm_fast.ops._backend import GPU_BACKENDS, OP_BACKENDS, OpBackends
 from vaebm_fast.ops._measured import PAIR
 
 BEGIN, END = "# tune_triton: begin", "# tune_triton: end"
@@ -34,6 +34,12 @@ def digest(what: str, backend: str, root: Path = REPOSITORY) -> str:
     for file in sorted(files):
         hashed.update(f"{file.relative_to(root)}\n{code_of(file)}\n".encode())
     return hashed.hexdigest()[:16]
+
+
+def digest_of_all() -> str:
+    """Of the code of all kernels."""
+    found = [digest(op, name) for op, backends in OP_BACKENDS.items() for name in backends if name in GPU_BACKENDS]
+    return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
 
 
 def _with_included(source: Path, root: Path) -> set[Path]:

@@ -6,7 +6,8 @@ Runs with the Python at hand, in place. Each stage is a process with a time limi
 Smoke tests run every op of a backend once: a backend that was not built, or whose smoke tests fail, is not measured.
 Nothing else stops a later stage: a pair or chain is timed once its own gradient has agreed with the plain modules', and
 other red tests only mark the tables. By the estimates the stages up to `tune` fit the default budget. A smaller one
-cuts from the end; --stage runs what was cut, and what stands behind `tune`.
+cuts from the end; --stage runs what was cut, and what stands behind `tune`. `pair` and `ops` bring `tests` along,
+without which their figures decide nothing.
 
 Every stage writes its results as it goes; gpu_run.json in the results folder records the outcome of each, the logs
 folder its output. At the end come the measured tables, which of the design's targets hold, and the table by which
@@ -19,6 +20,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +36,8 @@ from benchmarks.environment import RESULTS, environment
 from benchmarks.gate import REPOSITORY
 from benchmarks.gpu import measured
 from benchmarks.gpu.kit import TRITON_CACHE
+from benchmarks.gpu.measured import FOUND, RUN, SMOKE, TESTS
+from benchmarks.gpu.sources import digest_of_all
 from benchmarks.gpu.targets import verdict
 from benchmarks.gpu.tests import LOGS, PYTEST, red_tests
 from benchmarks.report import NHWC, PLAIN, write_table
@@ -43,13 +47,16 @@ from vaebm_fast.runtime.files import expanded, write
 
 BENCHMARK = (sys.executable, "-m", "benchmarks")
 PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-SMOKE = ("-m", "gpu", "tests/test_gpu.py", "-k")
+SMALL = ("-m", "gpu", "tests/test_gpu.py", "-k")
 # Kernels with barriers, in shapes that take seconds under racecheck.
 RACES = (
     "sanitised and (inverted_residual and 1x32x18x18 or power_iteration and 2x37x140 or se_gate_residual and 2x40x9x9"
     " or energy_head and 2x17x9x9 or pointwise and 2x20x7x7)"
 )
-BUDGET_S, NO_TIME = 500.0, "no time left"
+BUDGET_S = 500.0
+# Outcomes, beside "passed", "exit code N" and "stopped after N s".
+NO_TIME, NOT_RUN, ALL_SKIPPED = "no time left", "not run", "every test was skipped"
+FAILED = ("exit code", "stopped", ALL_SKIPPED)
 # Modules that stages import, without which their time would be spent on errors; Triton may be missing.
 NEEDED = ("numpy", "safetensors", "PIL", "tqdm", "pytest", "pytest_benchmark")
 # Cases of the pair, most important first; the last stage may not finish all.
@@ -61,8 +68,8 @@ HALF = ("frozen, triton, bf16", "frozen, cuda, bf16")
 # In the order of running: a kernel that ends the process takes no figure of plain PyTorch with it.
 CANDIDATES = (PLAIN, NHWC_BF16, "frozen, reference, bf16", *HALF, "frozen, cuda, bf16, eager")
 OTHERS = (NHWC, *(name for name in FROZEN if name not in CANDIDATES))
-SMOKE_OF = {backend: f"smoke, {backend}" for backend in ("triton", "cuda")}
-CHECKS = ("tests", *SMOKE_OF.values(), *measured.SANITISERS)  # stages of tests
+SMOKE_OF = {backend: SMOKE.format(backend) for backend in ("triton", "cuda")}
+CHECKS = (TESTS, *SMOKE_OF.values(), *measured.SANITISERS)  # stages of tests
 NEEDED_BY = {"triton": ("triton",), "cuda": ("triton", "cuda")}  # a pair on "cuda" uses kernels of both
 COMPILED = ("celeba_64:16", "celeba_256:16")  # fastest to compile first
 
@@ -100,7 +107,7 @@ def stages(results: Path, logs: Path = LOGS) -> list[Stage]:
         return Stage(name, takes_s, limit_s, without_unsound)
 
     def smoke(backend: str, takes_s: float, *needs: str) -> Stage:
-        command = (*PYTEST, *PARALLEL, *SMOKE, f"sanitised and {backend}")
+        command = (*PYTEST, *PARALLEL, *SMALL, f"sanitised and {backend}")
         return fixed(SMOKE_OF[backend], takes_s, 60, *command, needs=needs)
 
     def pair(
@@ -128,7 +135,16 @@ def stages(results: Path, logs: Path = LOGS) -> list[Stage]:
 
     def sanitiser(tool: str, takes_s: float, limit_s: float, cases: str) -> Stage:
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # separate allocations, so that overruns are seen
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, *SMOKE, cases)
+        command = (
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            FOUND.rpartition(" ")[2],
+            *PYTEST,
+            *SMALL,
+            cases,
+        )
         return Stage(tool, takes_s, limit_s, lambda green: command, variables=uncached)
 
     compiled = (f"--compile={case}" for case in COMPILED)
@@ -142,7 +158,7 @@ def stages(results: Path, logs: Path = LOGS) -> list[Stage]:
         pair("pair", 55, 130, "pair", CASES[0][:1], CANDIDATES),
         profile("cuda"),
         profile("triton"),
-        fixed("tests", 55, 120, *BENCHMARK, "tests", "--logs", str(logs)),
+        fixed(TESTS, 55, 250, *BENCHMARK, "tests", "--logs", str(logs)),
         chain("chain, celeba_256", 35, 70, "celeba_256", 4, "--plain", "--no-job"),
         chain("chain, celeba_64", 150, 200, "celeba_64", 16, "--plain", "--compile"),
         figures("ops", 20, 60, "ops"),
@@ -182,33 +198,35 @@ def fastest_backend(results: Path, preset: str, sound: Collection[str]) -> str:
 def chosen(planned: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
     """The build, the kernels, the smoke tests, then the named stages (all if no name is given).
 
-    Raises ValueError for an unknown name.
+    With pairs or ops all GPU tests, too. Raises ValueError for an unknown name.
     """
     unknown = sorted(set(names) - {stage.name for stage in planned})
     if unknown:
         raise ValueError(f"No stage is named {', '.join(unknown)}; there are {'; '.join(s.name for s in planned)}.")
-    always = {"build", "kernels", *SMOKE_OF.values()}
+    decide = any(name.startswith(("pair", "ops")) for name in names)
+    always = {"build", "kernels", *SMOKE_OF.values(), *([TESTS] if decide else [])}
     return [stage for stage in planned if not names or stage.name in always or stage.name in names]
 
 
 def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path = LOGS) -> list[dict[str, Any]]:
     """Run the stages until `budget_s` has passed; writes outcomes to `path` after every stage.
 
-    What `path` says of stages that do not run now stays there.
+    What `path` says of stages that do not run now, or of other GPUs, stays there; so does what was red in a stage that
+    does not run to its end now.
     """
     ends = time.monotonic() + budget_s
     done: list[dict[str, Any]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     logs.mkdir(parents=True, exist_ok=True)
     here = environment()
-    ran = {"commit": here["commit"], "date": here["date"]}
-    before = json.loads(path.read_text())["stages"] if path.exists() else []
+    ran = {**{fact: here[fact] for fact in ("device", "commit", "date")}, "kernels": digest_of_all()}
+    recorded = _entries(path)
     for stage in planned:
         left_s = ends - time.monotonic()
         passed = {entry["stage"] for entry in done if entry["outcome"] == "passed"}
         missing = [name for name in stage.needs if name not in passed]
         if missing:
-            done.append({"stage": stage.name, "outcome": f"not run: it needs {' and '.join(missing)}"})
+            done.append({"stage": stage.name, "outcome": f"{NOT_RUN}: it needs {' and '.join(missing)}"})
         elif left_s < 5:
             done.append({"stage": stage.name, "outcome": NO_TIME})
         else:
@@ -216,21 +234,52 @@ def run_stages(planned: Sequence[Stage], budget_s: float, path: Path, logs: Path
             log = logs / f"{stage.name.replace(', ', '_').replace(' ', '_')}.log"
             limit_s = min(stage.limit_s, left_s)
             print(f"{stage.name}: about {stage.takes_s:.0f} s, at most {limit_s:.0f} of {left_s:.0f} s", flush=True)
-            done.append({"stage": stage.name, **ran, **_run(stage.command(green), stage.variables, limit_s, log)})
-        has_failed = done[-1]["outcome"].startswith(("exit code", "stopped"))
-        if has_failed and stage.name in CHECKS and "red" not in done[-1]:  # names no test, so it is red as a whole
-            done[-1]["red"] = [f"{stage.name} ({done[-1]['outcome']})"]
-        recorded = {entry["stage"]: entry for entry in before} | {e["stage"]: e for e in done if "seconds" in e}
-        others = [entry for entry in done if entry["stage"] not in recorded]
+            found = _run(stage.command(green), stage.variables, limit_s, log)
+            if found["outcome"].startswith("stopped") and limit_s < stage.limit_s:
+                found["outcome"] = f"{NO_TIME}, {found['outcome']}"
+            if stage.name in CHECKS:
+                found = _judged(stage.name, found, recorded.get((here["device"], stage.name), {}).get("red", ()))
+            done.append({"stage": stage.name, **ran, "green": green, **found})
+        if "seconds" in done[-1]:
+            recorded[here["device"], stage.name] = done[-1]
+        others = [entry for entry in done if (here["device"], entry["stage"]) not in recorded]
         write(path, json.dumps({"environment": here, "stages": [*recorded.values(), *others]}, indent=2) + "\n")
         print(f"{stage.name}: {done[-1]['outcome']}, {done[-1].get('seconds', 0):.0f} s", flush=True)
-        if has_failed:
+        if done[-1]["outcome"].startswith(FAILED):
             print("\n".join(f"  {line}" for line in (*done[-1]["last_lines"][-1:], f"see {log}")), flush=True)
         if stage.name == "build":
             print("\n".join(f"  {line}" for line in done[-1].get("last_lines", ())[:1]), flush=True)
         for test in done[-1].get("red", ()):
             print(f"  red: {test}", flush=True)
     return done
+
+
+def _entries(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What earlier runs found, by GPU model and stage."""
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    device = content["environment"]["device"]
+    return {(entry.get("device", device), entry["stage"]): entry for entry in content["stages"] if "seconds" in entry}
+
+
+def _judged(name: str, found: dict[str, Any], red_before: Collection[str]) -> dict[str, Any]:
+    """The outcome of a stage of tests, with what is red, and whether it has ended: has run all its tests.
+
+    As a whole it is red if it failed and its log names no test, or if a sanitiser has found an error, which need not be
+    that of a red test. If it has not ended, what was red before still counts.
+    """
+    outcome, red = found["outcome"], found.get("red", [])
+    summary = "\n".join(found.get("last_lines", ()))
+    if name in SMOKE_OF.values() and outcome == "passed" and not re.search(r"\b[1-9]\d* passed", summary):
+        outcome = ALL_SKIPPED
+    if outcome == FOUND or (outcome.startswith(FAILED) and not red):
+        red = [*red, f"{name} ({outcome})"]
+    names_tests = outcome == "exit code 1" and any(test.startswith("tests/") for test in red)
+    ended = outcome in ("passed", FOUND) or names_tests
+    if not ended:
+        red = sorted({*red, *red_before})
+    return {**found, "outcome": outcome, "ended": ended, **({"red": red} if red else {})}
 
 
 def _run(command: Command, variables: Mapping[str, str], limit_s: float, log: Path) -> dict[str, Any]:
@@ -253,7 +302,7 @@ def _run(command: Command, variables: Mapping[str, str], limit_s: float, log: Pa
                 start_new_session=True,
             )
         except FileNotFoundError:
-            return {"outcome": f"{command[0]} is not on this machine", "seconds": 0.0, "last_lines": []}
+            return {"outcome": f"{NOT_RUN}: {command[0]} is not on this machine"}
         try:
             code = process.wait(limit_s)
             outcome = "passed" if code == 0 else f"exit code {code}"
@@ -294,7 +343,7 @@ def _seconds(text: str) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run all stages on the GPU at hand; exit code 1 if one that there was time for did not pass."""
+    """Run all stages on the GPU at hand; exit code 1 if one did not pass, for which there was time and the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=_seconds, default=BUDGET_S, metavar="SECONDS", help="default: 500")
     parser.add_argument("--results", type=expanded, default=RESULTS, help="folder of JSON files and tables")
@@ -316,14 +365,16 @@ def main(arguments: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         raise SystemExit(f"torch {torch.__version__} sees no GPU; `make gpu` needs one.")
     began = time.time()
-    done = run_stages(planned, options.budget, options.results / "gpu_run.json", options.logs)
+    done = run_stages(planned, options.budget, options.results / RUN, options.logs)
     paths = measured_since(began, options.results)
     mark(paths, [test for stage in done for test in stage.get("red", ())])
     for path in paths:
         print(f"\n{write_table(path)}", flush=True)
     print(f"\n{verdict(options.results)}\n", flush=True)
     try:
-        measured.record(options.results, {"environment": environment(), "stages": done})
+        measured.record(options.results)
     except ValueError as error:  # of another run
         print(error, flush=True)
-    return int(any(stage["outcome"] not in ("passed", NO_TIME) for stage in done))
+    absent = (f"{NOT_RUN}: compute-sanitizer",)
+    fine = [stage["outcome"].startswith(("passed", NO_TIME, *absent)) and not stage.get("red") for stage in done]
+    return int(not all(fine))

@@ -24,7 +24,7 @@ import torch
 from benchmarks.gate import REPOSITORY
 from vaebm_fast.runtime.files import expanded
 
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider")
 CHOSEN = ("-m", "gpu", "-k", "not sanitised")  # smoke tests have run the others
 LOGS = REPOSITORY / "build" / "gpu_logs"
 PER_FILE = 4  # processes

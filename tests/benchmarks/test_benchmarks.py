@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,10 +228,17 @@ def test_gpu_stages_keep_what_became_of_each_and_go_on(tmp_path: Path) -> None:
         stage("pair", 60, *python("print('measured')")),
     ]
     done = gpu.run_stages(planned, 300, tmp_path / "results" / "gpu_run.json", tmp_path / "logs")
-    outcomes = ["passed", "exit code 3", "stopped after 3 s", "no-such-program is not on this machine", "passed"]
+    outcomes = [
+        "passed",
+        "exit code 3",
+        "stopped after 3 s",
+        "not run: no-such-program is not on this machine",
+        "passed",
+    ]
     assert [stage["outcome"] for stage in done] == outcomes
     assert done[0]["last_lines"] == ["built"] and done[2]["last_lines"] == ["on"]
-    assert json.loads((tmp_path / "results" / "gpu_run.json").read_text())["stages"] == done
+    written = json.loads((tmp_path / "results" / "gpu_run.json").read_text())["stages"]
+    assert written == [*(stage for stage in done if "seconds" in stage), done[3]], "what did not run comes last"
 
 
 def test_nothing_that_needs_a_stage_follows_its_failure_nor_anything_the_end_of_the_time(tmp_path: Path) -> None:
@@ -301,10 +309,13 @@ def test_the_runner_hands_options_on_and_gives_the_exit_code(tmp_path: Path) -> 
     assert done.returncode == 0 and "philox_normal" in done.stdout and "pointwise" not in done.stdout, done.stdout
     refused = subprocess.run([*command[:-2], "--op", "blur"], cwd=gate.REPOSITORY, capture_output=True, text=True)
     assert refused.returncode != 0 and "blur has no case" in refused.stdout + refused.stderr
+    shutil.copy(gate.REPOSITORY / "benchmarks" / "results" / "loaders_cpu.json", tmp_path)
+    missing = str(tmp_path / "README.md")
     failed = subprocess.run(
-        [*command[:3], "loaders", "--batch", "0"], cwd=gate.REPOSITORY, capture_output=True, text=True
-    )
-    assert failed.returncode == 1 and failed.stderr.startswith("error: batch_size is 0;"), failed.stderr
+        [*command[:3], "report", "--results", str(tmp_path), "--readme", missing],
+        cwd=gate.REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert failed.returncode == 1 and failed.stderr == f"error: {missing}: No such file or directory.\n"
     helped = subprocess.run([*command[:3], "pair", "--help"], cwd=gate.REPOSITORY, capture_output=True, text=True)
     assert "usage: python -m benchmarks pair" in helped.stdout and "--compile PRESET:N" in helped.stdout
     shown = subprocess.run([*command[:3], "training", "--help"], cwd=gate.REPOSITORY, capture_output=True, text=True)

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from benchmarks import __main__ as runner
 from benchmarks import report
 from benchmarks.gpu import stages as gpu
 from benchmarks.gpu import targets
+from benchmarks.gpu.sources import digest_of_all
 from benchmarks.step import chains, pair
 from benchmarks.step.pair import COMPILED_BF16, PLAIN
 
@@ -120,13 +123,16 @@ def test_a_red_stage_withholds_only_what_needs_it(tmp_path: Path, capsys: pytest
     def say(sound: Any) -> list[str]:
         return [sys.executable, "-c", f"print({list(sound)!r})"]
 
+    def smoke(sound: Any) -> list[str]:
+        return [sys.executable, "-c", "print('3 passed, 2 skipped in 1s')"]
+
     def fail(sound: Any) -> list[str]:
         return [sys.executable, "-c", "print('FAILED tests/test_a.py::test_b[c d] - no'); raise SystemExit(3)"]
 
     def outcomes(red: str) -> dict[str, Any]:
         planned = [
-            gpu.Stage("smoke, triton", 1, 60, fail if red == "smoke, triton" else say, ()),
-            gpu.Stage("smoke, cuda", 1, 60, fail if red == "smoke, cuda" else say, ()),
+            gpu.Stage("smoke, triton", 1, 60, fail if red == "smoke, triton" else smoke, ()),
+            gpu.Stage("smoke, cuda", 1, 60, fail if red == "smoke, cuda" else smoke, ()),
             gpu.Stage("tests", 1, 60, fail, ()),
             gpu.Stage("figures", 1, 60, say, ()),
             gpu.Stage("profile", 1, 60, say, ("smoke, cuda",)),
@@ -142,7 +148,7 @@ def test_a_red_stage_withholds_only_what_needs_it(tmp_path: Path, capsys: pytest
         in capsys.readouterr().out
     )
     found = outcomes("smoke, cuda")
-    assert found["figures"]["last_lines"] == ["['triton']"]
+    assert found["figures"]["last_lines"] == ["['triton']"] and found["tests"]["green"] == ["triton"]
     assert found["profile"]["outcome"] == "not run: it needs smoke, cuda"
     assert outcomes("smoke, triton")["figures"]["last_lines"] == ["['cuda']"]
 
@@ -156,6 +162,9 @@ def test_stages_by_name_come_after_the_build_and_the_smoke_tests(tmp_path: Path)
     always = ["build", "kernels", "smoke, triton", "smoke, cuda"]
     assert names() == [stage.name for stage in planned]
     assert names("tune", "memcheck") == [*always, "memcheck", "tune"]
+    assert planned[7].name == "tests" and planned[7].limit_s > 3 * planned[7].takes_s, "without it nothing is recorded"
+    for name in ("pair", "ops", "pair, float32"):
+        assert sorted(names(name)) == sorted([*always, "tests", name]), "figures that count"
     with pytest.raises(
         ValueError, match="No stage is named dance; there are build; kernels; smoke, triton; smoke, cuda; pair;"
     ):
@@ -183,11 +192,28 @@ def test_each_stage_says_what_it_takes_and_a_smaller_budget_cuts_from_the_end(
     (own_limit,) = gpu.run_stages([gpu.Stage("a", 1, 1, sleep)], 60, tmp_path / "run.json", tmp_path / "logs")
     assert own_limit["outcome"] == "stopped after 1 s"
     first, second = gpu.run_stages(planned, 6, tmp_path / "other.json", tmp_path / "logs")
-    assert first["outcome"] == "stopped after 6 s" and second["outcome"] == "no time left"
+    assert first["outcome"] == "no time left, stopped after 6 s" and second["outcome"] == "no time left"
     out = capsys.readouterr().out
     assert (
-        "first: about 7 s, at most 6 of 6 s\nfirst: stopped after 6 s, 6 s\n" in out and "second: no time left" in out
+        "first: about 7 s, at most 6 of 6 s\nfirst: no time left, stopped after 6 s, 6 s\n" in out
+        and "second: no time left" in out
     )
+
+
+def test_what_a_stopped_stage_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Such as compilers, or what a sanitiser runs."""
+    program = (
+        "import subprocess; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
+    )
+    (stopped,) = gpu.run_stages(
+        [gpu.Stage("a", 1, 2, lambda green: [sys.executable, "-c", program])], 60, tmp_path / "run.json", tmp_path
+    )
+    assert stopped["outcome"] == "stopped after 2 s"
+    state, ends = Path(f"/proc/{stopped['last_lines'][0]}/stat"), time.monotonic() + 60
+    with suppress(FileNotFoundError):
+        while state.read_text().rpartition(")")[2].split()[0] != "Z":  # which has ended, and waits for init
+            assert time.monotonic() < ends, "it runs on"
+            time.sleep(0.05)
 
 
 def test_stages_share_tritons_cache_with_the_kit(tmp_path: Path) -> None:
@@ -213,20 +239,97 @@ def test_a_second_run_keeps_what_the_first_found_of_other_stages(tmp_path: Path)
     assert all("commit" in entry for entry in json.loads((tmp_path / "run.json").read_text())["stages"])
     assert run(1, "b", "c") == [("a", "passed"), ("b", "passed"), ("c", gpu.NO_TIME)]
     assert run(60, "c") == [("a", "passed"), ("b", "passed"), ("c", "passed")]
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert {entry["kernels"] for entry in content["stages"]} == {digest_of_all()}
+    here = content["environment"]["device"]
+    content["stages"] = [{**entry, "device": "Another GPU"} for entry in content["stages"]]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert run(60, "b") == [("a", "passed"), ("b", "passed"), ("c", "passed"), ("b", "passed")]
+    stages = json.loads((tmp_path / "run.json").read_text())["stages"]
+    assert [entry["device"] for entry in stages] == [*["Another GPU"] * 3, here]
 
 
-@pytest.mark.parametrize(("outcome", "code"), [("passed", 0), (gpu.NO_TIME, 0), ("exit code 1", 1), ("stopped", 1)])
+def test_what_was_red_stays_so_until_the_stage_has_ended_again(tmp_path: Path) -> None:
+    def red(program: str, limit_s: float = 60) -> list[str] | None:
+        stage = gpu.Stage("tests", 0.1, limit_s, lambda green: [sys.executable, "-c", program])
+        (entry,) = gpu.run_stages([stage], 60, tmp_path / "run.json", tmp_path / "logs")
+        assert json.loads((tmp_path / "run.json").read_text())["stages"] == [entry]
+        return entry.get("red")
+
+    fails = "print('FAILED tests/test_a.py::{0} - no', flush=True); "
+    assert red(fails.format("test_a") + "raise SystemExit(1)") == ["tests/test_a.py::test_a"]
+    stopped = ["tests/test_a.py::test_a", "tests/test_a.py::test_b"]
+    assert red(fails.format("test_b") + "import time; time.sleep(60)", 1) == stopped
+    for end in ("raise SystemExit(1)", "raise SystemExit(-9)", "raise SystemExit(139)", "raise SystemExit(5)"):
+        assert set(stopped) < set(red(end) or ()), "no test was run"
+    assert not json.loads((tmp_path / "run.json").read_text())["stages"][0]["ended"]
+    assert red(fails.format("test_c") + "raise SystemExit(1)") == ["tests/test_a.py::test_c"]
+    assert json.loads((tmp_path / "run.json").read_text())["stages"][0]["ended"]
+    assert red("") is None
+
+
+def test_a_sanitiser_that_finds_an_error_is_red_beside_red_tests(tmp_path: Path) -> None:
+    program = "print('FAILED tests/test_a.py::test_a - no'); raise SystemExit(9)"
+    stages = [
+        gpu.Stage(name, 1, 60, lambda green: [sys.executable, "-c", program]) for name in ("memcheck", "racecheck")
+    ]
+    done = gpu.run_stages(stages, 60, tmp_path / "run.json", tmp_path / "logs")
+    assert [entry["red"] for entry in done] == [
+        ["tests/test_a.py::test_a", f"{name} (exit code 9)"] for name in ("memcheck", "racecheck")
+    ]
+
+
+def test_smoke_tests_that_were_all_skipped_have_not_passed(tmp_path: Path) -> None:
+    def of(text: str) -> gpu.Stage:
+        return gpu.Stage("smoke, cuda", 1, 60, lambda green: [sys.executable, "-c", f"print({text!r}, end='')"])
+
+    for text, outcome in (
+        ("7 passed, 3 skipped in 2s", "passed"),
+        ("7 passed in 2s\n[W1127 ProcessGroup] leaked", "passed"),
+        ("10 passed in 2s", "passed"),
+        ("0 passed, 3 skipped in 2s", gpu.ALL_SKIPPED),
+        ("9 skipped, 3 deselected in 2s", gpu.ALL_SKIPPED),
+        ("", gpu.ALL_SKIPPED),
+    ):
+        needs = gpu.Stage("profile", 1, 60, lambda green: [sys.executable, "-c", ""], ("smoke, cuda",))
+        smoke, after = gpu.run_stages([of(text), needs], 60, tmp_path / "run.json", tmp_path / "logs")
+        assert smoke.get("red", []) == [f"smoke, cuda ({outcome})"] * (outcome != "passed")
+        assert smoke["outcome"] == outcome and (after["outcome"] == "passed") == (outcome == "passed")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "red", "code"),
+    [
+        ("passed", [], 0),
+        (gpu.NO_TIME, [], 0),
+        ("no time left, stopped after 9 s", [], 0),
+        ("no time left, stopped after 9 s", ["tests/test_a.py::test_b"], 1),
+        ("not run: compute-sanitizer is not on this machine", [], 0),
+        ("not run: it needs smoke, cuda", [], 1),
+        ("exit code 1", [], 1),
+        ("stopped after 60 s", [], 1),
+        (gpu.ALL_SKIPPED, [], 1),
+    ],
+)
 def test_the_exit_code_is_of_what_there_was_time_for(
-    outcome: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outcome: str, red: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "run_stages", lambda *arguments: [{"stage": "ops", "outcome": outcome}])
-    monkeypatch.setattr(gpu, "environment", dict)
+
+    def run_stages(*_: Any) -> list[dict[str, Any]]:
+        numbers = (
+            "rounds p20_s p80_s flops bytes memory_before_mib peak_memory_mib user_s system_s page_faults compile_s"
+        )
+        row = step_row("frozen, cuda, bf16", 0.1, **dict.fromkeys(numbers.split(), 1.0))
+        write(tmp_path, "pair_cuda", "A GPU", row)
+        return [{"stage": "tests", "outcome": outcome, "red": red}]
+
+    monkeypatch.setattr(gpu, "run_stages", run_stages)
     recorded: list[Any] = []
     monkeypatch.setattr(gpu.measured, "record", lambda *given: recorded.append(given))
     assert gpu.main(["--results", str(tmp_path)]) == code
-    ((results, run),) = recorded
-    assert results == tmp_path and run["stages"] == [{"stage": "ops", "outcome": outcome}]
+    assert json.loads((tmp_path / "pair_cuda.json").read_text()).get("red", []) == red
+    assert recorded == [(tmp_path,)]
 
 
 def test_what_a_stage_would_miss_is_said_before_the_first(
@@ -250,7 +353,9 @@ def test_stages_of_tests_that_name_no_red_test_are_red_as_a_whole(tmp_path: Path
     ]
     done = gpu.run_stages(planned, 60, tmp_path / "run.json", tmp_path / "logs")
     assert [stage.get("red") for stage in done] == [["memcheck (exit code 9)"], None, None, None]
-    assert json.loads((tmp_path / "run.json").read_text())["stages"] == done
+    assert done[2]["outcome"] == "not run: no-such-sanitizer is not on this machine"
+    written = json.loads((tmp_path / "run.json").read_text())["stages"]
+    assert sorted(written, key=lambda stage: stage["stage"]) == sorted(done, key=lambda stage: stage["stage"])
 
 
 @pytest.mark.parametrize("budget", ["0", "-5", "inf", "nan", "soon"])

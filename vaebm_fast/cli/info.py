@@ -116,7 +116,7 @@ def _environment_text(facts: Mapping[str, Any]) -> str:
     picks = {f"{op} on {device}": name for device, picked in facts["auto"].items() for op, name in picked.items()}
     by = facts["auto_on_cuda_by"]
     decided = f"\n\nOn CUDA by these measurements: {by}." if by else ""
-    return f"{aligned(rows)}\n\nWhat backend=auto picks:\n{aligned(picks)}{decided}"
+    return f"{aligned(rows)}\n\nWhat backend=auto picks, in float32 where no dtype is named:\n{aligned(picks)}{decided}"
 
 
 def _file_text(facts: Mapping[str, Any]) -> str:

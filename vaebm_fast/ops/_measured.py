@@ -1,9 +1,9 @@
 """What was measured on GPUs (`measured.json`), by which backend="auto" decides on a CUDA device.
 
-A backend of an op or of a frozen pair is used if the GPU tests of the same run passed, and if it was faster than plain
-PyTorch at every shape measured in this dtype: on this GPU model or, where it was not measured, on every other model of
-the same compute capability. Otherwise plain PyTorch is used. `make gpu` measures, `python -m benchmarks measured`
-writes the file; a test requires that the kernels' sources are those that were measured.
+A backend of an op or of a frozen pair is used if its GPU tests passed with these kernels, and if it was faster than
+plain PyTorch at every shape measured in this dtype: on this GPU model or, where it was not measured, on every other
+model of the same compute capability. Otherwise plain PyTorch is used. `make gpu` measures and writes the file. A test
+requires that the kernels' sources are those that were measured; the Python and C++ around them may have changed.
 """
 
 from __future__ import annotations
