@@ -351,7 +351,7 @@ def main(arguments: Sequence[str]) -> int:
     names = "; ".join(stage.name for stage in stages(RESULTS))
     parser.add_argument(
         "--stage", action="append", default=[], metavar="NAME",
-        help=f"this one and those that all need; may be given several times; the stages: {names}",
+        help=f"this stage, after build, kernels and smoke tests; may be given several times; the stages: {names}",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     options.results, options.logs = options.results.resolve(), options.logs.resolve()  # stages run elsewhere
@@ -373,7 +373,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"\n{verdict(options.results)}\n", flush=True)
     try:
         measured.record(options.results)
-    except ValueError as error:  # of another run
+    except ValueError as error:  # such as a damaged file of another run, which takes no figure of this one
         print(error, flush=True)
     absent = (f"{NOT_RUN}: compute-sanitizer",)
     fine = [stage["outcome"].startswith(("passed", NO_TIME, *absent)) and not stage.get("red") for stage in done]
