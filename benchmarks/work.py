@@ -65,6 +65,11 @@ def langevin_update(N: int, D: int) -> Work:
     return replace(noise, memory_bytes=12.0 * N * D, fp32_flop=noise.fp32_flop + 20 * counters)
 
 
+def gather_images(N: int, size: int, C: int) -> Work:
+    """Bytes are read and written; indices are not counted."""
+    return Work(2.0 * N * size**2 * C)
+
+
 def _counters(N: int, D: int) -> int:
     return N * -(-D // 4)
 
@@ -189,5 +194,6 @@ STEPS: dict[str, StepWork] = {
     "celeba_64": StepWork(22_497_390_080, 19_462_811_136, 164_820_396, 115_677_652),
     "lsun_church_64": StepWork(23_101_369_856, 20_066_790_912, 167_769_516, 121_578_964),
     "celeba_256": StepWork(251_517_204_480, 209_498_667_008, 2_027_157_028, 593_333_260),
+    "stacked_mnist": StepWork(2_150_195_712, 1_808_359_936, 31_509_812, 14_212_108),
     "digits": StepWork(19_648_256, 13_913_856, 424_164, 1_490_876),
 }

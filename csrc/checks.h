@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -130,6 +131,35 @@ inline void check_langevin_arguments(const at::Tensor& eps, const at::Tensor& gr
                     nonfinite_at.scalar_type(), " ", nonfinite_at.sizes(), " on ", nonfinite_at.device(), ".");
   TORCH_CHECK_VALUE(step_size > 0 && std::isfinite(step_size), "step_size is ", step_size,
                     "; it must be a positive number.");
+}
+
+inline void check_gather_arguments(const at::Tensor& images, const at::Tensor& index, const at::Tensor& flip,
+                                   const at::Tensor& top, const at::Tensor& left, int64_t size) {
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.scalar_type() == at::kByte && images.is_contiguous() &&
+                        (images.size(3) == 1 || images.size(3) == 3),
+                    "images must be uint8 [M, H, W, C], C = 1 or 3, and contiguous; it is ", images.scalar_type(), " ",
+                    images.sizes(), " with strides ", images.strides(), ".");
+  TORCH_CHECK_VALUE(index.dim() == 1 && index.scalar_type() == at::kLong, "index must be int64 [n]; it is ",
+                    index.scalar_type(), " ", index.sizes(), ".");
+  const auto check_each = [&](const char* name, const at::Tensor& each, at::ScalarType type, const char* type_name) {
+    TORCH_CHECK_VALUE(each.scalar_type() == type && each.sizes() == index.sizes(), name, " must be ", type_name, " ",
+                      index.sizes(), ", as many as index has; it is ", each.scalar_type(), " ", each.sizes(), ".");
+  };
+  check_each("flip", flip, at::kBool, "bool");
+  check_each("top", top, at::kLong, "int64");
+  check_each("left", left, at::kLong, "int64");
+  const auto check_device = [&](const char* name, const at::Tensor& each) {
+    TORCH_CHECK_VALUE(each.device() == images.device(), name, " is on ", each.device(), "; move it to ",
+                      images.device(), ", where the others are.");
+  };
+  check_device("index", index);
+  check_device("flip", flip);
+  check_device("top", top);
+  check_device("left", left);
+  const int64_t largest = std::min(images.size(1), images.size(2));
+  TORCH_CHECK_VALUE(1 <= size && size <= largest, "size is ", size, "; it must be within 1..", largest, " for images ",
+                    images.sizes(), ".");
+  TORCH_CHECK_VALUE(images.size(0) > 0 || index.size(0) == 0, "images is empty, so there is none to gather.");
 }
 
 // For the CUDA kernels, which store bfloat16. Returns the number of hidden channels; a row of `weight` holds 32.

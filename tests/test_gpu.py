@@ -33,8 +33,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DEVICE = torch.device("cuda")
 
 # Of the norm. float32: approximate instructions have 2^-21. bfloat16: kernel and reference round at every step, and
-# differ by 0.7% in emulation.
-ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# differ by 0.7% in emulation. uint8: not a byte.
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.uint8: 1e-9}
 PLAIN = NVAEConfig(
     image_size=16, num_latent_scales=2, num_groups_per_scale=2, num_latent_per_group=4, num_channels_enc=16,
     num_channels_dec=32, num_preprocess_cells=1, num_postprocess_cells=2, num_cell_per_cond_enc=1,

@@ -61,6 +61,18 @@ def langevin_update(
     nonfinite_at.copy_(torch.where(is_first, draw.reshape(()) & _MASK, nonfinite_at))
 
 
+def gather_images(images: Tensor, index: Tensor, flip: Tensor, top: Tensor, left: Tensor, *, size: int) -> Tensor:
+    """A batch of cropped and mirrored images; see `vaebm_fast.ops.gather_images.gather_images`.
+
+    Values out of range are clamped, which needs no host sync.
+    """
+    M, H, W, _ = images.shape
+    steps = torch.arange(size, device=images.device)
+    rows = top.clamp(0, H - size)[:, None] + steps
+    columns = left.clamp(0, W - size)[:, None] + torch.where(flip[:, None], size - 1 - steps, steps)
+    return images[index.clamp(0, M - 1)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
 def depthwise_swish(h: Tensor, weight: Tensor, bias: Tensor, *, upsample: bool = False) -> Tensor:
     """Depthwise convolution of swish(h); see `vaebm_fast.ops.depthwise_swish.depthwise_swish`."""
     s = F.silu(h)

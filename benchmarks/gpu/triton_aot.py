@@ -28,6 +28,7 @@ from vaebm_fast.triton_kernels import (
     depthwise_swish,
     energy_epilogue,
     energy_head,
+    gather_images,
     gaussian_latent,
     langevin_update,
     philox_normal,
@@ -90,6 +91,7 @@ Case = tuple[str, Callable[[], object]]
 def cases() -> Iterator[Case]:
     """(name, a call of a launcher) for every kernel, form and dtype, at shapes of celeba_256 with 16 images."""
     yield from _noise()
+    yield from _images()
     for dtype in DTYPES:
         label = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
         for family in (_depthwise, _pointwise, _residual_tail, _element_wise):
@@ -200,6 +202,15 @@ def _noise() -> Iterator[Case]:
     for prior in (False, True):
         step = partial(langevin_update.langevin_update, eps, gradient, seeds, draw, flags, stream, 3e-6, prior)
         yield f"langevin_update{', prior' if prior else ''}", step
+
+
+def _images() -> Iterator[Case]:
+    """Training batches of 256 out of 27,000 images in uint8: in colour, cropped to an odd side, and grey."""
+    index, flip = _empty(torch.int64, 256), _empty(torch.bool, 256)
+    for size, side, C in ((256, 256, 3), (64, 64, 3), (63, 64, 3), (32, 32, 1)):
+        images = torch.empty((27_000, side, side, C), dtype=torch.uint8, device="meta")
+        call = partial(gather_images.gather_images, images, index, flip, index, index, size)
+        yield f"gather_images {size}x{size}x{C}", call
 
 
 def report(

@@ -53,6 +53,9 @@ def work_of(launch: Launch, arguments: Arguments) -> Work:
 
 
 def _shape(arguments: Arguments) -> str:
+    if "flip" in arguments:
+        N, H, W, C = arguments["out"].shape  # images of other kernels are [N, C, H, W]
+        return f"{H} x {W} x {C}, N = {N}"
     largest = max((x for x in arguments.values() if isinstance(x, Tensor)), key=lambda x: x.numel())
     if largest.dim() == 4:
         N, C, H, W = largest.shape
@@ -103,6 +106,12 @@ def _noise(count: Callable[[int, int], Work], of: str) -> Count:
     return lambda a: asdict(count(*a[of].shape))
 
 
+def _gathered(a: Arguments) -> dict[str, float]:
+    """What is gathered, not the whole data set."""
+    N, size, _, C = a["out"].shape
+    return asdict(work.gather_images(N, size, C))
+
+
 def _specials(count: Callable[[int], BothWays], of: str, per: int = 1) -> Count:
     """The special functions of `count` for the elements of an argument, divided by `per`."""
     return lambda a: {"special": count(a[of].numel() // per).forward.special}
@@ -112,6 +121,7 @@ COUNTS: dict[str, Count] = {
     "philox_words_kernel": _noise(work.philox_words, "out"),
     "philox_normal_kernel": _noise(work.philox_normal, "out"),
     "update_kernel": _noise(work.langevin_update, "eps"),
+    "gather_kernel": _gathered,
     "depthwise_kernel": _depthwise,
     "pointwise_kernel": _pointwise,
     "bilinear_upsample_kernel": lambda a: {},

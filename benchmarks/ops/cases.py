@@ -20,6 +20,7 @@ from vaebm_fast.ops.bilinear_upsample import bilinear_upsample, bilinear_upsampl
 from vaebm_fast.ops.depthwise_swish import depthwise_swish, depthwise_swish_backward
 from vaebm_fast.ops.energy_epilogue import energy_epilogue, energy_epilogue_backward
 from vaebm_fast.ops.energy_head import energy_head, energy_head_backward
+from vaebm_fast.ops.gather_images import gather_images
 from vaebm_fast.ops.gaussian_latent import gaussian_latent, gaussian_latent_backward
 from vaebm_fast.ops.inverted_residual import (
     BlockWeights,
@@ -310,6 +311,20 @@ def power_iteration_cases(B: int, M: int, K: int, iterations: int = 4) -> list[C
     return [Case("power_iteration", f"{B}x{M}x{K}, {iterations} times", counted, make)]
 
 
+def gather_images_cases(N: int, size: int, C: int = 3, *, M: int = 512, margin: int = 0) -> list[Case]:
+    """A batch of N random crops out of M images whose sides are longer by `margin`; every second one is mirrored."""
+
+    def make(device: torch.device) -> Run:
+        side = size + margin
+        images = torch.randint(256, (M, side, side, C), dtype=torch.uint8, device=device)
+        index, flip = torch.randint(M, (N,), device=device), torch.arange(N, device=device) % 2 == 1
+        top, left = (torch.randint(margin + 1, (N,), device=device) for _ in range(2))
+        return lambda *, backend: gather_images(images, index, flip, top, left, size=size, backend=backend)
+
+    counted = work.gather_images(N, size, C)
+    return [Case("gather_images", f"{N}x{size}x{size}x{C} of {M}", counted, make, "uint8")]
+
+
 def _table(one: int, four: int) -> tuple[Case, ...]:
     """All cases. one, four: batch sizes in place of 1 and 4, the CPU's."""
     return (
@@ -345,6 +360,9 @@ def _table(one: int, four: int) -> tuple[Case, ...]:
         *philox_normal_cases(16, 146_688),  # celeba_64
         *langevin_update_cases(one, 1_942_528),  # celeba_256
         *langevin_update_cases(16, 146_688),  # celeba_64
+        *gather_images_cases(64, 256),  # training batches of celeba_256, of celeba_64, of cifar10
+        *gather_images_cases(256, 64),
+        *gather_images_cases(256, 32),
     )
 
 
@@ -368,6 +386,8 @@ SMALL_CASES = (
     *heads_cases(2, 3, 9, pixels=True),
     *power_iteration_cases(2, 37, 140),
     *power_iteration_cases(1, 19, 1029),
+    *gather_images_cases(3, 19, M=5, margin=4),
+    *gather_images_cases(2, 33, 1, M=5),
     *(case for C in (32, 64, 128) for case in inverted_residual_cases(1, C, 64, 18)),
 )
 

@@ -34,6 +34,7 @@ SMALL = [
     *cases.heads_cases(1, 20, 64),
     *cases.heads_cases(1, 3, 64, pixels=True),
     *cases.philox_normal_cases(2, 4096),
+    *cases.gather_images_cases(4, 64, M=4),
 ]
 
 
@@ -77,7 +78,8 @@ def test_docstrings_say_the_counted_bytes_with_and_without_a_skip(
 @pytest.mark.parametrize(
     ("op", "counted"),
     [("se_gate_residual", work.se_gate_residual(1)), ("gaussian_latent", work.gaussian_latent(1)),
-     ("pixel_head", work.pixel_head(1)), ("langevin_update", work.langevin_update(1, 4))],
+     ("pixel_head", work.pixel_head(1)), ("langevin_update", work.langevin_update(1, 4)),
+     ("gather_images", work.gather_images(4, 1, 1))],
 )  # fmt: skip
 def test_docstrings_say_the_counted_bytes(op: str, counted: BothWays | Work) -> None:
     if isinstance(counted, Work):

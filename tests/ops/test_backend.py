@@ -48,7 +48,8 @@ def schemas(namespace: str) -> dict[str, str]:
 
 def test_the_table_names_the_ops_of_each_namespace_and_no_others() -> None:
     csrc, triton = schemas("vaebm_fast"), schemas("vaebm_triton")
-    assert set(csrc) == {op for op, backends in OP_BACKENDS.items() if {"cpp", "cuda"} & set(backends)}
+    of_files = {"jpeg_stream_fault"} if extension.is_available() else set()  # takes the bytes of a file, on a CPU
+    assert set(csrc) - of_files == {op for op, backends in OP_BACKENDS.items() if {"cpp", "cuda"} & set(backends)}
     assert set(triton) == {op for op, backends in OP_BACKENDS.items() if "triton" in backends}
     assert all(csrc[op] == triton[op] for op in csrc.keys() & triton.keys())
 

@@ -129,8 +129,19 @@ def test_an_op_with_a_gradient_must_be_faster_both_ways(say: Say) -> None:
     assert choose("energy_head", CUDA, "auto") == "reference"
 
 
+def test_an_op_on_bytes_is_measured_on_bytes(say: Say) -> None:
+    row = replace(ROW, what="gather_images", backend="triton", dtype="float32")
+    say(row)
+    assert choose("gather_images", CUDA, "auto", torch.uint8) == "reference"
+    say(row, replace(row, dtype="uint8"))
+    assert choose("gather_images", CUDA, "auto", torch.uint8) == "triton"
+    say(replace(row, dtype="uint8"))
+    assert {entry.op: entry.backend for entry in report(CUDA)}["gather_images"] == "triton"
+
+
 def test_ops_ask_for_the_dtype_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     from vaebm_fast.ops import _checks
+    from vaebm_fast.ops import gather_images as gather
     from vaebm_fast.ops import power_iteration as power
 
     asked: list[Any] = []
@@ -141,10 +152,15 @@ def test_ops_ask_for_the_dtype_of_their_tensors(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(_checks, "choose", noted)
     monkeypatch.setattr(power, "choose", noted)
+    monkeypatch.setattr(gather, "choose", noted)
     x = torch.zeros(1, dtype=torch.float64)
     _checks.choose_for("pixel_head", "auto", x, None)
     power.power_iteration(x.view(1, 1, 1), x.view(1, 1), x.view(1, 1), iterations=1, eps=1e-6)
-    assert asked == [("pixel_head", torch.float64), ("power_iteration", torch.float64)]
+    none = torch.zeros(0, dtype=torch.int64)
+    gather.gather_images(torch.zeros(1, 1, 1, 1, dtype=torch.uint8), none, none.bool(), none, none, size=1)
+    assert asked == [
+        ("pixel_head", torch.float64), ("power_iteration", torch.float64), ("gather_images", torch.uint8)
+    ]  # fmt: skip
 
 
 def test_the_table_says_what_auto_is_on_an_h200() -> None:

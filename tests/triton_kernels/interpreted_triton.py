@@ -34,7 +34,8 @@ from vaebm_fast.triton_kernels import pointwise as pointwise_kernels
 from vaebm_fast.triton_kernels import se_gate_residual as gate_kernels
 
 BAND = 4096  # elements on either side, more than a block reaches beyond a ragged edge
-POISON = -123456789  # the NaN of integers
+# The NaN of dtypes that have none
+POISON = {torch.uint8: 235, torch.bool: True, torch.int32: -123456789, torch.int64: -123456789}
 OPS = torch.ops.vaebm_triton
 OP_NAMES = (
     "depthwise_swish",
@@ -59,7 +60,7 @@ def banded_empty(*size: Any, dtype: torch.dtype | None = None, memory_format: An
     layout = torch.contiguous_format if memory_format in (None, torch.preserve_format) else memory_format
     strides = _empty(shape, device="meta", memory_format=layout).stride()
     dtype = dtype or torch.float32
-    whole = torch.full((shape.numel() + 2 * BAND,), torch.nan if dtype.is_floating_point else POISON, dtype=dtype)
+    whole = torch.full((shape.numel() + 2 * BAND,), POISON.get(dtype, torch.nan), dtype=dtype)
     _bands.extend((whole[:BAND], whole[BAND + shape.numel() :]))
     return whole.as_strided(shape, strides, BAND)
 
@@ -80,7 +81,8 @@ def bands(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(torch, "empty_like", empty_like)
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         yield patch
-    assert all((band.isnan() | (band == POISON)).all() for band in _bands), "A kernel wrote outside its result."
+    whole = ((band.isnan() | (band == POISON.get(band.dtype, torch.nan))).all() for band in _bands)
+    assert all(whole), "A kernel wrote outside its result."
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

@@ -29,6 +29,12 @@ INTERPRETED = {
     "residual_tail": ("tests/triton_kernels/interpreted_residual_tail.py",),
     "TF32": ("tests/triton_kernels/interpreted_tf32.py",),
     "noise": ("tests/triton_kernels/interpreted_noise.py",),
+    "gather_images": (
+        "tests/triton_kernels/interpreted_gather.py",
+        "tests/ops/test_gather_images.py",
+        "-k",
+        "(interpreted or triton) and not graph",
+    ),
     "claims about noise": ("tests/chain/test_noise.py", "tests/ops/test_langevin_update.py", "-k", CLAIMS),
 }
 IN_INTERPRETER = [
@@ -147,6 +153,18 @@ def test_noise_compiles_to_the_ieee_operations_of_the_recipe(
             "cvt.rn.f32.s32": 2 * pairs,
             "selp.f32": 2 * pairs,
         }
+
+
+@pytest.mark.parametrize(("op", "without"), [compiling("gather_images", RARE_WINDOWS)])
+def test_gathered_bytes_are_stored_as_words_where_rows_are_words(
+    op: str, without: tuple[str, ...], compiled_ahead: None
+) -> None:
+    """Four bytes a thread: adjacent threads of a load are then four bytes apart, not sixteen."""
+    from benchmarks.gpu import triton_aot
+
+    for row in triton_aot.report(op, without):
+        stores = set(re.findall(r"st\.global\S*", row.ptx))
+        assert stores == ({"st.global.b8"} if "63x63x3" in row.name else {"st.global.b32"}), row.name
 
 
 @pytest.mark.parametrize(("op", "without"), [compiling(op, RARE_WINDOWS) for op in ("pointwise", "residual_tail")])

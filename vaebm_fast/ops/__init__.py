@@ -9,6 +9,7 @@ from vaebm_fast.ops import (  # noqa: F401
     depthwise_swish,
     energy_epilogue,
     energy_head,
+    gather_images,
     gaussian_latent,
     inverted_residual,
     langevin_update,

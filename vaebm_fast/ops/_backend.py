@@ -35,6 +35,7 @@ _WITHOUT_GRADIENT: Mapping[str, tuple[str, ...]] = {
     "philox_normal": ("reference", "cpp", "triton", "cuda"),
     "langevin_update": ("reference", "cpp", "triton", "cuda"),
     "power_iteration": ("reference", "cpp", "cuda"),
+    "gather_images": ("reference", "cpp", "triton"),
 }
 _WITH_GRADIENT: Mapping[str, tuple[str, ...]] = {  # each is two ops: `name` and `name`_backward
     "depthwise_swish": ("reference", "cpp", "triton", "cuda"),
@@ -63,6 +64,9 @@ DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
         "cuda": (torch.float32, torch.bfloat16),
     }
 )
+
+# The only dtype of ops that take no floating one, on every backend; they check it themselves.
+_FIXED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"gather_images": torch.uint8})
 
 GPU_BACKENDS: tuple[Backend, ...] = ("cuda", "triton")
 
@@ -213,7 +217,7 @@ def _compiled() -> tuple[Backend, ...]:
 
 @dataclass(frozen=True)
 class OpReport:
-    """The backend that `auto` picks for an op in float32, and why each unusable implementation cannot run."""
+    """The backend that `auto` picks for an op (in float32 where it takes several dtypes), and why others cannot run."""
 
     op: str
     backend: str
@@ -226,5 +230,6 @@ def report(device: torch.device) -> list[OpReport]:
     for op, backends in OP_BACKENDS.items():
         reasons = {name: why_not(op, device, name) for name in backends}
         unusable = {name: reason for name, reason in reasons.items() if reason is not None}
-        reports.append(OpReport(op, choose(op, device, "auto"), unusable))
+        chosen = choose(op, device, "auto", _FIXED_DTYPES.get(op, torch.float32))
+        reports.append(OpReport(op, chosen, unusable))
     return reports
