@@ -139,10 +139,11 @@ TRAINING: Columns = {
 LOADERS: Columns = {
     "source": lambda row: f"{row['source']}, {row['side']} x {row['side']}",
     "reader": lambda row: str(row["candidate"]),
-    "workers": lambda row: str(row["workers"]),
+    "workers": lambda row: str(row["workers"] or "-"),
     "N": lambda row: str(row["batch"]),
     "images/s": lambda row: f"{row['read_images_per_second']:,.0f}",
     "x DataLoader": lambda row: _or_dash(row["over DataLoader"], ".2f"),
+    "waits": lambda row: _or_dash(row["waiting_share"], ".2%"),
     "rounds": lambda row: str(row["rounds"]),
 }
 

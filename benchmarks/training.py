@@ -33,7 +33,7 @@ from vaebm_fast import PRESETS
 from vaebm_fast.chain.langevin import LangevinSampler
 from vaebm_fast.chain.noise import Stream
 from vaebm_fast.config import EnergyTraining, Preset
-from vaebm_fast.data import ArraySource, TorchLoader
+from vaebm_fast.data import ArraySource, Loader, TorchLoader
 from vaebm_fast.models import NVAE
 from vaebm_fast.runtime.files import expanded
 from vaebm_fast.training.energy import EnergyTrainer
@@ -79,9 +79,8 @@ def energy_iterations(
     preset: Preset, batch: int, device: torch.device, *, plain: bool, steps: int | None = None
 ) -> Callable[[], object]:
     """Stage 2, without a replay buffer, whose cost docs/performance.md counts; calls as in `vae_iterations`."""
-    training = _energy_training(preset, batch, steps)
-    torch.manual_seed(0)
-    trainer = EnergyTrainer(NVAE(preset.nvae), preset.energy, training, _loader(preset, batch), device=device)
+    trainer = energy_trainer(preset, batch, _loader(preset, batch), device, steps)
+    training = trainer.training
     if not plain:
         return _next_step(trainer.step)
     _contiguous(trainer.model)
@@ -99,6 +98,15 @@ def energy_iterations(
         return trainer.update(x, images.contiguous())
 
     return _next_step(step)
+
+
+def energy_trainer(
+    preset: Preset, batch: int, loader: Loader, device: torch.device | str = "cpu", steps: int | None = None
+) -> EnergyTrainer:
+    """Stage 2 of a preset with an untrained NVAE, without a replay buffer."""
+    training = _energy_training(preset, batch, steps)
+    torch.manual_seed(0)
+    return EnergyTrainer(NVAE(preset.nvae), preset.energy, training, loader, device=device)
 
 
 def _energy_training(preset: Preset, batch: int, steps: int | None) -> EnergyTraining:
