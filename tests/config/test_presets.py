@@ -48,6 +48,7 @@ cifar10         32    3      128  1  30      1   8     20  2      1
 celeba_64       64    3      48   3  5       1   8     20  2      1
 lsun_church_64  64    3      48   3  5       1   8     20  2      1
 celeba_256      256   3      32   5  4       2   5     20  2      1
+stacked_mnist   32    3      32   2  5       1   8     20  2      1
 digits          8     1      16   2  2       0   8     4   1      1
 """)
 
@@ -57,6 +58,7 @@ cifar10         400     32     8     1e-2  5       1e-1  no      yes
 celeba_64       50      32     8     1e-2  1       1e-1  no      yes
 lsun_church_64  60      32     8     1e-2  1       1e-1  no      yes
 celeba_256      200     8      8     6e-3  5       1e-2  yes     yes
+stacked_mnist   100     32     1     1e-2  5       1e-1  no      yes
 digits          60      32     1     1e-2  5       1e-1  no      no
 """)
 
@@ -66,6 +68,7 @@ cifar10         10     8e-5  32     1     4e-5  30000       0.2      no         
 celeba_64       10     5e-6  32     1     5e-5  30000       0.2      yes        0.99   0.0   1e4      official
 lsun_church_64  10     4e-6  32     1     4e-5  30000       0.2      yes        0.99   0.0   1e4      official
 celeba_256      6      3e-6  4      4     4e-5  9000        0.3      yes        0.99   0.0   1e4      official
+stacked_mnist   10     8e-5  32     1     4e-5  30000       0.2      no         0.99   0.0   1e4      official
 digits          10     0.15  32     1     1e-4  250         0.2      no         0.5    0.98  100.0    paper
 """)
 
@@ -81,6 +84,7 @@ cifar10         16     official
 celeba_64       20     official
 lsun_church_64  20     official
 celeba_256      24     official
+stacked_mnist   16     official
 digits          10     paper
 """)
 
@@ -90,8 +94,10 @@ cifar10         yes              no
 celeba_64       yes              no
 lsun_church_64  yes              yes
 celeba_256      yes              no
+stacked_mnist   no               no
 digits          no               no
 """)
+TRANSFORMS = {"celeba_64": "celeba", "stacked_mnist": "stacked_mnist"}
 
 # Blocks: channels in and out in units of m, d where they downsample.
 ENERGY = {
@@ -99,6 +105,7 @@ ENERGY = {
     "celeba_64": (64, "11d 11 12d 22 22d 24 44d 44"),
     "lsun_church_64": (64, "11d 11 12d 22 22 22d 24 44 44d 44"),
     "celeba_256": (64, "11d 11 12d 22 22d 22 24d 44 44d 44 48d 88"),
+    "stacked_mnist": (64, "11d 11 12d 22"),
     "digits": (32, "11d 11 12d 22"),
 }
 ENERGY_ARCH = {"cifar10": "cifar_32", "celeba_64": "celeba_64", "lsun_church_64": "lsun_64", "celeba_256": "celeba_256"}
@@ -169,9 +176,9 @@ def expected_energy_training(name: str) -> dict[str, Any]:
 
 
 def test_there_are_these_presets_and_no_others() -> None:
-    assert tuple(PRESETS) == (*PUBLISHED, "digits")
+    assert tuple(PRESETS) == (*PUBLISHED, "stacked_mnist", "digits")
     assert [preset.name for preset in PRESETS.values()] == list(PRESETS)
-    names = {"name", "nvae", "energy", "vae_training", "energy_training", "sampling"}
+    names = {"name", "nvae", "energy", "vae_training", "energy_training", "sampling", "transform"}
     assert {entry.name for entry in fields(Preset)} == names | {*AUGMENTATION["digits"], "vae_gpus", "energy_gpus"}
 
 
@@ -230,6 +237,7 @@ def test_a_preset_is_sampled_with_the_h_that_it_is_trained_with(name: str) -> No
 def test_a_preset_augments_its_images_as_published(name: str) -> None:
     preset = PRESETS[name]
     assert {what: getattr(preset, what) for what in AUGMENTATION[name]} == AUGMENTATION[name]
+    assert preset.transform == TRANSFORMS.get(name)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -284,7 +292,7 @@ def test_train_without_other_options_gives_a_trainer_the_preset(
         given.append((*arguments, options))
 
     monkeypatch.setattr(command, "open_source", lambda data, **shape: (data, shape))
-    monkeypatch.setattr(command, "TorchLoader", lambda *arguments, **options: (*arguments, options))
+    monkeypatch.setattr(command, "open_loader", lambda *arguments, **options: (*arguments, options))
     monkeypatch.setattr(command, "load_nvae", lambda path: path)
     monkeypatch.setattr(command, "VAETrainer", trainer)
     monkeypatch.setattr(command, "EnergyTrainer", trainer)
@@ -293,10 +301,12 @@ def test_train_without_other_options_gives_a_trainer_the_preset(
     assert command.main([stage, "--preset", name, "--data", "here", "--device", "cpu", *nvae]) == 0
     (*networks, training, ((data, shape), loader_batch, loader_options), options) = given[0]
     row = NVAE[name]
-    assert (data, shape) == ("here", {"image_size": row["size"], "image_channels": row["image"]})
+    expected = {"image_size": row["size"], "image_channels": row["image"], "transform": TRANSFORMS.get(name)}
+    assert (data, shape) == ("here", expected)
     assert options == {"seed": 0, "device": torch.device("cpu")}
     assert loader_batch == training.batch_size
-    assert loader_options == {"seed": 0, "pinned": False, **AUGMENTATION[name]}
+    chosen = {"loader": "auto", "cache": "auto", "device": torch.device("cpu")}
+    assert loader_options == {"seed": 0, **chosen, **AUGMENTATION[name]}
     if stage == "vae":
         assert networks == [PRESETS[name].nvae]
         assert asdict(training) == expected_vae_training(name)

@@ -19,7 +19,7 @@ from vaebm_fast.config.energy import (
 )
 from vaebm_fast.config.noise_layout import NoiseLayout
 from vaebm_fast.config.nvae import CELL_PLANS, ArchInstance, CellPlan, Likelihood, NVAEConfig, nvae_from_json
-from vaebm_fast.config.presets import PRESETS, Preset, find_preset
+from vaebm_fast.config.presets import PRESETS, Preset, Transform, find_preset
 from vaebm_fast.config.training import EnergyTraining, Placement, ReplayBuffer, ReplayDtype, VAETraining
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Preset",
     "ReplayBuffer",
     "ReplayDtype",
+    "Transform",
     "VAETraining",
     "energy_from_json",
     "find_energy_arch",

@@ -1,10 +1,11 @@
-"""Table of presets: the published models and the built-in digits."""
+"""Table of presets: the published models, Stacked MNIST and the built-in digits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from vaebm_fast.config.chain import ChainConfig
 from vaebm_fast.config.energy import ENERGY_ARCHS, EnergyConfig, parse_blocks
@@ -12,10 +13,15 @@ from vaebm_fast.config.nvae import NVAEConfig
 from vaebm_fast.config.training import EnergyTraining, ReplayBuffer, VAETraining
 from vaebm_fast.runtime.errors import UserError
 
+Transform = Literal["square", "celeba", "pad", "stacked_mnist"]  # how stored images become square; see data/images.py
+
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model with its training and sampling settings. Batch sizes are per GPU, for the GPU counts given here."""
+    """A named model with its training and sampling settings. Batch sizes are per GPU, for the GPU counts given here.
+
+    transform: of the images that the model is trained on; None: as fits the data.
+    """
 
     name: str
     nvae: NVAEConfig
@@ -25,6 +31,7 @@ class Preset:
     sampling: ChainConfig
     horizontal_flip: bool = True
     random_crop: bool = False
+    transform: Transform | None = None
     vae_gpus: int = 8
     energy_gpus: int = 1
 
@@ -83,6 +90,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 vae_training=VAETraining(epochs=50, warmup_epochs=1),
                 energy_training=EnergyTraining(learning_rate=5e-5, chain=ChainConfig(10, 5e-6)),
                 sampling=ChainConfig(steps=20, step_size=5e-6),
+                transform="celeba",
             ),
             Preset(
                 name="lsun_church_64",
@@ -114,6 +122,19 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 ),
                 sampling=ChainConfig(steps=24, step_size=3e-6),
                 energy_gpus=4,
+            ),
+            Preset(  # sizes and settings are ours: only the results are published
+                name="stacked_mnist",
+                nvae=_nvae(32, channels=32, scales=2, groups=5, flows=1),
+                energy=ENERGY_ARCHS["mnist"].config(),
+                vae_training=VAETraining(epochs=100),
+                energy_training=EnergyTraining(
+                    learning_rate=4e-5, chain=ChainConfig(10, 8e-5), use_mean_negatives=False
+                ),
+                sampling=ChainConfig(steps=16, step_size=8e-5),
+                horizontal_flip=False,
+                transform="stacked_mnist",
+                vae_gpus=1,
             ),
             Preset(
                 name="digits",

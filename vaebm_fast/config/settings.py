@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 # Settings that older versions did not save, with the values they had.
-OLDER_DEFAULTS = {"random_crop": False, "temperature": 1.0, "start_temperature": 1.0, "flat": False}
+OLDER_DEFAULTS = {
+    "random_crop": False,
+    "transform": "square",
+    "temperature": 1.0,
+    "start_temperature": 1.0,
+    "flat": False,
+}
 OLD_DATA = "data"
 RENAMED = {"backend": {"cpu": "cpp"}}  # {setting: {old value: new value}}
 
