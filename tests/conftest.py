@@ -18,7 +18,9 @@ from vaebm_fast.runtime import extension
 torch.set_num_threads(1)
 
 # They import the commands, and so tyro, which the machine that `make gpu` runs on may lack.
-collect_ignore = [] if find_spec("tyro") else ["cli", "evaluation/test_cost.py"]
+collect_ignore = (
+    [] if find_spec("tyro") else ["cli", "evaluation/test_cost.py", "data/test_prepare.py", "data/test_overview.py"]
+)
 
 
 @pytest.fixture(autouse=True)

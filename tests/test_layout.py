@@ -36,13 +36,26 @@ UPWARDS = {("vaebm_fast/models/vaebm.py", "frozen")}  # VAEBM.freeze, the short 
 FACE = "__init__"  # the public face imports what it shows; only what stands on the whole package imports the face
 USES_FACE = ("cli", "train.py")
 
-OPTIONAL = ("triton", "nvidia.dali", "tyro", "tensorboard", "sklearn", "matplotlib", "pynvml", "vaebm_fast._C")
+OPTIONAL = (
+    "triton",
+    "nvidia.dali",
+    "tyro",
+    "tensorboard",
+    "sklearn",
+    "matplotlib",
+    "pynvml",
+    "lmdb",
+    "google_crc32c",
+    "scipy",
+    "vaebm_fast._C",
+)
 # What these modules are for is such a package; the test below shows that no other module loads them when imported.
 NEEDS_OPTIONAL = (
     "vaebm_fast.__main__",
     "vaebm_fast._C",
     "vaebm_fast.cli",
     "vaebm_fast.cli.demo",
+    "vaebm_fast.data.dali",
     "vaebm_fast.report.figures",
     "vaebm_fast.triton_kernels",
 )

@@ -364,3 +364,15 @@ def test_readjust_names_a_destination_that_cannot_be_written_before_its_batches(
     monkeypatch.setattr("vaebm_fast.training.readjust.readjust_batch_norm", None)
     error = error_of(capsys, "readjust", nvae, "--temperature", "0.7", "--out", str(out))
     assert error == f"error: {out}: No such file or directory.\n"
+
+
+def test_likelihood_reads_images_by_the_transform_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvae = str(tmp_path / "nvae.safetensors")
+    save_nvae(NVAE(PRESETS["digits"].nvae), nvae)
+    (tmp_path / "images").mkdir()
+    Image.new("L", (10, 20)).save(tmp_path / "images" / "a.png")
+    command = ["likelihood", nvae, "--data", str(tmp_path / "images"), "--split", "train", "--device", "cpu"]
+    assert cli.main(command) == 0
+    assert "it is 10x20, not 178x218" in error_of(capsys, *command, "--transform", "celeba")

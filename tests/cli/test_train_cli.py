@@ -30,6 +30,7 @@ from vaebm_fast.config import (
     parse_blocks,
 )
 from vaebm_fast.data import TorchLoader
+from vaebm_fast.data.resident import ResidentLoader
 from vaebm_fast.models import NVAE
 from vaebm_fast.runtime.devices import choose_device
 from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer
@@ -221,7 +222,7 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     refused = refusal_of(capsys, "vae")
     assert "--preset cifar10|" in refused and "--data" not in refused
     refused = refusal_of(capsys, "energy", "--preset", "cifar10")
-    assert "--data FOLDER" in refused and "--nvae FILE" in refused
+    assert "--data DATA" in refused and "--nvae FILE" in refused
 
 
 def test_what_cannot_be_is_one_sentence(
@@ -410,3 +411,20 @@ def test_a_home_is_expanded_in_the_paths_of_training(
     seen: list[Any] = []
     monkeypatch.setattr(train, "finish", lambda trainer, run: seen.append(run.out) or 0)
     assert train.main(["vae", "--preset", "digits", "--out=~/out"]) == 0 and seen == [tmp_path / "out"]
+
+
+def test_loader_cache_and_transform_are_options(
+    trainers: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        Image.new("RGB", (178, 218), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    common = ("--preset", "celeba_64", "--data", str(tmp_path), "--device", "cpu", "--training.batch-size", "2")
+    vae = ("vae", *common, *TINY_VAE_OPTIONS[:6], "--model.image-size", "32")
+    assert train.main([*vae, "--cache", "device"]) == 0
+    assert train.main([*vae, "--loader", "torch", "--cache", "none", "--transform", "square"]) == 0
+    first, second = (trainer.loader for trainer, _ in trainers)
+    assert isinstance(first, ResidentLoader) and first.settings()["transform"] == "celeba"
+    assert type(second) is TorchLoader and second.settings()["transform"] == "square"
+    assert second.source.cache_bytes == 0
+    capsys.readouterr()
+    assert "DALI decodes images on each read" in error_of(capsys, *vae, "--loader", "dali", "--cache", "host")

@@ -14,8 +14,10 @@ from PIL import Image
 
 from tests.helpers.file_systems import without_root
 from vaebm_fast.data import ArraySource, open_source
-from vaebm_fast.data.folder import FolderListing, ImageFolder
-from vaebm_fast.data.sources import mnist
+from vaebm_fast.data.containers import ImageFolder
+from vaebm_fast.data.containers.folder import FolderListing
+from vaebm_fast.data.digit_sets import mnist
+from vaebm_fast.data.sources import StoredImages
 from vaebm_fast.runtime.errors import UserError
 
 
@@ -29,8 +31,8 @@ def make(root: Path, *names: str) -> Path:
     return root
 
 
-def folder(root: Path) -> ImageFolder:
-    return ImageFolder(root, image_size=8, image_channels=1)
+def folder(root: Path, **options: Any) -> StoredImages:
+    return StoredImages(ImageFolder(FolderListing(root)), **{"image_size": 8, "image_channels": 1, **options})
 
 
 def test_links_to_folders_and_files_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_links_to_folders_and_files_are_followed_and_loops_end(tmp_path: Path) -
     said = "5 images, 4 files .*: 3 links to what cannot be reached, .*; 1 links to folders that are read already"
     with pytest.warns(UserWarning, match=said):
         source = folder(data)
-    assert source.names == ["link.png", "linked/1.png", "linked/2.png", "linked/deeper/3.png", "own/5.png"]
+    assert source.container.names == ["link.png", "linked/1.png", "linked/2.png", "linked/deeper/3.png", "own/5.png"]
 
 
 def test_a_folder_that_is_reached_twice_is_read_once_by_its_own_name(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_hidden_and_system_names_are_passed_over_and_counted(tmp_path: Path, rec
     (tmp_path / "labels.csv").touch()
     (tmp_path / "Thumbs.db").touch()
     source = folder(tmp_path)
-    assert source.names == ["1.png", "sub/2.png"]
+    assert source.container.names == ["1.png", "sub/2.png"]
     [warning] = recwarn.list
     said = str(warning.message)
     assert said.startswith(f"{tmp_path}: 2 images, 11 files passed over: ") and "\n" not in said
@@ -89,7 +91,7 @@ def test_a_plain_folder_says_nothing(tmp_path: Path, recwarn: pytest.WarningsRec
 
 
 def test_a_data_set_within_a_hidden_folder_is_read(tmp_path: Path) -> None:
-    assert folder(make(tmp_path / ".cache" / "set", "1.png")).names == ["1.png"]
+    assert folder(make(tmp_path / ".cache" / "set", "1.png")).container.names == ["1.png"]
 
 
 def test_what_is_no_file_is_passed_over_and_what_links_nowhere_is_named(tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_folders_that_would_be_read_are_known(tmp_path: Path) -> None:
     source = folder(tmp_path / "set")
     inside = ["set", "set/run", "set/sub/a/b", "set/link/run", "store/run", "store/deep", "way in/run"]
     outside = ["run", "set/.run", "set/sub/@eaDir/run", "setrun", "."]
-    assert [name for name in inside + outside if source.would_read(tmp_path / name)] == inside
+    assert [name for name in inside + outside if source.container.would_read(tmp_path / name)] == inside
 
 
 def test_unreadable_images_are_looked_for_on_the_disk(tmp_path: Path) -> None:

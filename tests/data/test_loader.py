@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -128,6 +129,7 @@ def test_settings_name_the_data_and_its_augmentation() -> None:
         "data_sha256": numbered(12).digest(),
         "horizontal_flip": True,
         "random_crop": False,
+        "transform": "square",
     }
 
 
@@ -250,7 +252,13 @@ def test_a_closed_loader_ends_its_threads_and_reads_nothing_more() -> None:
     loader = TorchLoader(source, 100, workers=2)
     waiting = threading.Thread(target=loader.batch, args=(0,))
     waiting.start()
-    while len(source.crops) < 2:  # both threads read; the third batch is queued
+
+    def waits() -> bool:
+        assert waiting.ident is not None
+        caller = sys._current_frames()[waiting.ident].f_back
+        return caller is not None and caller.f_code.co_name == "result"
+
+    while len(source.crops) < 2 or not waits():  # both threads read; the third batch is queued
         time.sleep(0.001)
     threads = set(loader._pool._threads)
     closing = threading.Thread(target=loader.close)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.sampling_jobs import FORMATS, computed, expected_images, networks, options, pictures, pixels
+from vaebm_fast.data import open_source
 from vaebm_fast.sampling import SampleOptions, SamplingError, run_job
 from vaebm_fast.sampling.outputs import Output, Part
 from vaebm_fast.sampling.seeds import Seeds
@@ -183,3 +184,14 @@ def test_a_folder_of_before_is_not_flat(options: SampleOptions) -> None:
 def test_flat_is_refused_where_there_are_no_folders(format: Any, options: SampleOptions) -> None:
     with pytest.raises(ValueError, match=f"flat is for the formats png and zip; {format} has no folders"):
         replace(options, format=format, flat=True)
+
+
+@pytest.mark.parametrize(("format", "flat"), [*((format, False) for format in FORMATS), ("png", True)])
+def test_samples_of_every_format_open_as_training_images(
+    format: Any, flat: bool, options: SampleOptions, recwarn: pytest.WarningsRecorder
+) -> None:
+    job = replace(options, format=format, flat=flat)
+    run_job(job)
+    paths = [job.out, *(path for path in job.out.iterdir() if path.name.startswith("samples"))]
+    read = [open_source(path, image_size=4, image_channels=3).read(np.arange(10)) for path in paths]
+    assert len(read) == 1 + (format != "png") and all((images == expected_images(job)).all() for images in read)

@@ -22,7 +22,9 @@ from tests.helpers.file_systems import files_of_at_most, refuse
 from tests.helpers.trainers import QUIET, SOURCE, vae_trainer
 from vaebm_fast.checkpoint import CheckpointError, load_training, save_training
 from vaebm_fast.data import UnreadableDataError, open_source
-from vaebm_fast.data.folder import ImageFolder
+from vaebm_fast.data.containers import ImageFolder
+from vaebm_fast.data.containers.folder import FolderListing
+from vaebm_fast.data.sources import StoredImages
 from vaebm_fast.report import save_grid
 from vaebm_fast.runtime.locks import Lock, LockedError
 from vaebm_fast.training import RunOptions, VAETrainer, train
@@ -184,7 +186,9 @@ def test_all_unreadable_images_are_named_at_once_and_may_be_replaced_at_once(ima
 
 
 def test_a_disk_that_went_away_frees_no_image_from_its_identity(images: Path, tmp_path: Path) -> None:
-    trainer = vae_trainer(ImageFolder(images, image_size=8, image_channels=1, cache_bytes=0))
+    trainer = vae_trainer(
+        StoredImages(ImageFolder(FolderListing(images)), image_size=8, image_channels=1, cache_bytes=0)
+    )
     step = trainer.step
 
     def stepping(number: int) -> Any:

@@ -9,11 +9,13 @@ from typing import Any
 import tyro
 
 from vaebm_fast import __version__
-from vaebm_fast.cli import convert, cost, demo, info, likelihood, readjust, sample, train
+from vaebm_fast.cli import convert, cost, demo, info, likelihood, prepare, readjust, sample, show, train
 from vaebm_fast.cli._options import registry
 from vaebm_fast.runtime import command
 
 COMMANDS: Mapping[str, Callable[..., Any]] = {
+    "prepare": prepare.prepare,
+    "show": show.show,
     "train": train.describe,
     "sample": sample.sample,
     "info": info.info,

@@ -25,7 +25,7 @@ from vaebm_fast.chain.langevin import LangevinSampler, to_uint8
 from vaebm_fast.checkpoint import load_energy, load_nvae
 from vaebm_fast.config import PRESETS, Preset
 from vaebm_fast.data import ArraySource, TorchLoader, digits, to_tensor
-from vaebm_fast.data.folder import is_hidden
+from vaebm_fast.data.containers.base import is_hidden
 from vaebm_fast.evaluation.digit_features import SAMPLES, SAMPLING_SEEDS, Judge, everything, train_digit_classifier
 from vaebm_fast.frozen import freeze
 from vaebm_fast.models import VAEBM

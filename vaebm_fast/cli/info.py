@@ -22,6 +22,9 @@ PACKAGES = {
     "TensorBoard": ("tensorboard", "tensorboard", "the logs of training"),
     "scikit-learn": ("sklearn", "scikit-learn", "the built-in digits"),
     "Matplotlib": ("matplotlib", "matplotlib", "the figures of the demo"),
+    "LMDB": ("lmdb", "lmdb", "data sets in LMDB databases"),
+    "CRC-32C": ("google_crc32c", "google-crc32c", "data sets in TFRecord files"),
+    "DALI": ("nvidia.dali", "nvidia-dali-cuda130", "faster decoding of images"),
     "NVML": ("pynvml", "nvidia-ml-py", "GPU utilisation and joules per image while sampling"),
 }
 

@@ -23,13 +23,16 @@ from vaebm_fast.config import (
     NVAEConfig,
     Preset,
     ReplayBuffer,
+    Transform,
     VAETraining,
     find_preset,
     format_blocks,
     parse_blocks,
 )
-from vaebm_fast.data import Loader, TorchLoader, open_source
-from vaebm_fast.data.folder import ImageFolder
+from vaebm_fast.data import Loader, open_source
+from vaebm_fast.data.containers import ImageFolder
+from vaebm_fast.data.loading import CacheName, LoaderName, open_loader
+from vaebm_fast.data.sources import StoredImages
 from vaebm_fast.report import save_grid
 from vaebm_fast.runtime import command
 from vaebm_fast.runtime.devices import DeviceName, choose_device
@@ -39,8 +42,8 @@ from vaebm_fast.training import EnergyTrainer, RunOptions, VAETrainer, train
 
 USAGE = """Train a VAEBM in two stages: first its NVAE, then its energy network against that NVAE.
 
-    {prog} vae --preset NAME [--data FOLDER] [options]
-    {prog} energy --preset NAME --nvae FILE [--data FOLDER] [options]
+    {prog} vae --preset NAME [--data DATA] [options]
+    {prog} energy --preset NAME --nvae FILE [--data DATA] [options]
 
 Every value of a preset is an option: `{prog} vae --preset NAME --help` lists them with that preset's values.
 Rerun the same command to continue a stopped run.
@@ -55,34 +58,43 @@ class Options:
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))]
     """Preset that supplies all other defaults; help without it shows those of digits."""
-    data: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
-    """A folder of training images or idx files, or the built-in `digits`."""
+    data: Annotated[str, tyro.conf.arg(metavar="DATA")]
+    """What `vaebm-fast prepare` made or reads: a folder or archive of images, LMDB, arrays, ...; or `digits`."""
     horizontal_flip: bool
     """Mirror half of the training images."""
     random_crop: bool
     """Crop non-square training images at random positions instead of the centre."""
+    transform: Transform | None
+    """How images become square; without it as fits the data: resized by the short side and cropped, or padded."""
+    loader: LoaderName = "auto"
+    """What decodes images: NVIDIA DALI or torch's threads; auto picks DALI for images that memory cannot cache."""
+    cache: CacheName = "auto"
+    """Where decoded images are kept: nowhere, in the host's memory as far as they fit, or all on the device."""
     seed: int = 0
     """Seed of initial weights, image order and all noise."""
     device: DeviceName = "auto"
     """Device; auto uses the GPU if there is one."""
     run: tyro.conf.OmitArgPrefixes[RunOptions]
 
-    def loader(self, image_shape: tuple[int, int, int], batch_size: int) -> Loader:
+    def open_loader(self, image_shape: tuple[int, int, int], batch_size: int) -> Loader:
         """Training batches for a network of images (C, H, W)."""
         channels, side, _ = image_shape
-        source = open_source(self.data, image_size=side, image_channels=channels)
-        if isinstance(source, ImageFolder) and source.would_read(self.run.out):
+        source = open_source(self.data, image_size=side, image_channels=channels, transform=self.transform)
+        folder = source.container if isinstance(source, StoredImages) else None
+        if isinstance(folder, ImageFolder) and folder.would_read(self.run.out):
             raise UserError(
-                f"The output folder {self.run.out} lies in the data, {source.root}, where its sample grids would "
+                f"The output folder {self.run.out} lies in the data, {folder.path}, where its sample grids would "
                 "become training images; name another one with --out."
             )
-        return TorchLoader(
+        return open_loader(
             source,
             batch_size,
+            loader=self.loader,
+            cache=self.cache,
+            device=choose_device(self.device),
             seed=self.seed,
             horizontal_flip=self.horizontal_flip,
             random_crop=self.random_crop,
-            pinned=choose_device(self.device).type == "cuda",
         )
 
     def trainer_options(self) -> dict[str, Any]:
@@ -119,7 +131,7 @@ def train_vae(arguments: Sequence[str], prog: str) -> int:
     defaults = VAEOptions(**common, model=preset.nvae, training=preset.vae_training)
     options = parse(f"{prog} vae", defaults, arguments)
     model = options.model
-    loader = options.loader(model.image_shape, options.training.batch_size)
+    loader = options.open_loader(model.image_shape, options.training.batch_size)
     trainer = VAETrainer(model, options.training, loader, **options.trainer_options())
     compare_batches(preset.vae_gpus, preset.vae_training.batch_size, options.training.batch_size)
     return finish(trainer, options.run)
@@ -140,7 +152,7 @@ def train_energy(arguments: Sequence[str], prog: str) -> int:
             raise UserError("The replay buffer is off, so its values have no effect; add --training.buffer to use it.")
         training = replace(training, buffer=None)
     vae, energy = load_nvae(options.nvae), options.energy
-    loader = options.loader(energy.image_shape, training.batch_size)
+    loader = options.open_loader(energy.image_shape, training.batch_size)
     trainer = EnergyTrainer(vae, energy, training, loader, **options.trainer_options())
     compare_batches(preset.energy_gpus, preset.energy_training.batch_size, training.batch_size)
     return finish(trainer, options.run)
@@ -163,6 +175,7 @@ def start_options(stage: str, arguments: Sequence[str]) -> tuple[Preset, dict[st
         "data": "digits" if preset.name == "digits" else tyro.MISSING,
         "horizontal_flip": preset.horizontal_flip,
         "random_crop": preset.random_crop,
+        "transform": preset.transform,
         "run": RunOptions(Path("runs", preset.name, stage)),
     }
 

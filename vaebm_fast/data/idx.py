@@ -11,12 +11,12 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from vaebm_fast.data.folder import is_hidden
+from vaebm_fast.data.containers.base import is_hidden
 from vaebm_fast.runtime.errors import UserError
 
 IMAGES_MAGIC = 2051
@@ -67,28 +67,38 @@ def read_labels(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _read(path: Path, magic: int, what: str, header_numbers: int) -> npt.NDArray[np.uint8]:
-    data = _bytes(path)
     header_bytes = 4 * header_numbers
-    if len(data) < header_bytes:
-        raise UserError(f"{path} is truncated: {len(data)} bytes cannot hold the {header_bytes}-byte idx header.")
-    found, *shape = np.frombuffer(data, ">u4", header_numbers).tolist()
-    if found != magic:
-        raise UserError(f"{path} is not an idx file of {what}: its magic number is {found}, not {magic}.")
-    expected = math.prod(shape)
-    if len(data) - header_bytes != expected:
-        fault = "is truncated" if len(data) - header_bytes < expected else "is too long"
-        raise UserError(
-            f"{path} {fault}: its header specifies {' x '.join(map(str, shape))} = {expected} bytes of {what}, "
-            f"but {len(data) - header_bytes} follow."
-        )
-    return np.frombuffer(data, np.uint8, offset=header_bytes).reshape(shape)
-
-
-def _bytes(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.suffix != ".gz":
-        return data
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        return gzip.decompress(data)
+        with opener(path, "rb") as file:
+            header = file.read(header_bytes)
+            if len(header) < header_bytes:
+                raise UserError(
+                    f"{path} is truncated: {len(header)} bytes cannot hold the {header_bytes}-byte idx header."
+                )
+            found, *shape = np.frombuffer(header, ">u4", header_numbers).tolist()
+            if found != magic:
+                raise UserError(f"{path} is not an idx file of {what}: its magic number is {found}, not {magic}.")
+            expected = math.prod(shape)
+            data = _at_most(file, expected + 1)
     except (OSError, EOFError, zlib.error) as error:
+        if path.suffix != ".gz" or (isinstance(error, OSError) and error.errno):
+            raise
         raise UserError(f"{path} is a truncated or damaged gzip file ({error}). Download it again.") from error
+    if len(data) != expected:
+        fault = "is truncated" if len(data) < expected else "is too long"
+        follow = f"{len(data)} follow" if len(data) < expected else "more follow"
+        raise UserError(
+            f"{path} {fault}: its header specifies {' x '.join(map(str, shape))} = {expected} bytes of {what}, but "
+            f"{follow}."
+        )
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _at_most(file: Any, size: int) -> bytes:
+    """Up to `size` bytes; a header that claims more than there is takes no memory for it."""
+    parts: list[bytes] = []
+    while size and (part := file.read(min(size, 1 << 24))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)

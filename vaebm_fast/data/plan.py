@@ -80,6 +80,10 @@ class BatchPlan:
         share = self.batch_size // world
         return slice(rank * share, (rank + 1) * share)
 
+    def epoch(self, number: int) -> EpochPlan:
+        """The choices of a whole epoch."""
+        return self._epoch(number)
+
     def batch(self, step: int, rows: slice = slice(None)) -> EpochPlan:
         """The choices for these rows of the global batch of `step`."""
         epoch, index = divmod(step, self.batches_per_epoch)

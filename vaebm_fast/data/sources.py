@@ -1,37 +1,44 @@
-"""Image sources: their interface, the built-in digits, MNIST-like idx files, and lookup by name or path.
+"""Image sources: square images of one shape by index, from memory or from a container.
 
-A source returns uint8 images by index; `loader` owns order, batches and devices.
+`containers` reads what is stored, `images` decodes and resizes, `opening` finds the source at a path, `loader` owns
+order, batches and devices.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import threading
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
-from vaebm_fast.data import idx
-from vaebm_fast.data.folder import EXTENSIONS, FolderListing, ImageFolder, is_hidden
-from vaebm_fast.data.images import Pixels, resize_short_side
+from vaebm_fast.config import Transform
+from vaebm_fast.data.containers import Container
+from vaebm_fast.data.containers.base import summary
+from vaebm_fast.data.images import (
+    Pixels,
+    Record,
+    UnfitImageError,
+    UnreadableImageError,
+    crop_square,
+    decoding,
+    transformed,
+)
 from vaebm_fast.runtime.errors import UserError
-from vaebm_fast.runtime.files import expanded
 
-Split = Literal["train", "held_out"]
-
-HELD_OUT_FOLDERS = ("held_out", "validation", "val", "test")
 IDX_SUBSETS = {"train": "train", "held_out": "t10k"}
 DIGITS_SPLIT_KEY = 1797
+STACKED_KEY = 1000
+DEFAULT_CACHE_BYTES = 2 << 30
 
-
-class MissingDataError(UserError, FileNotFoundError):
-    """The requested data does not exist."""
+Result = TypeVar("Result")
 
 
 class ImageSource(Protocol):
@@ -50,6 +57,11 @@ class ImageSource(Protocol):
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
         """One class per image, [len(self)]; None without classes."""
+        ...
+
+    @property
+    def transform(self) -> Transform:
+        """How stored images become square; "square" if they are square already."""
         ...
 
     def __len__(self) -> int: ...
@@ -76,11 +88,13 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ArraySource:
-    """An `ImageSource` of square images in memory: uint8 [n, H, W, C]."""
+    """An `ImageSource` of square images in memory or mapped: uint8 [n, H, W, C]."""
 
     name: str
     images: Pixels
     labels: npt.NDArray[np.int64] | None = None
+    sha256: str | None = None  # the digest, where it is known already
+    transform: Transform = "square"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -92,8 +106,8 @@ class ArraySource:
         return len(self.images)
 
     def digest(self, without: Collection[str] = ()) -> str:
-        """SHA-256 of shape and pixels; `without` has no effect, because these images have no names."""
-        return self._digest
+        """`sha256`, or else that of shape and pixels; `without` has no effect, because these images have no names."""
+        return self.sha256 or self._digest
 
     def find_unreadable(self) -> list[str]:
         """None: the images are in memory."""
@@ -110,131 +124,132 @@ class ArraySource:
         return self.images[indices]
 
 
-def open_source(
-    name_or_path: str | Path, *, image_size: int, image_channels: int, split: Split = "train"
-) -> ImageSource:
-    """Open a source by name or path: square images of side `image_size` with 1 or 3 channels.
+class StoredImages:
+    """An `ImageSource` of what a container stores, decoded, transformed, resized and cropped.
 
-    "digits": scikit-learn's handwritten digits, see `digits` ("./digits" is a folder with that name);
-    a folder with idx files, also in its raw/ or, if it holds no images, in one of its folders: see `mnist`;
-    any other folder: its image files. If it contains `train/` and one of `held_out/`, `validation/`, `val/`, `test/`,
-    each split reads its own subfolder; otherwise all files are the train split and there is no held-out split.
-
-    Raises ValueError or FileNotFoundError naming the source if it is missing, empty or has the wrong shape.
+    transform: see `images.transformed`; default: the container's own. sha256: the digest, if it is known. Caches
+    decoded, resized, uncropped images until `cache_bytes` is full; further images are decoded on each read. Reading an
+    unreadable image raises UnreadableImageError. Warns of files that were passed over.
     """
-    _check_shape(image_size, image_channels, split)
-    if name_or_path == "digits":
-        return digits(image_size=image_size, image_channels=image_channels, split=split)
-    root = expanded(os.fspath(name_or_path))
-    if not root.exists():
-        raise MissingDataError(f'{root} does not exist. Give a folder of images or idx files, or "digits".')
-    if not root.is_dir():
-        raise UserError(f"{root} is a file. Give the folder that contains the images or idx files.")
-    if _holds_idx(root, below=False) or (_holds_idx(root, below=True) and not FolderListing(root).files):
-        return mnist(root, image_size=image_size, image_channels=image_channels, split=split)
-    return ImageFolder(_split_folder(root, split), image_size=image_size, image_channels=image_channels)
+
+    def __init__(
+        self,
+        container: Container,
+        *,
+        image_size: int,
+        image_channels: int,
+        transform: Transform | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        sha256: str | None = None,
+    ) -> None:
+        self.container, self.name, self.labels = container, str(container.path), container.labels
+        self.image_shape = (image_channels, image_size, image_size)
+        self.transform: Transform = transform or container.transform
+        if container.passed_over:
+            total = sum(map(len, container.passed_over.values()))
+            passed_over = f"{total} file{'s' * (total > 1)} passed over: {summary(container.passed_over)}"
+            warnings.warn(f"{container.path}: {len(self)} images, {passed_over}.", stacklevel=2)
+        self._sha256 = sha256
+        self._contents: list[bytes] | None = None
+        self.cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._cache: dict[int, Pixels] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.container.names)
+
+    def digest(self, without: Collection[str] = ()) -> str:
+        """SHA-256 of every image's name, size and SHA-256, in order; of those in `without` only the name counts.
+
+        Reads every image the first time. Raises OSError, naming the file, if one cannot be read.
+        """
+        if self._sha256 is not None:
+            return self._sha256
+        if self._contents is None:
+            self._contents = self._of_every_image("identifying the images", self._content)
+        sha = hashlib.sha256()
+        for name, content in zip(self.container.names, self._contents, strict=True):
+            sha.update(name.encode(errors="surrogateescape") + b"\0" + (b"" if name in without else content) + b"\n")
+        return sha.hexdigest()
+
+    def _content(self, index: int) -> bytes:
+        try:
+            size, sha256 = identity(self.container.read(index))
+        except OSError:
+            raise
+        except Exception as error:  # damage in an archive: it identifies the image, and reading it will be refused
+            return f"unreadable: {error}".encode()
+        return f"{size}\0{sha256}".encode()
+
+    def find_unreadable(self) -> list[str]:
+        """Names of all images that are damaged now; reads every image, with threads."""
+
+        def is_damaged(index: int) -> bool:
+            try:
+                self.fitted(index)
+            except UnreadableImageError as error:
+                return error.is_damaged
+            return False
+
+        broken = self._of_every_image("reading every image", is_damaged)
+        return [name for name, fault in zip(self.container.names, broken, strict=True) if fault]
+
+    def _of_every_image(self, title: str, function: Callable[[int], Result]) -> list[Result]:
+        """The function of every index, with threads; a bar shows if that takes a while and stderr is a terminal."""
+        with ThreadPoolExecutor() as pool:
+            results = pool.map(function, range(len(self)))
+            return list(tqdm(results, title, len(self), delay=2, disable=None, unit="image", leave=False))
+
+    def read(self, indices: npt.NDArray[np.int64], crop: npt.NDArray[np.float64] | None = None) -> Pixels:
+        """uint8 [n, H, W, C]; `crop` [n, 2] in [0, 1) places each window (vertical, horizontal); default: centred."""
+        channels, size, _ = self.image_shape
+        places = np.full((len(indices), 2), 0.5) if crop is None else crop
+        out = np.empty((len(indices), size, size, channels), np.uint8)
+        for row, index in enumerate(indices.tolist()):
+            out[row] = crop_square(self._cached(index), size, *places[row].tolist())
+        return out
+
+    def fitted(self, index: int) -> Pixels:
+        """The image as uint8 [H, W, C], its shorter side of the source's size, not cropped. Not cached."""
+        channels, size, _ = self.image_shape
+        try:
+            with decoding(self.container.read(index), channels) as pixels:
+                return transformed(pixels, self.transform, size)
+        except MemoryError:
+            raise
+        except UnfitImageError as error:
+            raise unfit(self.container.where(index), self.transform, error) from error
+        except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, ...
+            raise UnreadableImageError(self.container.where(index), error, self.container.names[index]) from error
+
+    def _cached(self, index: int) -> Pixels:
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
+        pixels = self.fitted(index)
+        with self._lock:
+            if index not in self._cache and self._cached_bytes + pixels.nbytes <= self.cache_bytes:
+                self._cache[index] = pixels
+                self._cached_bytes += pixels.nbytes
+        return pixels
 
 
-def digits(*, image_size: int = 8, image_channels: int = 1, split: Split = "train") -> ArraySource:
-    """scikit-learn's 1797 handwritten digits, 8x8 grey: v = round(255 v16 / 16) for v16 in 0..16; labels 0..9.
-
-    Other sizes are resized with the antialiased triangle filter. A fixed shuffle splits them into 898 for training and
-    899 held out.
-    """
-    _check_shape(image_size, image_channels, split)
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    # Raw Philox words: numpy guarantees that these never change; its shuffles may.
-    shuffle = np.argsort(np.random.Philox(key=DIGITS_SPLIT_KEY).random_raw(len(grey)), kind="stable")
-    half = len(grey) // 2
-    chosen = shuffle[:half] if split == "train" else shuffle[half:]
-    images = np.stack([resize_short_side(image, image_size) for image in grey[chosen]])
-    return ArraySource(
-        f"digits, {split} half", np.repeat(images, image_channels, axis=3), bunch.target[chosen].astype(np.int64)
-    )
+def unfit(where: str, transform: Transform, error: UnfitImageError) -> UserError:
+    """The error of an image that the transform does not fit."""
+    return UserError(f"{where} does not fit transform {transform} ({error}); choose another one, such as square.")
 
 
-def mnist(folder: Path, *, image_size: int = 32, image_channels: int = 1, split: Split = "train") -> ArraySource:
-    """Images of `train-*` (train) or `t10k-*` (held out) idx files, zero-padded on all sides to `image_size`.
-
-    28x28 becomes 32x32 with two pixels per side. Labels are read from `*-labels-idx1-ubyte` if it exists. The files are
-    in `folder`, its raw/, or the raw/ of one of its folders; `idx.find_idx` lists their names.
-    Raises FileNotFoundError or ValueError naming the file if it is missing, damaged or has the wrong shape.
-    """
-    _check_shape(image_size, image_channels, split)
-    subset, folder = IDX_SUBSETS[split], idx.find_folder(folder, IDX_SUBSETS[split]) or folder
-    path = idx.find_idx(folder, subset, "images")
-    if path is None:
-        stem = f"{subset}-images-idx3-ubyte"
-        otherwise = " Otherwise read the training images (--split train)." if split == "held_out" else ""
-        raise MissingDataError(
-            f"{folder} has neither {stem} nor {stem}.gz; the {split} split needs one of them.{otherwise}"
-        )
-    images = idx.read_images(path)
-    count, rows, columns = images.shape
-    if count == 0:
-        raise UserError(f"{path} contains no images.")
-    if rows != columns or image_size < rows or (image_size - rows) % 2:
-        raise UserError(
-            f"{path} contains {rows}x{columns} images, which equal padding on all sides cannot extend to "
-            f"{image_size}x{image_size}. Images are padded, not resized: try size {rows} or {rows + 4}."
-        )
-    border = (image_size - rows) // 2
-    padded = np.pad(images, ((0, 0), (border, border), (border, border)))[..., None]
-    return ArraySource(
-        f"{folder}, {path.name}", np.repeat(padded, image_channels, axis=3), _mnist_labels(folder, subset, count)
-    )
+def identity(record: Record) -> tuple[int, str]:
+    """(number of bytes, SHA-256) of an encoded file; of raw pixels, the SHA-256 covers their shape too."""
+    if isinstance(record, np.ndarray):
+        sha = hashlib.sha256(repr(record.shape).encode())
+        sha.update(np.ascontiguousarray(record).data)
+        return record.nbytes, sha.hexdigest()
+    return len(record), hashlib.sha256(record).hexdigest()
 
 
-def _mnist_labels(folder: Path, subset: str, count: int) -> npt.NDArray[np.int64] | None:
-    path = idx.find_idx(folder, subset, "labels")
-    if path is None:
-        return None
-    labels = idx.read_labels(path)
-    if len(labels) != count:
-        raise UserError(f"{path} contains {len(labels)} labels for {count} images; the files do not match.")
-    return labels.astype(np.int64)
-
-
-def _holds_idx(root: Path, *, below: bool) -> bool:
-    return any(idx.find_folder(root, subset, below=below) is not None for subset in IDX_SUBSETS.values())
-
-
-def _split_folder(root: Path, split: Split) -> Path:
-    held_out = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), None)
-    has_both = held_out is not None and (root / "train").is_dir()
-    if split == "train" and not has_both:
-        return root
-    if held_out is None or not has_both:
-        raise UserError(
-            f"{root} has no held-out images. Split it into the folders train and {' or '.join(HELD_OUT_FOLDERS)}, "
-            "or read the training images (--split train)."
-        )
-    chosen = root / "train" if split == "train" else held_out
-    _tell_what_is_left_out(root, chosen, {"train", held_out.name})
-    return chosen
-
-
-def _tell_what_is_left_out(root: Path, chosen: Path, split_names: set[str]) -> None:
-    """Warn of folders and images beside the folders of a split."""
-    with os.scandir(root) as entries:
-        left_out = sorted(
-            entry.name
-            for entry in entries
-            if entry.name not in split_names and (os.path.isdir(entry) or Path(entry.name).suffix.lower() in EXTENSIONS)
-            if not is_hidden(entry.name)
-        )
-    if left_out:
-        warnings.warn(
-            f"{root}: only {chosen.name}/ is read; {len(left_out)} folders and images beside it are left out, such as "
-            f"{left_out[0]}.",
-            stacklevel=3,
-        )
-
-
-def _check_shape(image_size: int, image_channels: int, split: str) -> None:
+def check_shape(image_size: int, image_channels: int, split: str) -> None:
+    """Raise UserError for an image size, number of channels or split that no source has."""
     if image_size < 1:
         raise UserError(f"image_size is {image_size}; it must be at least 1.")
     if image_channels not in (1, 3):

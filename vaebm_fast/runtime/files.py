@@ -99,7 +99,7 @@ def write(path: str | Path, data: bytes | str, *, durable: bool = False, tempora
 
 def append(path: Path, data: bytes) -> None:
     """Append `data` to a file and wait until it is on the disk."""
-    with path.open("ab") as file:
+    with naming(path), path.open("ab") as file:
         file.write(data)
         file.flush()
         _fsync(file.fileno())
